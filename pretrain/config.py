@@ -1,0 +1,114 @@
+"""Every key of a pretraining run, with its unit and default.
+
+The defaults are the VirTex base recipe (arXiv 2006.06666, section 3 and the released configs):
+bicaptioning, ResNet-50, one decoder layer of width 1024, 500 000 iterations of 256 images.
+"""
+
+from detectron2.config import CfgNode as CN  # noqa: N817 - as in detectron2
+
+_C = CN()
+_C.VERSION = 2
+# Seeds initialisation, data order, augmentation, dropout. Negative: drawn, and logged.
+_C.SEED = 0
+# Everything a run writes: log.txt, metrics.json, TensorBoard events, checkpoints, backbone.
+_C.OUTPUT_DIR = "./output"
+_C.CUDNN_BENCHMARK = True
+
+_C.MODEL = CN()
+# "auto" is CUDA where there is a device, else the CPU; the choice is logged.
+_C.MODEL.DEVICE = "auto"
+# Whose forward() gives the losses: a name in `pretrain.objectives.OBJECTIVES`.
+_C.MODEL.OBJECTIVE = "bicaptioning"
+# A pretraining checkpoint whose weights to start from or to evaluate; "" is random initialisation.
+_C.MODEL.WEIGHTS = ""
+
+_C.MODEL.VISUAL = CN()
+# A ResNet of torchvision, by its constructor's name: resnet18 ... resnet152, wide_resnet50_2.
+_C.MODEL.VISUAL.NAME = "resnet50"
+# The last norm scale of each residual block starts at 0 (Goyal et al., arXiv 1706.02677).
+_C.MODEL.VISUAL.ZERO_INIT_RESIDUAL = True
+# NHWC memory layout: faster convolutions on CPUs and tensor cores, same results up to rounding.
+_C.MODEL.VISUAL.CHANNELS_LAST = True
+
+_C.MODEL.TEXTUAL = CN()
+_C.MODEL.TEXTUAL.HIDDEN_SIZE = 1024
+_C.MODEL.TEXTUAL.NUM_LAYERS = 1
+# 0 means HIDDEN_SIZE / 64.
+_C.MODEL.TEXTUAL.ATTENTION_HEADS = 0
+# 0 means 4 * HIDDEN_SIZE.
+_C.MODEL.TEXTUAL.FEEDFORWARD_SIZE = 0
+_C.MODEL.TEXTUAL.DROPOUT = 0.1
+# Where each decoder layer normalises: "post" (after the residual sum) or "pre".
+_C.MODEL.TEXTUAL.NORM = "post"
+# Tokens of a caption, [SOS] and [EOS] included; also the number of position embeddings.
+_C.MODEL.TEXTUAL.MAX_LENGTH = 30
+
+_C.DATA = CN()
+# Annotation format: a name in `pretrain.captions.FORMATS`.
+_C.DATA.FORMAT = "coco"
+_C.DATA.TRAIN_CAPTIONS = ""
+_C.DATA.TRAIN_IMAGES = ""
+# Empty: no validation.
+_C.DATA.VAL_CAPTIONS = ""
+_C.DATA.VAL_IMAGES = ""
+# A SentencePiece model. Empty: trained on the captions, as OUTPUT_DIR/tokenizer.model.
+_C.DATA.TOKENIZER = ""
+# Pieces of a tokenizer that is trained here; a given tokenizer brings its own number.
+_C.DATA.VOCAB_SIZE = 10000
+# Crop side in pixels.
+_C.DATA.IMAGE_SIZE = 224
+# Random resized crop: range of the area kept (fraction) and of the aspect ratio.
+_C.DATA.CROP_SCALE = (0.2, 1.0)
+_C.DATA.CROP_RATIO = (0.75, 4.0 / 3.0)
+# Probability of a horizontal flip, which also swaps the words left and right in the caption.
+_C.DATA.FLIP_PROB = 0.5
+# Brightness, contrast, saturation, hue, and the probability that any of it happens.
+_C.DATA.COLOR_JITTER = (0.4, 0.4, 0.4, 0.1)
+_C.DATA.COLOR_JITTER_PROB = 0.8
+_C.DATA.NUM_WORKERS = 4
+# The run stops when more than this fraction of the training images cannot be decoded.
+_C.DATA.MAX_SKIPPED_SHARE = 0.01
+
+_C.SOLVER = CN()
+# "sgd" or "adamw".
+_C.SOLVER.OPTIMIZER = "sgd"
+# Peak learning rate of everything but the CNN, and of the CNN.
+_C.SOLVER.BASE_LR = 1e-3
+_C.SOLVER.CNN_LR = 0.2
+_C.SOLVER.MOMENTUM = 0.9
+_C.SOLVER.BETAS = (0.9, 0.98)
+_C.SOLVER.WEIGHT_DECAY = 1e-4
+# Parameters whose full name matches this regular expression are not decayed.
+_C.SOLVER.NO_DECAY = r".*textual\.(embedding|transformer).*(norm.*|bias)"
+# Total images per iteration, over all processes.
+_C.SOLVER.IMS_PER_BATCH = 256
+_C.SOLVER.MAX_ITER = 500000
+_C.SOLVER.WARMUP_ITERS = 10000
+# Maximum gradient norm over all parameters; 0 is no clipping.
+_C.SOLVER.CLIP_GRAD_NORM = 10.0
+# Iterations between checkpoints.
+_C.SOLVER.CHECKPOINT_PERIOD = 2000
+
+# Lookahead (Zhang et al., arXiv 1907.08610): every STEPS updates the weights move ALPHA of the way.
+_C.SOLVER.LOOKAHEAD = CN()
+_C.SOLVER.LOOKAHEAD.ENABLED = True
+_C.SOLVER.LOOKAHEAD.STEPS = 5
+_C.SOLVER.LOOKAHEAD.ALPHA = 0.5
+
+# Autocast. "bfloat16" works on CPUs and GPUs; "float16" needs a GPU and scales the loss.
+_C.SOLVER.AMP = CN()
+_C.SOLVER.AMP.ENABLED = True
+_C.SOLVER.AMP.DTYPE = "bfloat16"
+
+_C.TEST = CN()
+# Iterations between validations; 0 validates at the end only.
+_C.TEST.EVAL_PERIOD = 2000
+_C.TEST.IMS_PER_BATCH = 256
+
+# Iterations between log lines.
+_C.LOG_PERIOD = 20
+
+
+def get_pretrain_cfg() -> CN:
+    """A fresh, unfrozen copy of the defaults above."""
+    return _C.clone()

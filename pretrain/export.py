@@ -1,0 +1,70 @@
+"""Training checkpoint -> backbone file: the one thing that pretraining hands to detection."""
+
+import hashlib
+
+import torch
+import torchvision
+from detectron2.config import CfgNode
+from torch import nn
+
+import virtex_d2
+from virtex_d2.runtime.errors import InputError
+from virtex_d2.runtime.files import write_safetensors
+
+from .augment import PIXEL_MEAN, PIXEL_STD
+
+FORMAT = "virtex_d2.backbone"
+FORMAT_VERSION = "1"
+
+
+def backbone_state_dict(visual: nn.Module) -> dict[str, torch.Tensor]:
+    """`VisualBackbone` -> float32 CPU tensors by torchvision name, with running statistics.
+
+    The batch counters (`num_batches_tracked`) stay behind: no detector uses them.
+    """
+    return {
+        name: tensor.detach().to("cpu", torch.float32).contiguous()
+        for name, tensor in visual.cnn.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+
+
+def export_backbone(visual: nn.Module, cfg: CfgNode, iteration: int, path: str) -> None:
+    """Write the backbone with all that its user has to know to feed it right; atomic.
+
+    Args:
+        visual: a `VisualBackbone`.
+        cfg: the run's config; its sha256 is recorded.
+        iteration: iterations trained.
+        path: the file to write or replace, `.safetensors`.
+
+    Raises:
+        InputError: a weight is NaN or infinite; nothing is written.
+    """
+    tensors = backbone_state_dict(visual)
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise InputError(
+            f"{path} is not written: {len(broken)} tensors of the backbone hold NaN or Inf, the "
+            f"first is {broken[0]}. The training has diverged: lower SOLVER.CNN_LR."
+        )
+    write_safetensors(
+        path,
+        tensors,
+        {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "architecture": visual.name,
+            "channel_order": "RGB",
+            "pixel_mean": ",".join(map(str, PIXEL_MEAN)),
+            "pixel_std": ",".join(map(str, PIXEL_STD)),
+            "crop": str(cfg.DATA.IMAGE_SIZE),
+            "stride_in_1x1": "false",
+            "source": f"pretrain {cfg.MODEL.OBJECTIVE}",
+            "iteration": str(iteration),
+            "config_sha256": hashlib.sha256(cfg.dump().encode()).hexdigest(),
+            "virtex_d2_version": virtex_d2.__version__,
+            "torch_version": torch.__version__,
+            "torchvision_version": torchvision.__version__,
+        },
+    )

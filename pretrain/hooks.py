@@ -1,0 +1,133 @@
+"""Hooks of the pretraining loop, each with one duty."""
+
+import datetime
+import logging
+import resource
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from detectron2.utils.events import EventWriter, get_event_storage
+from torch import nn
+
+from virtex_d2.runtime.errors import InputError
+
+from .export import export_backbone
+
+logger = logging.getLogger(__name__)
+
+
+class LearningRate(HookBase):
+    """Steps the schedule after each iteration and records `lr` and `lr_cnn`."""
+
+    def __init__(self, scheduler: torch.optim.lr_scheduler.LRScheduler):
+        self._scheduler = scheduler
+
+    def after_step(self) -> None:
+        for group in self._scheduler.optimizer.param_groups:
+            key = "lr_cnn" if group["name"].startswith("cnn") else "lr"
+            self.trainer.storage.put_scalar(key, group["lr"], smoothing_hint=False)
+        self._scheduler.step()
+
+
+class SkippedImages(HookBase):
+    """Counts the distinct images that could not be decoded; stops the run when there are too many.
+
+    Args:
+        num_images: images of the training set.
+        max_share: the fraction of them that may be skipped.
+        period: iterations between exchanges among processes.
+    """
+
+    def __init__(self, num_images: int, max_share: float, period: int):
+        self._limit = max_share * num_images
+        self._num_images = num_images
+        self._period = max(1, period)
+        self._files: set[str] = set()
+
+    def after_step(self) -> None:
+        self._files.update(self.trainer.skipped_files)
+        next_iter = self.trainer.iter + 1
+        if next_iter % self._period and next_iter != self.trainer.max_iter:
+            return
+        self._files = set().union(*comm.all_gather(self._files))
+        self.trainer.storage.put_scalar("images_skipped", len(self._files), smoothing_hint=False)
+        if len(self._files) > self._limit:
+            first = ", ".join(sorted(self._files)[:10])
+            raise InputError(
+                f"{len(self._files)} of {self._num_images} training images cannot be decoded, more "
+                f"than DATA.MAX_SKIPPED_SHARE allows ({self._limit:.1f}); the first: {first}. "
+                "Replace or remove them, or raise DATA.MAX_SKIPPED_SHARE."
+            )
+
+    def state_dict(self) -> dict:
+        return {"files": sorted(self._files)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._files = set(state["files"])
+
+
+class BackboneExport(HookBase):
+    """Writes the backbone file whenever a checkpoint is written, and at the end."""
+
+    def __init__(self, visual: nn.Module, cfg: CfgNode, path: str, period: int):
+        self._visual = visual
+        self._cfg = cfg
+        self._path = path
+        self._period = period
+
+    def after_step(self) -> None:
+        iteration = self.trainer.iter + 1
+        last = iteration == self.trainer.max_iter
+        if last or (self._period > 0 and iteration % self._period == 0):
+            export_backbone(self._visual, self._cfg, iteration, self._path)
+            if last:
+                logger.info("The backbone is in %s.", self._path)
+
+
+class PretrainMetricPrinter(EventWriter):
+    """One line of progress: losses, both learning rates, images a second, ETA, peak memory."""
+
+    def __init__(self, max_iter: int, images_per_batch: int, window_size: int = 20):
+        self._max_iter = max_iter
+        self._images_per_batch = images_per_batch
+        self._window_size = window_size
+
+    def write(self) -> None:
+        storage = get_event_storage()
+        iteration = storage.iter
+        if iteration == self._max_iter:  # the writers' last call, after training
+            return
+        histories = storage.histories()
+        parts = []
+        if "time" in histories:  # not in the first iterations, which warm up
+            seconds = histories["time"].median(1000)
+            eta = datetime.timedelta(seconds=int(seconds * (self._max_iter - iteration - 1)))
+            storage.put_scalar("eta_seconds", eta.total_seconds(), smoothing_hint=False)
+            parts.append(f"eta: {eta}")
+        parts.append(f"iter: {iteration}")
+        parts += [
+            f"{name}: {history.median(self._window_size):.4g}"
+            for name, history in histories.items()
+            if "loss" in name and "/" not in name
+        ]
+        parts += [f"{name}: {histories[name].latest():.3g}" for name in ("lr", "lr_cnn")]
+        if "time" in histories:
+            seconds = histories["time"].median(self._window_size)
+            images = self._images_per_batch / seconds
+            storage.put_scalar("images_per_second", images, smoothing_hint=False)
+            parts.append(f"time: {seconds:.3f}")
+            parts.append(f"images/s: {images:.1f}")
+        parts.append(f"data_time: {histories['data_time'].avg(self._window_size):.4f}")
+        parts.append(f"max_mem: {_peak_memory_mib():.0f}M")
+        if histories["images_skipped"].latest() if "images_skipped" in histories else 0:
+            parts.append(f"images_skipped: {histories['images_skipped'].latest():.0f}")
+        logger.info("  ".join(parts))
+
+
+def _peak_memory_mib() -> float:
+    """Peak memory of the device in MiB; on a CPU the peak resident size of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB on Linux

@@ -1,0 +1,314 @@
+"""Samples and batches. A sample is a pure function of (seed, position).
+
+Position p of the endless training stream is image p % len of epoch p // len, in that epoch's order.
+The order and everything random in a sample follow from (seed, epoch) and (seed, position) alone:
+not from the number of workers, processes or restarts. Iteration i takes the positions from
+i * batch on, and process r of W every W-th of them.
+"""
+
+import logging
+import signal
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from detectron2.utils import comm
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from virtex_d2.runtime.errors import InputError
+
+from .augment import EvalTransform, TrainTransform, read_image
+from .captions import CaptionRecord
+from .tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+# How many images in a row may fail to decode before the data is given up.
+MAX_REPLACEMENTS = 100
+
+# Path and reason of images that could not be decoded.
+Failures = list[tuple[str, str]]
+
+
+class CaptionDataset(Dataset):
+    """Training samples by position; images with one caption drawn for each visit.
+
+    `dataset[position]` is a dict with
+        image           (3, S, S) uint8, RGB
+        caption_tokens  (T,) int64: [SOS] pieces [EOS], T <= max_length; a caption that is too long
+                        loses its end and keeps its [EOS]
+        image_id        of the record
+        position        as asked for
+        failures        (path, reason) of images that could not be decoded on the way
+
+    An image that cannot be decoded is replaced by the next one of the epoch's order, and that by
+    its next: batches keep their size, and the sample stays a function of the position. Where
+    `MAX_REPLACEMENTS` in a row (or all) fail, `failures` is all there is.
+
+    Args:
+        records: at least one.
+        tokenizer: makes the tokens.
+        transform: makes the pixels.
+        max_length: tokens of a caption, [SOS] and [EOS] included.
+        seed: not negative.
+
+    Raises:
+        InputError: `max_length` leaves no room for a piece.
+    """
+
+    def __init__(
+        self,
+        records: list[CaptionRecord],
+        tokenizer: Tokenizer,
+        transform: TrainTransform | EvalTransform,
+        max_length: int = 30,
+        seed: int = 0,
+    ):
+        if max_length < 3:
+            raise InputError(
+                f"MODEL.TEXTUAL.MAX_LENGTH {max_length}: a caption has [SOS], [EOS] and at least "
+                "one piece; use 3 or more."
+            )
+        self.records = records
+        self.tokenizer = tokenizer
+        self.transform = transform
+        self.max_length = max_length
+        self.seed = seed
+        self._orders: dict[int, np.ndarray] = {}
+        self._named: set[str] = set()
+
+    def __getitem__(self, position: int) -> dict:
+        epoch, place = divmod(position, len(self.records))
+        order = self._order(epoch)
+        rng = np.random.default_rng([self.seed, 1, position])
+        failures: Failures = []
+        for step in range(min(MAX_REPLACEMENTS, len(order))):
+            record = self.records[order[(place + step) % len(order)]]
+            image = self.read(record, failures)
+            if image is not None:
+                caption = record.captions[rng.integers(len(record.captions))]
+                pixels, caption = self.transform(image, caption, rng)
+                return {
+                    "image": pixels,
+                    "caption_tokens": torch.tensor(self.encode(caption)),
+                    "image_id": record.image_id,
+                    "position": position,
+                    "failures": failures,
+                }
+        return {"failures": failures}
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The epoch's permutation of the records; the last two are kept: a batch may span both."""
+        if epoch not in self._orders:
+            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
+            rng = np.random.default_rng([self.seed, 0, epoch])
+            self._orders[epoch] = rng.permutation(len(self.records))
+        return self._orders[epoch]
+
+    def read(self, record: CaptionRecord, failures: Failures) -> Image.Image | None:
+        """The record's image; None where it cannot be decoded, and a line more in `failures`."""
+        try:
+            return read_image(record.file_name, self.transform.smallest_side)
+        except OSError as error:
+            failures.append((record.file_name, str(error)))
+            return None
+
+    def encode(self, caption: str) -> list[int]:
+        """[SOS] pieces [EOS], at most `max_length` of them."""
+        pieces = self.tokenizer.encode(caption)[: self.max_length - 2]
+        return [self.tokenizer.sos_id, *pieces, self.tokenizer.eos_id]
+
+    def name_once(self, path: str, reason: str) -> None:
+        """Log a file that could not be decoded, the first time that it is met."""
+        if path not in self._named:
+            self._named.add(path)
+            logger.warning("%s: cannot be decoded and is skipped: %s", path, reason)
+
+
+class EveryCaption(Dataset):
+    """Validation samples: every caption of every image once, in order.
+
+    An image that cannot be decoded is in `failures` of its first caption, and no sample has it.
+    """
+
+    def __init__(self, dataset: CaptionDataset):
+        self._dataset = dataset
+        self._captions = [
+            (index, number)
+            for index, record in enumerate(dataset.records)
+            for number in range(len(record.captions))
+        ]
+        # the image decoded last: its captions follow each other
+        self._index = -1
+        self._pixels: torch.Tensor | None = None
+        self._failures: Failures = []
+
+    def __len__(self) -> int:
+        return len(self._captions)
+
+    def __getitem__(self, position: int) -> dict:
+        index, number = self._captions[position]
+        record = self._dataset.records[index]
+        if index != self._index:
+            self._index, self._failures = index, []
+            image = self._dataset.read(record, self._failures)
+            self._pixels = None if image is None else self._dataset.transform(image, "", None)[0]
+        failures = self._failures if number == 0 else []
+        if self._pixels is None:
+            return {"failures": failures}
+        return {
+            "image": self._pixels,
+            "caption_tokens": torch.tensor(self._dataset.encode(record.captions[number])),
+            "image_id": record.image_id,
+            "position": position,
+            "failures": failures,
+        }
+
+
+def collate(samples: list[dict]) -> dict:
+    """Samples -> a batch.
+
+    Returns:
+        image (N, 3, S, S) uint8; caption_tokens (N, T) int64, padded with 0 to the longest;
+        caption_lengths (N,) int64; position (N,) int64; image_id, a list of N; skipped_files and
+        skipped_reasons, lists of equal length; num_skipped, that length. N leaves out samples that
+        are nothing but failures.
+    """
+    failures = [failure for sample in samples for failure in sample["failures"]]
+    samples = [sample for sample in samples if "image" in sample]
+    images = [sample["image"] for sample in samples]
+    tokens = [sample["caption_tokens"] for sample in samples]
+    return {
+        "image": torch.stack(images) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8),
+        "caption_tokens": torch.nn.utils.rnn.pad_sequence(
+            tokens, batch_first=True, padding_value=Tokenizer.pad_id
+        )
+        if tokens
+        else torch.empty(0, 0, dtype=torch.int64),
+        "caption_lengths": torch.tensor([len(row) for row in tokens], dtype=torch.int64),
+        "position": torch.tensor([sample["position"] for sample in samples], dtype=torch.int64),
+        "image_id": [sample["image_id"] for sample in samples],
+        "skipped_files": [path for path, _ in failures],
+        "skipped_reasons": [reason for _, reason in failures],
+        "num_skipped": len(failures),
+    }
+
+
+class CaptionLoader(DataLoader):
+    """A DataLoader that names in the log each file that could not be decoded, once.
+
+    That is done here, in the process that trains: workers know neither each other nor, where they
+    are not forked, how the log is set up.
+
+    Args:
+        named_by: the dataset that remembers which files have been named.
+        full_size: samples that every batch must have; 0 where it may lack some.
+
+    Raises:
+        InputError: while iterating: a batch has less than `full_size` samples.
+    """
+
+    def __init__(self, *args, named_by: CaptionDataset, full_size: int = 0, **options):
+        super().__init__(*args, **options)
+        self._named_by = named_by
+        self._full_size = full_size
+
+    def __iter__(self) -> Iterator[dict]:
+        return map(self._checked, super().__iter__())
+
+    def _checked(self, batch: dict) -> dict:
+        for path, reason in zip(batch["skipped_files"], batch["skipped_reasons"]):
+            self._named_by.name_once(path, reason)
+        if len(batch["position"]) < self._full_size:
+            raise InputError(
+                f"{batch['skipped_files'][0]}: neither this image nor those after it in the "
+                f"epoch's order (at most {MAX_REPLACEMENTS} are tried) can be decoded: "
+                f"{batch['skipped_reasons'][0]}. Is the folder of images damaged?"
+            )
+        return batch
+
+
+class _Positions(Sampler):
+    """The positions of one process, an iteration after the other, without an end."""
+
+    def __init__(self, batch_size_total: int, start_iteration: int, rank: int, world_size: int):
+        self._batch_size_total = batch_size_total
+        self._start_iteration = start_iteration
+        self._rank = rank
+        self._world_size = world_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        iteration = self._start_iteration
+        while True:
+            first = iteration * self._batch_size_total
+            yield list(range(first + self._rank, first + self._batch_size_total, self._world_size))
+            iteration += 1
+
+
+def build_train_loader(
+    dataset: CaptionDataset, batch_size_total: int, start_iteration: int = 0, num_workers: int = 0
+) -> CaptionLoader:
+    """Endless batches of this process from an iteration on; `batch_size_total` over all processes.
+
+    Raises:
+        InputError: while iterating: `MAX_REPLACEMENTS` images in a row cannot be decoded.
+    """
+    rank, world_size = comm.get_rank(), comm.get_world_size()
+    return CaptionLoader(
+        dataset,
+        batch_sampler=_Positions(batch_size_total, start_iteration, rank, world_size),
+        named_by=dataset,
+        full_size=len(range(rank, batch_size_total, world_size)),
+        **_loader_options(num_workers),
+    )
+
+
+def build_eval_loader(
+    dataset: CaptionDataset, batch_size: int, num_workers: int = 0
+) -> CaptionLoader:
+    """Every caption of every image once over all processes, in batches of `batch_size` each.
+
+    Each process takes a stretch of neighbours, so that an image is decoded once and not for each
+    of its captions.
+    """
+    captions = EveryCaption(dataset)
+    share, extra = divmod(len(captions), comm.get_world_size())
+    rank = comm.get_rank()
+    first = rank * share + min(rank, extra)
+    return CaptionLoader(
+        captions,
+        batch_size,
+        sampler=range(first, first + share + (rank < extra)),
+        named_by=dataset,
+        **_loader_options(num_workers),
+    )
+
+
+def unigram_entropy(dataset: CaptionDataset) -> float:
+    """Entropy in nats of the tokens that are predicted (all but [SOS]): the scale of a loss."""
+    counts: Counter[int] = Counter()
+    for record in dataset.records:
+        for caption in record.captions:
+            counts.update(dataset.encode(caption)[1:])
+    counts.pop(dataset.tokenizer.pad_id, None)  # <unk> is padding: the loss passes over it
+    share = np.array(list(counts.values())) / counts.total()
+    return float(-(share * np.log(share)).sum())
+
+
+def _loader_options(num_workers: int) -> dict:
+    return {
+        "collate_fn": collate,
+        "num_workers": num_workers,
+        "pin_memory": torch.cuda.is_available(),
+        "worker_init_fn": _start_worker,
+        "prefetch_factor": 4 if num_workers else None,
+    }
+
+
+def _start_worker(_: int) -> None:
+    torch.set_num_threads(1)  # a worker is a thread's worth of work: more would fight each other
+    # Ctrl-C reaches every process of the terminal: the training process alone answers, and its
+    # workers end with it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,109 @@
+"""SentencePiece BPE as VirTex uses it: train, encode, decode."""
+
+import io
+import os
+import re
+import unicodedata
+from collections.abc import Iterable
+
+import sentencepiece
+
+from virtex_d2.runtime.errors import InputError
+from virtex_d2.runtime.files import atomic_path
+
+SPECIAL_PIECES = ("<unk>", "[SOS]", "[EOS]", "[MASK]")
+
+
+def normalize_caption(caption: str) -> str:
+    """NFKD without accents, lower case, single spaces (VirTex, released code)."""
+    decomposed = unicodedata.normalize("NFKD", caption)
+    plain = "".join(char for char in decomposed if not unicodedata.combining(char)).lower()
+    # JSON can hold halves of surrogate pairs, which are no text: SentencePiece refuses them
+    whole = plain.encode("utf-8", "ignore").decode("utf-8")
+    return " ".join(whole.split())
+
+
+class Tokenizer:
+    """A trained vocabulary. `<unk>` is piece 0 and also the padding.
+
+    Raises:
+        InputError: the file is missing or not SentencePiece's, or its special pieces are not
+            `SPECIAL_PIECES` in this order.
+    """
+
+    pad_id, sos_id, eos_id, mask_id = range(4)
+
+    def __init__(self, model_file: str | os.PathLike):
+        if not os.path.isfile(model_file):
+            raise InputError(f"{model_file}: expected a SentencePiece model, found no file there.")
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+        except (RuntimeError, OSError) as error:
+            raise InputError(
+                f"{model_file}: it is not a SentencePiece model, or cut short ({error})."
+            ) from error
+        found = [self._model.id_to_piece(i) for i in range(min(4, self._model.vocab_size()))]
+        if tuple(found) != SPECIAL_PIECES:
+            raise InputError(
+                f"{model_file}: expected the pieces {', '.join(SPECIAL_PIECES)} first, found "
+                f"{', '.join(found)}. It was made for another model."
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of pieces, the four special ones included."""
+        return self._model.vocab_size()
+
+    def encode(self, caption: str) -> list[int]:
+        """Piece ids of a caption, without [SOS] and [EOS]."""
+        return self._model.encode(normalize_caption(caption))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of piece ids; special pieces leave nothing."""
+        return self._model.decode([i for i in map(int, ids) if i > self.mask_id])
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int, output: str | os.PathLike) -> None:
+    """Train BPE on captions and write the model to `output`, atomically.
+
+    The same captions in the same order give the same file.
+
+    Raises:
+        InputError: the captions cannot be split into so many pieces, or need more; the message
+            says how many are possible. Nothing is written then.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=map(normalize_caption, captions),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            character_coverage=1.0,
+            unk_id=0,
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
+            control_symbols=list(SPECIAL_PIECES[1:]),
+            # captions are normalised already, by a function that is the same at encoding
+            normalization_rule_name="identity",
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise InputError(_training_message(vocab_size, str(error))) from error
+    with atomic_path(output) as temporary:
+        temporary.write_bytes(model.getvalue())
+
+
+def _training_message(vocab_size: int, reason: str) -> str:
+    """SentencePiece's reason in terms of the config; as it is, where the words are unknown."""
+    if largest := re.search(r"too high.*<= (\d+)", reason):
+        advice = f"the training captions have no more than {largest[1]} pieces; use at most that."
+    elif smallest := re.search(r"required_chars\. \d+ vs (\d+)", reason):
+        advice = f"the captions' characters alone need {smallest[1]} pieces; use at least that."
+    elif "sentences_.empty" in reason:
+        advice = "there is no caption with text to train a tokenizer on."
+    else:
+        advice = f"no tokenizer of that size can be trained ({reason.strip()})."
+    return f"DATA.VOCAB_SIZE {vocab_size}: {advice}"

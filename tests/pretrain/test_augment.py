@@ -1,0 +1,353 @@
+"""Decoding, augmentation and normalisation of images, and what happens to their captions."""
+
+import contextlib
+import io
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms as tv
+import torchvision.transforms.functional as tvf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import ExifTags, Image, ImageOps
+
+from pretrain.augment import (
+    PIXEL_MEAN,
+    PIXEL_STD,
+    EvalTransform,
+    TrainTransform,
+    normalize,
+    read_image,
+    swap_sides,
+)
+
+
+def scene(width: int = 96, height: int = 64) -> Image.Image:
+    """Smooth colours, different in every corner."""
+    y, x = np.mgrid[0 : 1 : complex(height), 0 : 1 : complex(width)]
+    pixels = np.stack([40 + 200 * x, 30 + 180 * y, 220 - 120 * x - 80 * y], axis=-1)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def distance(a: object, b: object) -> float:
+    """Mean absolute difference of two images, in levels of 0-255."""
+    a, b = (np.asarray(image, np.float32) for image in (a, b))
+    assert a.shape == b.shape
+    return float(np.abs(a - b).mean())
+
+
+def as_pil(tensor: torch.Tensor) -> Image.Image:
+    return Image.fromarray(tensor.permute(1, 2, 0).numpy())
+
+
+@pytest.fixture(scope="session")
+def photographs(real_data) -> list[Path]:
+    return sorted((real_data / "coco" / "val2017").glob("*.jpg"))[:40]
+
+
+# Captions
+
+
+@pytest.mark.parametrize(
+    ("caption", "swapped"),
+    [
+        ("a dog left of a cat", "a dog right of a cat"),
+        ("Left, right and LEFT.", "Right, left and RIGHT."),
+        ("bright leftover upright lefty", "bright leftover upright lefty"),
+        ("a left-handed man's right", "a right-handed man's left"),
+    ],
+)
+def test_whole_words_change_sides_and_keep_their_case(caption, swapped):
+    """Guards against the released code's "bright" -> "bleft"."""
+    assert swap_sides(caption) == swapped
+    assert swap_sides(swapped) == caption
+
+
+WORDS = st.sampled_from(
+    ["left", "right", "Left", "RIGHT", "bright", "leftover", ".", ",", "-", "'", "é", "左", "man"]
+)
+
+
+@given(st.lists(st.tuples(WORDS, st.sampled_from(["", " ", "  "]))))
+def test_sides_swap_word_by_word_and_swapping_twice_changes_nothing(parts):
+    caption = "".join(word + space for word, space in parts)
+    swapped = swap_sides(caption)
+    assert swap_sides(swapped) == caption
+    other = {"left": "right", "right": "left"}
+    expected = [other.get(word, word) for word in re.findall(r"\w+", caption.lower())]
+    assert re.findall(r"\w+", swapped.lower()) == expected
+
+
+@given(st.text())
+def test_captions_without_sides_stay_as_they_are(caption):
+    if not {"left", "right"} & set(re.findall(r"\w+", caption.lower())):
+        assert swap_sides(caption) == caption
+
+
+# Reading
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_come_upright_as_their_exif_says(tmp_path, orientation, suffix):
+    upright = scene()
+    # what a camera would store: the turn whose undoing is asked for
+    stored = {
+        1: upright,
+        2: ImageOps.mirror(upright),
+        3: upright.rotate(180),
+        4: ImageOps.flip(upright),
+        5: upright.transpose(Image.Transpose.TRANSPOSE),
+        6: upright.transpose(Image.Transpose.ROTATE_90),
+        7: upright.transpose(Image.Transpose.TRANSVERSE),
+        8: upright.transpose(Image.Transpose.ROTATE_270),
+    }[orientation]
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    path = tmp_path / f"turned.{suffix}"
+    stored.save(path, exif=exif, quality=95)
+    assert distance(read_image(str(path)), upright) < 3
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "CMYK", "I;16"])
+def test_every_pixel_format_becomes_rgb(tmp_path, mode):
+    path = tmp_path / ("image.jpg" if mode == "CMYK" else "image.png")
+    grey = scene().convert("L").convert("RGB")
+    if mode == "I;16":
+        Image.fromarray(np.asarray(grey.convert("L"), np.uint16) * 257).save(path)
+    else:
+        grey.convert(mode).save(path, **({"quality": 95} if mode == "CMYK" else {}))
+    image = read_image(str(path))
+    assert image.mode == "RGB"
+    assert image.size == grey.size
+    # dithering to black and white and a palette keep the level of a neighbourhood, not of a pixel
+    assert distance(image.resize((6, 4)), grey.resize((6, 4))) < 12
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_damaged_exif_does_not_cost_the_image(tmp_path):
+    path = tmp_path / "image.jpg"
+    scene().save(path, exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00\xff\xff\x12\x01")
+    assert read_image(str(path)).size == scene().size
+
+
+def test_a_missing_an_empty_and_a_truncated_file_raise_os_errors(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_image(str(tmp_path / "none.jpg"))
+    whole, path = jpeg_bytes(), tmp_path / "cut.jpg"
+    for length in (0, 2, 20, 300, len(whole) // 2, len(whole) - 40):
+        path.write_bytes(whole[:length])
+        with pytest.raises(OSError):
+            read_image(str(path))
+
+
+def jpeg_bytes() -> bytes:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    exif[ExifTags.Base.Make] = "abc"
+    stream = io.BytesIO()
+    scene().save(stream, "JPEG", exif=exif)
+    return stream.getvalue()
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    changes=st.lists(
+        st.tuples(st.integers(0, 200) | st.integers(0, 5000), st.integers(0, 255)), max_size=8
+    ),
+    length=st.none() | st.integers(0, 5000),
+)
+def test_damaged_bytes_give_an_image_or_an_os_error(tmp_path_factory, changes, length):
+    """Guards against Pillow's TypeError on a damaged EXIF, which would stop a run."""
+    damaged = bytearray(jpeg_bytes())
+    for place, value in changes:
+        damaged[place % len(damaged)] = value
+    path = tmp_path_factory.getbasetemp() / "damaged.jpg"
+    path.write_bytes(damaged[:length])
+    mode = "RGB"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, on damaged headers
+        with contextlib.suppress(OSError):
+            mode = read_image(str(path), 8).mode
+    assert mode == "RGB"
+
+
+def test_large_jpegs_are_decoded_small_but_never_below_the_side_asked_for(tmp_path):
+    path = tmp_path / "large.jpg"
+    scene(1600, 1200).save(path)
+    assert read_image(str(path), 300).size == (400, 300)
+    assert read_image(str(path), 301).size == (800, 600)
+    assert read_image(str(path)).size == (1600, 1200)
+
+
+# Crops
+
+
+SIDES = st.integers(1, 700)
+
+
+@settings(max_examples=200)
+@given(width=SIDES, height=SIDES, seed=st.integers(0, 2**32))
+def test_crops_lie_in_the_image_whatever_its_size(width, height, seed):
+    transform = TrainTransform(8)
+    x0, y0, x1, y1 = transform._crop_box((width, height), np.random.default_rng(seed))
+    assert 0 <= x0 < x1 <= width
+    assert 0 <= y0 < y1 <= height
+
+
+def test_crops_have_the_area_and_the_ratio_asked_for_everywhere_in_the_image():
+    transform = TrainTransform(8)
+    rng = np.random.default_rng(0)
+    boxes = np.array([transform._crop_box((640, 480), rng) for _ in range(2000)])
+    size = boxes[:, 2:] - boxes[:, :2]
+    area = size.prod(axis=1) / (640 * 480)
+    ratio = size[:, 0] / size[:, 1]
+    assert 0.199 < area.min() < 0.21
+    assert 0.95 < area.max() <= 1
+    assert 0.74 < ratio.min() < 0.78
+    assert 1.28 < ratio.max() < 1.35
+    assert (boxes[:, :2].min(axis=0) == 0).all()
+    assert (boxes[:, 2:].max(axis=0) == (640, 480)).all()
+
+    torch.manual_seed(0)
+    image = Image.new("L", (640, 480))
+    theirs = np.array(
+        [tv.RandomResizedCrop.get_params(image, (0.2, 1.0), (3 / 4, 4 / 3)) for _ in range(2000)]
+    )
+    assert abs(area.mean() - theirs[:, 2:].prod(axis=1).mean() / (640 * 480)) < 0.02
+    assert abs(boxes[:, 0].mean() - theirs[:, 1].mean()) < 10
+
+
+def test_an_image_too_narrow_for_any_crop_gives_its_centre():
+    transform = TrainTransform(8, scale=(1.0, 1.0))
+    assert transform._crop_box((1000, 90), np.random.default_rng(0)) == (440, 0, 560, 90)
+    assert transform._crop_box((90, 1000), np.random.default_rng(0)) == (0, 440, 90, 560)
+
+
+def test_a_reduced_jpeg_is_never_enlarged_again():
+    transform = TrainTransform(100)
+    side = transform.smallest_side
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        x0, y0, x1, y1 = transform._crop_box((side, side), rng)
+        assert min(x1 - x0, y1 - y0) >= 99  # rounding
+
+
+# Transforms
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 400), (97, 61)])
+@pytest.mark.parametrize("transform", [TrainTransform(32), EvalTransform(32)])
+def test_every_image_becomes_a_square_of_bytes(transform, size):
+    pixels, caption = transform(scene(*size), "a cat", np.random.default_rng(0))
+    assert pixels.shape == (3, 32, 32)
+    assert pixels.dtype == torch.uint8
+    assert pixels.is_contiguous()
+    assert caption == "a cat"
+
+
+def test_a_flip_mirrors_the_image_and_swaps_the_sides():
+    kept, swapped = (TrainTransform(32, flip=p, jitter_prob=0.0) for p in (0.0, 1.0))
+    straight, caption = kept(scene(), "on the left", np.random.default_rng(5))
+    mirrored, other = swapped(scene(), "on the left", np.random.default_rng(5))
+    assert torch.equal(mirrored, straight.flip(-1))
+    assert not torch.equal(mirrored, straight)
+    assert (caption, other) == ("on the left", "on the right")
+
+
+def test_images_and_captions_flip_together_half_of_the_time():
+    transform = TrainTransform(16, scale=(0.9, 1.0), jitter_prob=0.0)
+    flips = 0
+    for seed in range(400):
+        pixels, caption = transform(scene(), "left", np.random.default_rng(seed))
+        mirrored = bool(pixels[0, :, 0].float().mean() > pixels[0, :, -1].float().mean())
+        assert mirrored == (caption == "right")
+        flips += mirrored
+    assert 160 < flips < 240
+
+
+def test_a_transform_is_a_function_of_the_generator():
+    transform = TrainTransform(32)
+    first, again, other = (transform(scene(), "", np.random.default_rng(s))[0] for s in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def jittered(amounts: tuple[float, float, float, float], seed: int) -> torch.Tensor:
+    transform = TrainTransform(
+        32, scale=(1, 1), ratio=(1, 1), flip=0, jitter=amounts, jitter_prob=1
+    )
+    return transform(scene(64, 64), "", np.random.default_rng(seed))[0]
+
+
+PLAIN = as_pil(jittered((0, 0, 0, 0), 0))
+
+
+@pytest.mark.parametrize(
+    ("amounts", "adjust", "low", "high"),
+    [
+        ((0.4, 0, 0, 0), tvf.adjust_brightness, 0.6, 1.4),
+        ((0, 0.4, 0, 0), tvf.adjust_contrast, 0.6, 1.4),
+        ((0, 0, 0.4, 0), tvf.adjust_saturation, 0.6, 1.4),
+        ((0, 0, 0, 0.1), tvf.adjust_hue, -0.1, 0.1),
+    ],
+)
+def test_each_jitter_is_torchvisions_within_its_range(amounts, adjust, low, high):
+    candidates = np.linspace(low, high, 81)
+    adjusted = [np.asarray(adjust(PLAIN, factor), np.float32) for factor in candidates]
+    found = []
+    for seed in range(12):
+        image = as_pil(jittered(amounts, seed))
+        differences = [distance(image, candidate) for candidate in adjusted]
+        assert min(differences) < 1.5
+        found.append(candidates[int(np.argmin(differences))])
+    assert min(found) < (low + high) / 2 - 0.05 * (high - low)
+    assert max(found) > (low + high) / 2 + 0.05 * (high - low)
+
+
+def test_colours_change_as_often_as_asked():
+    transform = TrainTransform(16, scale=(1, 1), ratio=(1, 1), flip=0, jitter_prob=0.8)
+    plain = TrainTransform(16, scale=(1, 1), ratio=(1, 1), flip=0, jitter_prob=0)(
+        scene(64, 64), "", np.random.default_rng(0)
+    )[0]
+    changed = sum(
+        not torch.equal(transform(scene(64, 64), "", np.random.default_rng(seed))[0], plain)
+        for seed in range(300)
+    )
+    assert 215 < changed < 265
+
+
+def test_evaluation_sees_what_torchvisions_resize_and_centre_crop_sees(photographs):
+    theirs = tv.Compose([tv.Resize(112), tv.CenterCrop(112)])
+    for path in photographs[:10]:
+        image = read_image(str(path))
+        ours, _ = EvalTransform(112)(image, "")
+        # they round the crop to whole pixels after resizing, we before: compare neighbourhoods
+        assert distance(as_pil(ours).resize((28, 28)), theirs(image).resize((28, 28))) < 4
+        assert torch.equal(ours, EvalTransform(112)(image, "")[0])
+
+
+def test_augmented_photographs_keep_their_colours_and_vary(photographs):
+    transform = TrainTransform(112)
+    changes = []
+    for seed, path in enumerate(photographs):
+        image = read_image(str(path), transform.smallest_side)
+        pixels, _ = transform(image, "", np.random.default_rng(seed))
+        assert pixels.float().std() > 5
+        changes.append(pixels.float().mean() - np.asarray(image).mean())
+    assert abs(np.mean(changes)) < 12  # jitter lightens as often as it darkens
+    assert np.std(changes) > 10
+
+
+def test_normalisation_is_imagenets_on_float32():
+    images = torch.randint(0, 256, (2, 3, 5, 4), dtype=torch.uint8)
+    ours = normalize(images)
+    theirs = tvf.normalize(images / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert PIXEL_MEAN == (123.675, 116.28, 103.53)
+    assert PIXEL_STD == (58.395, 57.12, 57.375)

@@ -1,0 +1,168 @@
+"""The tokenizer: what it accepts, keeps and refuses."""
+
+import pickle
+import unicodedata
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain.tokenizer import SPECIAL_PIECES, Tokenizer, normalize_caption, train_tokenizer
+from virtex_d2.runtime.errors import InputError
+
+CAPTIONS = [
+    "A man rides a horse on the left.",
+    "Two dogs, one of them brown, sit beside the man.",
+    "A café table with three cups; nobody is near.",
+    "The horse jumps over a wooden fence.",
+] * 3
+LETTERS = sorted({char for caption in CAPTIONS for char in normalize_caption(caption)})
+# characters() alone would leave out the halves of surrogate pairs, which JSON can hold
+ANY_TEXT = st.text(st.characters() | st.characters(categories=["Cs"]))
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    train_tokenizer(CAPTIONS, 90, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_file) -> Tokenizer:
+    return Tokenizer(model_file)
+
+
+def test_special_pieces_come_first_and_the_size_is_as_asked(tokenizer, model_file):
+    assert (tokenizer.pad_id, tokenizer.sos_id, tokenizer.eos_id, tokenizer.mask_id) == (0, 1, 2, 3)
+    assert tokenizer.vocab_size == 90
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    assert tuple(pieces.id_to_piece([0, 1, 2, 3])) == SPECIAL_PIECES
+    assert pieces.unk_id() == 0
+
+
+@given(words=st.lists(st.text(st.sampled_from(LETTERS), max_size=8), max_size=8))
+def test_text_of_known_letters_comes_back(tokenizer, words):
+    text = " ".join(words)
+    assert tokenizer.decode(tokenizer.encode(text)) == normalize_caption(text)
+
+
+@given(text=ANY_TEXT)
+def test_any_text_gives_pieces_and_never_a_control_piece(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert all(i == 0 or 3 < i < tokenizer.vocab_size for i in ids)
+    assert tokenizer.encode(normalize_caption(text)) == ids
+
+
+@given(text=ANY_TEXT)
+def test_normalised_text_stays_as_it_is(text):
+    once = normalize_caption(text)
+    assert normalize_caption(once) == once
+    assert once == once.lower() == " ".join(once.split())
+    assert not any(unicodedata.combining(char) for char in once)
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("  A\tCafé \n", "a cafe"),
+        ("\uff26\uff35\uff2c\uff2c \ufb01t \u00bd", "full fit 1\u20442"),
+        ("\u0130stanbul \u210c", "istanbul h"),
+        ("Straße Ångström", "straße angstrom"),
+        ("half \ud83d a pair", "half a pair"),
+    ],
+)
+def test_normalisation_lowers_decomposes_and_strips_accents(text, normal):
+    assert normalize_caption(text) == normal
+
+
+def test_words_that_spell_special_pieces_are_ordinary_text(tokenizer):
+    assert not {1, 2, 3} & set(tokenizer.encode("[SOS] [EOS] [MASK] <unk>"))
+
+
+def test_decoding_leaves_special_pieces_out(tokenizer):
+    ids = tokenizer.encode("a horse")
+    assert tokenizer.decode([1, *ids[:1], 3, *ids[1:], 2, 0, 0]) == "a horse"
+
+
+def test_the_same_captions_give_the_same_bytes(model_file, tmp_path):
+    train_tokenizer(iter(CAPTIONS), 90, tmp_path / "again.model")
+    assert (tmp_path / "again.model").read_bytes() == model_file.read_bytes()
+
+
+def test_case_and_accents_make_no_difference_to_training(model_file, tmp_path):
+    shouted = [caption.upper().replace("CAFÉ", "CAFE\u0301") for caption in CAPTIONS]
+    train_tokenizer(shouted, 90, tmp_path / "again.model")
+    assert (tmp_path / "again.model").read_bytes() == model_file.read_bytes()
+
+
+def test_a_vocabulary_that_is_too_large_is_refused_with_the_largest_possible(tmp_path):
+    output = tmp_path / "tokenizer.model"
+    with pytest.raises(
+        InputError, match=r"DATA\.VOCAB_SIZE 5000.*no more than \d+ pieces"
+    ) as caught:
+        train_tokenizer(CAPTIONS, 5000, output)
+    assert list(tmp_path.iterdir()) == []
+    largest = int(str(caught.value).split("no more than ")[1].split()[0])
+    train_tokenizer(CAPTIONS, largest, output)
+    assert Tokenizer(output).vocab_size == largest
+    with pytest.raises(InputError, match=f"no more than {largest} pieces"):
+        train_tokenizer(CAPTIONS, largest + 1, output)
+
+
+def test_a_vocabulary_that_is_too_small_is_refused_with_the_smallest_possible(tmp_path):
+    """Guards against the advice to make it smaller still."""
+    output = tmp_path / "tokenizer.model"
+    with pytest.raises(InputError, match=r"DATA\.VOCAB_SIZE 10.*need \d+ pieces") as caught:
+        train_tokenizer(CAPTIONS, 10, output)
+    smallest = int(str(caught.value).split("need ")[1].split()[0])
+    train_tokenizer(CAPTIONS, smallest, output)
+    assert Tokenizer(output).vocab_size == smallest
+
+
+@pytest.mark.parametrize(
+    ("captions", "size", "message"),
+    [([], 50, "no caption with text"), (["\u0301"], 50, "no caption with text"), (["a"], -1, "-1")],
+)
+def test_a_training_that_cannot_be_is_refused(tmp_path, captions, size, message):
+    with pytest.raises(InputError, match=message):
+        train_tokenizer(captions, size, tmp_path / "tokenizer.model")
+
+
+def test_a_failed_training_leaves_the_old_file(tmp_path):
+    output = tmp_path / "tokenizer.model"
+    output.write_bytes(b"old")
+    with pytest.raises(InputError):
+        train_tokenizer(CAPTIONS, 5000, output)
+    assert output.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"text", "cut"])
+def test_a_file_that_is_no_tokenizer_is_refused_by_name(tmp_path, model_file, content):
+    path = tmp_path / "other.model"
+    if content is not None:
+        path.write_bytes(model_file.read_bytes()[:100] if content == "cut" else content)
+    with pytest.raises(InputError, match=r"other\.model"):
+        Tokenizer(path)
+
+
+def test_a_tokenizer_with_other_special_pieces_is_refused(tmp_path):
+    """SentencePiece's own order (<unk>, <s>, </s>) would train, on wrong tokens."""
+    prefix = tmp_path / "plain"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CAPTIONS), model_prefix=str(prefix), vocab_size=50, minloglevel=2
+    )
+    with pytest.raises(InputError, match=r"\[SOS\].*found <unk>, <s>, </s>"):
+        Tokenizer(f"{prefix}.model")
+
+
+def test_it_travels_to_worker_processes(tokenizer):
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    assert copy.encode(CAPTIONS[0]) == tokenizer.encode(CAPTIONS[0])
+
+
+@settings(max_examples=30)
+@given(ids=st.lists(st.integers(0, 89)))
+def test_any_ids_decode_to_text(tokenizer, ids):
+    assert isinstance(tokenizer.decode(ids), str)

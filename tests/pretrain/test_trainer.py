@@ -1,0 +1,264 @@
+"""The pretraining tool as users run it: train, stop, resume, evaluate, refuse."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from virtex_d2.runtime.files import read_safetensors
+
+ROOT = Path(__file__).resolve().parents[2]
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220)}
+
+
+def write_captioned_images(folder: Path, num_images: int, split: str = "train") -> None:
+    """Plain coloured images whose captions say the colour and the brighter side."""
+    rng = np.random.RandomState(3)
+    (folder / split).mkdir(parents=True)
+    images, annotations = [], []
+    for i in range(num_images):
+        colour = list(COLOURS)[i % 3]
+        side = ("left", "right")[i // 3 % 2]
+        pixels = np.full((48, 64, 3), COLOURS[colour], np.float32) * 0.6
+        half = slice(0, 32) if side == "left" else slice(32, 64)
+        pixels[:, half] *= 1.6
+        pixels += rng.normal(0, 8, pixels.shape)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / split / f"{i}.jpg")
+        images.append({"id": i, "file_name": f"{i}.jpg", "height": 48, "width": 64})
+        for text in (
+            f"a {colour} picture bright on the {side}",
+            f"the {side} of it is bright {colour}",
+        ):
+            annotations.append({"id": len(annotations), "image_id": i, "caption": text})
+    (folder / f"{split}.json").write_text(
+        json.dumps({"images": images, "annotations": annotations})
+    )
+
+
+@pytest.fixture(scope="module")
+def captioned_images(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("captions")
+    write_captioned_images(folder, 24)
+    write_captioned_images(folder, 9, "val")
+    return folder
+
+
+def options(data: Path, output: Path, *more: object) -> list[str]:
+    pairs = {
+        "OUTPUT_DIR": output,
+        "MODEL.DEVICE": "cpu",
+        "MODEL.VISUAL.NAME": "resnet18",
+        "MODEL.TEXTUAL.HIDDEN_SIZE": 64,
+        "DATA.TRAIN_CAPTIONS": data / "train.json",
+        "DATA.TRAIN_IMAGES": data / "train",
+        "DATA.VAL_CAPTIONS": data / "val.json",
+        "DATA.VAL_IMAGES": data / "val",
+        "DATA.VOCAB_SIZE": 48,
+        "DATA.IMAGE_SIZE": 32,
+        "DATA.NUM_WORKERS": 0,
+        "SOLVER.IMS_PER_BATCH": 4,
+        "SOLVER.MAX_ITER": 12,
+        "SOLVER.WARMUP_ITERS": 2,
+        "SOLVER.CHECKPOINT_PERIOD": 4,
+        "TEST.EVAL_PERIOD": 6,
+        "TEST.IMS_PER_BATCH": 8,
+        "LOG_PERIOD": 2,
+    }
+    pairs.update(zip(more[0::2], more[1::2], strict=True))
+    return [str(part) for pair in pairs.items() for part in pair]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "tools" / "pretrain_net.py"), *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*arguments), env=environment(), capture_output=True, text=True, timeout=300
+    )
+
+
+def final_model(output: Path) -> dict[str, torch.Tensor]:
+    return torch.load(output / "model_final.pth", weights_only=True)["model"]
+
+
+def metrics(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished_run(captioned_images, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("run") / "output"
+    done = run(*options(captioned_images, output))
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def test_a_run_leaves_what_the_next_step_needs(finished_run):
+    tensors, metadata = read_safetensors(finished_run / "backbone.safetensors")
+    assert metadata["format"] == "virtex_d2.backbone"
+    assert metadata["architecture"] == "resnet18"
+    assert metadata["iteration"] == "12"
+    assert metadata["channel_order"] == "RGB"
+    assert metadata["stride_in_1x1"] == "false"
+    trained = final_model(finished_run)
+    assert "layer4.1.bn2.running_var" in tensors
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, trained[f"visual.cnn.{name}"]), name
+    left_out = {n.removeprefix("visual.cnn.") for n in trained if n.startswith("visual.cnn.")}
+    assert all(n.endswith("num_batches_tracked") for n in left_out - set(tensors))
+
+    for name in ("config.yaml", "log.txt", "tokenizer.model", "last_checkpoint"):
+        assert (finished_run / name).is_file(), name
+    lines = metrics(finished_run)
+    last = {key: value for line in lines for key, value in line.items()}
+    for key in (
+        "loss_captioning_forward",
+        "loss_captioning_backward",
+        "lr",
+        "lr_cnn",
+        "data_time",
+        "val/loss",
+        "val/perplexity_captioning_forward",
+        "val/unigram_entropy",
+    ):
+        assert np.isfinite(last[key]), key
+    log = (finished_run / "log.txt").read_text()
+    assert "iter: 11" in log
+    assert "images/s" in log
+    assert "lr_cnn" in log
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_killed_run_resumes_to_bit_identical_weights(
+    captioned_images, finished_run, tmp_path, workers
+):
+    output = tmp_path / "output"
+    arguments = options(captioned_images, output, "DATA.NUM_WORKERS", workers)
+    process = subprocess.Popen(
+        command(*arguments), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.time() + 120
+    while not (output / "last_checkpoint").exists() and time.time() < deadline:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (output / "model_final.pth").exists(), "the run ended before it could be killed"
+
+    done = run("--resume", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "Resumed after iteration" in (output / "log.txt").read_text()
+    whole, resumed = final_model(finished_run), final_model(output)
+    assert whole.keys() == resumed.keys()
+    for name in whole:
+        assert torch.equal(whole[name], resumed[name]), name
+
+
+def test_evaluation_alone_repeats_the_last_validation(captioned_images, finished_run, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in finished_run.glob("*.pth")}
+    done = run("--eval-only", *options(captioned_images, finished_run))
+    assert done.returncode == 0, done.stderr
+    last = [line["val/loss"] for line in metrics(finished_run) if "val/loss" in line][-1]
+    assert f"loss: {last:.4g} " in done.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in finished_run.glob("*.pth")}
+
+
+def test_evaluation_without_weights_is_refused(captioned_images, finished_run, tmp_path):
+    done = run(
+        "--eval-only",
+        *options(
+            captioned_images, tmp_path / "none", "DATA.TOKENIZER", finished_run / "tokenizer.model"
+        ),
+    )
+    assert_refused(done, "nothing to evaluate")
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_tensor(
+    captioned_images, finished_run, tmp_path
+):
+    done = run(
+        *options(
+            captioned_images,
+            tmp_path / "output",
+            "MODEL.WEIGHTS",
+            finished_run / "model_final.pth",
+            "MODEL.TEXTUAL.HIDDEN_SIZE",
+            128,
+        )
+    )
+    assert_refused(done, "textual.visual_projection.weight has shape (64, 512)")
+
+
+def test_a_folder_with_another_run_is_refused_without_resume(captioned_images, finished_run):
+    done = run(*options(captioned_images, finished_run))
+    assert_refused(done, str(finished_run), "--resume")
+
+
+def test_a_truncated_image_is_skipped_with_a_count_and_many_are_refused(captioned_images, tmp_path):
+    data = tmp_path / "data"
+    write_captioned_images(data, 24)
+    write_captioned_images(data, 3, "val")
+    broken = data / "train" / "7.jpg"
+    broken.write_bytes(broken.read_bytes()[:300])
+    done = run(*options(data, tmp_path / "few", "DATA.MAX_SKIPPED_SHARE", 0.05))
+    assert done.returncode == 0, done.stderr
+    log = (tmp_path / "few" / "log.txt").read_text()
+    assert str(broken) in log
+    assert "images_skipped: 1" in log
+
+    done = run(*options(data, tmp_path / "none", "DATA.MAX_SKIPPED_SHARE", 0.0))
+    assert_refused(done, "7.jpg", "1 of 24", "DATA.MAX_SKIPPED_SHARE")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_by_name(captioned_images, tmp_path):
+    done = run(
+        *options(
+            captioned_images,
+            tmp_path / "output",
+            "SOLVER.CNN_LR",
+            1e30,
+            "SOLVER.BASE_LR",
+            1e30,
+            "SOLVER.CLIP_GRAD_NORM",
+            0.0,
+        )
+    )
+    assert_refused(done, "SOLVER.CNN_LR")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (("MODEL.OBJECTVE", "captioning"), "MODEL.OBJECTIVE"),
+        (("SOLVER.MAX_ITER", "many"), "SOLVER.MAX_ITER"),
+        (("SOLVER.WARMUP_ITERS", 12), "SOLVER.WARMUP_ITERS"),
+        (("SOLVER.AMP.DTYPE", "float16"), "needs a GPU"),
+        (("DATA.TRAIN_CAPTIONS", ""), "DATA.TRAIN_CAPTIONS"),
+        (("DATA.TRAIN_CAPTIONS", "absent.json"), "absent.json"),
+        (("MODEL.WEIGHTS", "absent.pth"), "absent.pth"),
+    ],
+)
+def test_bad_input_is_one_clear_line(captioned_images, tmp_path, changes, message):
+    done = run(*options(captioned_images, tmp_path / "output", *changes))
+    assert_refused(done, message)
+
+
+def assert_refused(done: subprocess.CompletedProcess, *messages: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert "error: " in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    for message in messages:
+        assert message in done.stderr

@@ -1,0 +1,30 @@
+#!/usr/bin/env python
+"""Pretrain a ResNet on captions; writes OUTPUT_DIR/backbone.safetensors.
+
+python tools/pretrain_net.py --config-file configs/pretrain/bicaptioning_R_50_L1_H1024.yaml \
+    DATA.TRAIN_CAPTIONS captions.json DATA.TRAIN_IMAGES images OUTPUT_DIR output
+"""
+
+from pretrain.config import get_pretrain_cfg
+from pretrain.trainer import PretrainTrainer
+from virtex_d2.runtime.config import load_config
+from virtex_d2.runtime.errors import exit_on_input_error
+from virtex_d2.runtime.launch import launch
+from virtex_d2.runtime.setup import argument_parser, setup_run
+
+
+def main(args) -> None:
+    cfg = load_config(get_pretrain_cfg(), args.config_file, args.opts)
+    setup_run(cfg, args)
+    trainer = PretrainTrainer(cfg, with_training_data=not args.eval_only)
+    if args.eval_only:
+        trainer.load_for_evaluation()
+        trainer.evaluate()
+    else:
+        trainer.resume_or_load(resume=args.resume)
+        trainer.train()
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        launch(main, argument_parser(__doc__).parse_args())

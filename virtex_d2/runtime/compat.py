@@ -1,0 +1,319 @@
+"""The one place that bridges detectron2's versions and today's torch, numpy, Pillow, setuptools.
+
+detectron2 v0.6 (November 2021, also what PyPI has, as pure Python) and the newer official build of
+its main branch both work with what `BRIDGES` lists. Each bridge looks whether it is needed and does
+nothing where it is not. It looks at the moment when the module that it mends is imported, so that
+importing `virtex_d2` imports nothing heavy; a module that is loaded already is looked at at once.
+"""
+
+import functools
+import importlib.machinery
+import importlib.util
+import logging
+import os
+import random
+import sys
+import types
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+INSTALL_HELP = """\
+virtex_d2 needs detectron2, and no usable one is installed here ({found}). Any of these will do:
+  make environment                    the project's own environment in .venv, complete
+  tools/install_detectron2.sh PYTHON  detectron2 0.6, pure Python, for an interpreter with torch
+  the official build                  as INSTALL.md in detectron2's repository says
+docs/install.md has the details, and the way without internet."""
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """One known break, and what mends it.
+
+    Attributes:
+        name: how the log and the tests call it.
+        module: whose import is the moment to look; "" is at once.
+        reason: what breaks, for whom.
+        needed: whether it breaks here.
+        apply: mends it.
+    """
+
+    name: str
+    module: str
+    reason: str
+    needed: Callable[[], bool]
+    apply: Callable[[], None]
+
+
+class _MissingOps(types.ModuleType):
+    """In the place of `detectron2._C` where it was not compiled: imports, and says why on use."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "detectron2._C", "detectron2's compiled ops, absent from this environment."
+        )
+        self.__spec__ = importlib.machinery.ModuleSpec("detectron2._C", loader=None)
+        self.get_compiler_version = lambda: "not compiled"
+        self.get_cuda_version = lambda: "not compiled"
+        self.has_cuda = lambda: False
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("__"):
+            raise AttributeError(f"module 'detectron2._C' has no attribute '{name}'")
+
+        def refuse(*args: Any, **kwargs: Any) -> None:
+            raise NotImplementedError(
+                f"detectron2._C.{name} needs detectron2's compiled ops (deformable convolution, "
+                "rotated boxes, the fast COCO evaluation), and this detectron2 is pure Python. "
+                "Install the official build for them."
+            )
+
+        return refuse
+
+
+def has_compiled_ops() -> bool:
+    """Whether this environment's detectron2 has its compiled extension `detectron2._C`."""
+    loaded = sys.modules.get("detectron2._C")
+    if loaded is not None:
+        return not isinstance(loaded, _MissingOps)
+    spec = importlib.util.find_spec("detectron2")
+    locations = spec.submodule_search_locations if spec else None
+    # PathFinder and not importlib.util.find_spec, which would import detectron2 and with it torch.
+    return bool(
+        locations and importlib.machinery.PathFinder.find_spec("detectron2._C", list(locations))
+    )
+
+
+def _provide_missing_ops() -> None:
+    sys.modules["detectron2._C"] = _MissingOps()
+
+
+def _provide_pkg_resources() -> None:
+    def resource_filename(package_or_requirement: str, resource_name: str) -> str:
+        spec = importlib.util.find_spec(package_or_requirement)
+        return os.path.join(spec.submodule_search_locations[0], *resource_name.split("/"))
+
+    module = types.ModuleType("pkg_resources", "The one function of it that detectron2 calls.")
+    # importlib.util.find_spec() raises on a loaded module without one.
+    module.__spec__ = importlib.machinery.ModuleSpec("pkg_resources", loader=None)
+    module.resource_filename = resource_filename
+    sys.modules["pkg_resources"] = module
+
+
+_NUMPY_ALIASES = {"bool": bool, "int": int, "float": float, "str": str, "object": object}
+
+
+def _numpy_lacks_aliases() -> bool:
+    # vars() and not hasattr(): numpy warns when a removed alias is asked for.
+    return not vars(sys.modules["numpy"]).keys() >= _NUMPY_ALIASES.keys()
+
+
+def _add_numpy_aliases() -> None:
+    numpy = sys.modules["numpy"]
+    for name, builtin in _NUMPY_ALIASES.items():
+        if name not in vars(numpy):
+            setattr(numpy, name, builtin)
+
+
+def _pillow_lacks_linear() -> bool:
+    return not hasattr(sys.modules["PIL.Image"], "LINEAR")
+
+
+def _add_pillow_linear() -> None:
+    sys.modules["PIL.Image"].LINEAR = sys.modules["PIL.Image"].BILINEAR
+
+
+def _scheduler_hook_forgets_state() -> bool:
+    import torch
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    return not sys.modules["detectron2.engine.hooks"].LRScheduler(scheduler=scheduler).state_dict()
+
+
+def _alias_scheduler_base() -> None:
+    import torch
+
+    torch.optim.lr_scheduler._LRScheduler = torch.optim.lr_scheduler.LRScheduler
+
+
+def _map_dataset_cannot_fall_back() -> bool:
+    dataset = sys.modules["detectron2.data.common"].MapDataset([None, "sample"], lambda item: item)
+    try:
+        return dataset[0] != "sample"
+    except TypeError:
+        return True
+
+
+class SetSampler(random.Random):
+    """random.Random whose `sample` takes a set, as it did before Python 3.11."""
+
+    def sample(self, population: Iterable, k: int, **kwargs: Any) -> list:
+        if isinstance(population, (set, frozenset)):
+            population = tuple(population)
+        return super().sample(population, k, **kwargs)
+
+
+def _let_map_dataset_fall_back() -> None:
+    map_dataset = sys.modules["detectron2.data.common"].MapDataset
+    original = map_dataset.__init__
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self._rng = SetSampler(42)  # detectron2's own seed
+
+    map_dataset.__init__ = init
+
+
+def _fast_coco_evaluation_is_missing() -> bool:
+    module = sys.modules["detectron2.evaluation.coco_evaluation"]
+    return not has_compiled_ops() and module.COCOeval_opt is not module.COCOeval
+
+
+def _use_official_coco_evaluation() -> None:
+    module = sys.modules["detectron2.evaluation.coco_evaluation"]
+    module.COCOeval_opt = module.COCOeval
+
+
+def _let_cpu_models_be_distributed() -> None:
+    defaults = sys.modules["detectron2.engine.defaults"]
+    original = defaults.create_ddp_model
+
+    @functools.wraps(original)
+    def create_ddp_model(model: Any, **kwargs: Any) -> Any:
+        if all(parameter.device.type == "cpu" for parameter in model.parameters()):
+            kwargs.setdefault("device_ids", None)
+        return original(model, **kwargs)
+
+    defaults.create_ddp_model = create_ddp_model
+
+
+BRIDGES = (
+    Bridge(
+        name="compiled ops",
+        module="",
+        reason="v0.6 imports detectron2._C everywhere; its PyPI package has no compiled part. The "
+        "ops that Mask R-CNN needs come from torchvision",
+        needed=lambda: "detectron2._C" not in sys.modules and not has_compiled_ops(),
+        apply=_provide_missing_ops,
+    ),
+    Bridge(
+        name="pkg_resources",
+        module="",
+        reason="setuptools 82 dropped it; detectron2.model_zoo asks it for the path of a config",
+        needed=lambda: importlib.util.find_spec("pkg_resources") is None,
+        apply=_provide_pkg_resources,
+    ),
+    Bridge(
+        name="numpy aliases",
+        module="numpy",
+        reason="numpy 1.24 dropped np.bool, np.int, np.float, np.str, np.object (2.0 brought back "
+        "np.bool alone); v0.6 and lvis 0.5.3 use them",
+        needed=_numpy_lacks_aliases,
+        apply=_add_numpy_aliases,
+    ),
+    Bridge(
+        name="Pillow LINEAR",
+        module="PIL.Image",
+        reason="Pillow 10 dropped the name for BILINEAR; v0.6's transforms use it",
+        needed=_pillow_lacks_linear,
+        apply=_add_pillow_linear,
+    ),
+    Bridge(
+        name="scheduler state",
+        module="detectron2.engine.hooks",
+        reason="torch 2 renamed the schedulers' base class; v0.6's hook no longer recognises "
+        "torch's own schedulers, and forgets their position on resume",
+        needed=_scheduler_hook_forgets_state,
+        apply=_alias_scheduler_base,
+    ),
+    Bridge(
+        name="dataset fallback",
+        module="detectron2.data.common",
+        reason="Python 3.11 samples from no set; MapDataset does, where a mapper skips a record",
+        needed=_map_dataset_cannot_fall_back,
+        apply=_let_map_dataset_fall_back,
+    ),
+    Bridge(
+        name="COCO evaluation",
+        module="detectron2.evaluation.coco_evaluation",
+        reason="COCOEvaluator's default is the compiled evaluation; pycocotools gives the same AP",
+        needed=_fast_coco_evaluation_is_missing,
+        apply=_use_official_coco_evaluation,
+    ),
+    Bridge(
+        name="distributed CPU models",
+        module="detectron2.engine.defaults",
+        reason="create_ddp_model gives device_ids, which DistributedDataParallel refuses on a CPU; "
+        "no version of detectron2 differs",
+        needed=lambda: True,
+        apply=_let_cpu_models_be_distributed,
+    ),
+)
+
+applied: list[str] = []
+"""Names of the bridges that were needed so far, in the order of their application."""
+
+_waiting: dict[str, list[Bridge]] = {}
+
+
+def apply() -> None:
+    """Check that detectron2 is there, and set every bridge up. Doing it twice changes nothing.
+
+    Raises:
+        ImportError: there is no detectron2; the message says how to install it.
+    """
+    _require_detectron2()
+    if any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        return
+    sys.meta_path.insert(0, _AfterImport())
+    for bridge in BRIDGES:
+        if not bridge.module or bridge.module in sys.modules:
+            _bridge(bridge)
+        else:
+            _waiting.setdefault(bridge.module, []).append(bridge)
+
+
+def _bridge(bridge: Bridge) -> None:
+    if bridge.needed():
+        bridge.apply()
+        applied.append(bridge.name)
+        logger.debug("bridge applied: %s (%s)", bridge.name, bridge.reason)
+
+
+def _require_detectron2() -> None:
+    spec = importlib.util.find_spec("detectron2")
+    if spec is None:
+        raise ImportError(INSTALL_HELP.format(found="no package of that name"))
+    if spec.origin is None:  # a namespace package: some folder that happens to have the name
+        folder = next(iter(spec.submodule_search_locations))
+        raise ImportError(INSTALL_HELP.format(found=f"only a folder of that name, {folder}"))
+
+
+class _AfterImport:
+    """An import hook: runs the bridges of a module right after the module's own code.
+
+    The module is found and loaded by whoever would have done it; only `exec_module` of its own
+    loader is followed by the bridges.
+    """
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        bridges = _waiting.pop(name, None)
+        if bridges is None:
+            return None
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            _waiting[name] = bridges
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_then_bridge(module: types.ModuleType) -> None:
+            execute(module)
+            for bridge in bridges:
+                _bridge(bridge)
+
+        spec.loader.exec_module = execute_then_bridge
+        return spec

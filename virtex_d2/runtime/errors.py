@@ -1,0 +1,49 @@
+"""The one error that users cause, and how the tools report it."""
+
+import contextlib
+import difflib
+import sys
+from collections.abc import Iterable, Iterator
+
+
+class InputError(ValueError):
+    """Something that the user gave is wrong: a file, a record, a config key, a flag.
+
+    The message names the file and the record or key, what was found, what was expected and what to
+    do. Tools print it as one `error: ...` line and exit with code 2.
+    """
+
+
+@contextlib.contextmanager
+def exit_on_input_error() -> Iterator[None]:
+    """Turn an `InputError` into `error: <message>` on stderr and exit code 2, without a traceback.
+
+    Works as a context manager and as a decorator of a tool's `main`.
+
+    Raises:
+        SystemExit: with code 2, where the body raised an `InputError`.
+    """
+    try:
+        yield
+    except InputError as error:
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: " Did you mean 'X'?", or "".
+
+    Args:
+        name: what was found, e.g. "SOLVER.BASE_LRR".
+        candidates: what would have been valid. Case is ignored. A dotted key also counts as near
+            when its last part is: "BASE_LR" suggests "SOLVER.BASE_LR".
+    """
+    spelled = {candidate.lower(): candidate for candidate in candidates}
+    close = difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=0.6)
+    if not close:
+        by_last_part = {key.rpartition(".")[2]: key for key in spelled}
+        last_part = name.lower().rpartition(".")[2]
+        matches = difflib.get_close_matches(last_part, by_last_part, n=1, cutoff=0.75)
+        close = [by_last_part[match] for match in matches]
+    return f" Did you mean '{spelled[close[0]]}'?" if close else ""

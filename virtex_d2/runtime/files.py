@@ -1,0 +1,186 @@
+"""Read and write tensors: files appear whole or not at all, and loading one never runs code."""
+
+import contextlib
+import hashlib
+import os
+import pickle
+import re
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .errors import InputError
+
+# Files that are being written. A killed process leaves its one behind; the name tells what it is.
+TEMPORARY_PREFIX = ".tmp-"
+
+
+@contextlib.contextmanager
+def atomic_path(dest: str | os.PathLike, overwrite: bool = True) -> Iterator[Path]:
+    """Write a file so that `dest` is either the old file or the whole new one, also after a kill.
+
+    Yields a path in the folder of `dest` (created where absent), with the same suffix, for the body
+    to create. When the body succeeds, the file is flushed to disk and renamed to `dest`; when it
+    fails, the file is removed.
+
+    Raises:
+        InputError: `dest` exists and `overwrite` is False.
+        FileNotFoundError: the body did not create the file.
+    """
+    dest = Path(dest)
+    _refuse_existing(dest, overwrite)
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    token = uuid.uuid4().hex[:12]
+    temporary = dest.with_name(f"{TEMPORARY_PREFIX}{dest.stem}-{token}{dest.suffix}")
+    try:
+        yield temporary
+        _fsync(temporary)
+        _refuse_existing(dest, overwrite)
+        os.replace(temporary, dest)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _fsync(dest.parent)  # the rename itself
+
+
+def write_safetensors(
+    path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write named tensors (any shape and device) and string metadata, atomically."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata=dict(metadata))
+
+
+def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read a safetensors file: tensors on the CPU by name, and the metadata ({} where none).
+
+    Raises:
+        InputError: no such file, or not a whole safetensors file.
+    """
+    _require_file(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path}: expected a safetensors file, but it is truncated or of another format "
+            f"({error}). Copy or export it again."
+        ) from error
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a torch checkpoint (.pth) onto the CPU; it may hold tensors and plain values only.
+
+    Raises:
+        InputError: no such file, a truncated one, one that is no checkpoint, or one with Python
+            objects in it, which could run code on loading.
+    """
+    _require_file(path)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(_unpickling_message(path, str(error))) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = next(iter(str(error).splitlines()), "it is empty")
+        raise InputError(
+            f"{path}: expected a torch checkpoint, but it is truncated or of another format "
+            f"({reason}). Copy it again, or resume from an older one."
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise InputError(
+            f"{path}: expected a checkpoint (a dict), found a {type(checkpoint).__name__}"
+        )
+    return checkpoint
+
+
+def read_numpy_pickle(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a .pkl of the detectron2 model zoo (numpy arrays by name, latin-1), and nothing else.
+
+    Raises:
+        InputError: no such file, no whole pickle, or one that holds other than plain values and
+            numpy arrays.
+    """
+    _require_file(path)
+    with open(path, "rb") as file:
+        try:
+            data = _NumpyUnpickler(file, encoding="latin1").load()
+        except (pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError) as error:
+            raise InputError(
+                f"{path}: expected a pickle of numpy arrays by name, but it is truncated or holds "
+                f"something else ({error}). Nothing of it was loaded."
+            ) from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: expected a dict of arrays, found a {type(data).__name__}")
+    return data
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# What rebuilds numpy arrays from a pickle, under numpy 1's and numpy 2's names.
+_NUMPY_GLOBALS = (
+    {
+        (f"numpy{core}.multiarray", name)
+        for core in (".core", "._core")
+        for name in ("_reconstruct", "scalar")
+    }
+    | {(f"numpy{core}.numeric", "_frombuffer") for core in (".core", "._core")}
+    | {
+        ("numpy", "dtype"),
+        ("numpy", "ndarray"),
+        ("collections", "OrderedDict"),
+        ("_codecs", "encode"),
+    }
+)
+
+
+class _NumpyUnpickler(pickle.Unpickler):
+    """Builds plain values and numpy arrays, and refuses every other name in the pickle."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _NUMPY_GLOBALS:
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which could run code")
+        return super().find_class(module, name)
+
+
+def _unpickling_message(path: str | os.PathLike, reason: str) -> str:
+    refused = re.search(r"GLOBAL (\S+)", reason)
+    if not refused:
+        return f"{path}: expected a torch checkpoint, found something else. Is it the right file?"
+    return (
+        f"{path}: refused, because besides tensors it holds Python objects ({refused.group(1)}), "
+        "and loading such a file can run any code. Save its state dict alone, where it was "
+        "trained: torch.save({'model': model.state_dict()}, path)."
+    )
+
+
+def _refuse_existing(dest: Path, overwrite: bool) -> None:
+    if not overwrite and dest.exists():
+        raise InputError(f"{dest}: exists already. Choose another name, or remove it first.")
+
+
+def _require_file(path: str | os.PathLike) -> None:
+    if not os.path.isfile(path):
+        found = "a folder" if os.path.isdir(path) else "nothing"
+        raise InputError(f"{path}: expected a file, found {found} there. Check the path.")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
