@@ -255,9 +255,14 @@ class PretrainTrainer(TrainerBase):
 
         gathered = comm.all_gather((sums, predicted, skipped))
         predicted = sum(part[1] for part in gathered)
+        if not predicted:
+            raise InputError(
+                f"{self.cfg.DATA.VAL_CAPTIONS}: none of its images in {self.cfg.DATA.VAL_IMAGES} "
+                "can be decoded, so that there is nothing to validate on. Replace them."
+            )
+        names = dict.fromkeys(name for part in gathered for name in part[0])
         losses = {
-            name: sum(part[0].get(name, 0.0) for part in gathered) / predicted
-            for name in gathered[0][0]
+            name: sum(part[0].get(name, 0.0) for part in gathered) / predicted for name in names
         }
         results = {"loss": sum(losses.values()), **losses}
         for name, loss in losses.items():

@@ -176,6 +176,13 @@ def test_each_epoch_shows_every_image_once_in_its_own_order(records, tokenizer):
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
+def test_orders_of_epochs_past_do_not_pile_up(records, tokenizer):
+    dataset = training(records, tokenizer)
+    for epoch in range(6):
+        dataset._order(epoch)
+    assert list(dataset._orders) == [4, 5]
+
+
 def test_a_visit_draws_any_of_the_captions(records, tokenizer):
     dataset = training(records[4:5], tokenizer)  # five captions
     drawn = Counter(

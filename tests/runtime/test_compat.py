@@ -126,14 +126,20 @@ def test_nothing_of_detectron2_is_touched_where_it_is_the_newer_official_build(r
         from detectron2.evaluation import coco_evaluation
         from detectron2 import _C
         import pkg_resources, torch
-        # The one break that every version has.
-        assert compat.applied == ["distributed CPU models"], compat.applied
+        # The two that every version needs.
+        assert compat.applied == ["torch.jit warnings", "distributed CPU models"], compat.applied
         assert _C.COMPILED and compat.has_compiled_ops() and pkg_resources.REAL
         assert coco_evaluation.COCOeval_opt is not coco_evaluation.COCOeval
         assert torch.optim.lr_scheduler._LRScheduler is not torch.optim.lr_scheduler.LRScheduler
     """,
         first_on_path=tmp_path,
     )
+
+
+def test_importing_detectron2_prints_no_warnings_of_torch_jit(run_python):
+    result = run_python("-c", "import virtex_d2, detectron2.modeling")
+    assert result.returncode == 0
+    assert "torch.jit" not in result.stderr
 
 
 class TestCompiledOps:

@@ -14,6 +14,7 @@ import os
 import random
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -100,6 +101,10 @@ def _provide_pkg_resources() -> None:
     module.__spec__ = importlib.machinery.ModuleSpec("pkg_resources", loader=None)
     module.resource_filename = resource_filename
     sys.modules["pkg_resources"] = module
+
+
+def _silence_scripting() -> None:
+    warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
 
 
 _NUMPY_ALIASES = {"bool": bool, "int": int, "float": float, "str": str, "object": object}
@@ -206,6 +211,14 @@ BRIDGES = (
         reason="setuptools 82 dropped it; detectron2.model_zoo asks it for the path of a config",
         needed=lambda: importlib.util.find_spec("pkg_resources") is None,
         apply=_provide_pkg_resources,
+    ),
+    Bridge(
+        name="torch.jit warnings",
+        module="",
+        reason="v0.6 and main script two small functions when imported, and torch 2.15 warns of "
+        "torch.jit.script each time: lines on stderr about nothing that a user could change",
+        needed=lambda: True,
+        apply=_silence_scripting,
     ),
     Bridge(
         name="numpy aliases",

@@ -1,0 +1,46 @@
+#!/usr/bin/env python
+"""The whole line on a synthetic captioned world: captions in, detector out, and a report.
+
+python tools/demo.py --output demo
+
+A demo that was stopped goes on where it was with the same command. What is complete is kept: the
+same command with more --seeds runs only the new ones.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from virtex_d2.demo.main import run_demo
+from virtex_d2.demo.runner import StageFailedError
+from virtex_d2.runtime.errors import exit_on_input_error
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", default="demo", help="folder of the demo (default: demo)")
+    parser.add_argument(
+        "--scale",
+        type=float,
+        default=os.environ.get("DEMO_SCALE") or 1.0,
+        help="times the default iterations (default: $DEMO_SCALE or 1: minutes on two cores)",
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="repetitions, for a mean and a spread (default: 1)"
+    )
+    args = parser.parse_args()
+    try:
+        run_demo(Path(__file__).resolve().parents[1], Path(args.output), args.scale, args.seeds)
+    except StageFailedError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on from here.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()

@@ -1,0 +1,43 @@
+"""The keys that VirTex-D2 adds to detectron2's config, and the defaults that it changes."""
+
+from detectron2.config import CfgNode as CN  # noqa: N817 - as in detectron2
+
+
+def add_virtex_config(cfg: CN) -> None:
+    """Add VIRTEX.* and the defaults that caption-pretrained backbones want, in place.
+
+        cfg = get_cfg()
+        add_virtex_config(cfg)
+
+    Preprocessing is torchvision's, as in pretraining: RGB, its mean and std on the scale 0-255,
+    stride in the 3x3 convolution. The whole backbone is trained (VirTex, arXiv 2006.06666).
+    """
+    cfg.VIRTEX = CN()
+    # Data sets to register before the run: [[name, type, annotation file, image folder], ...].
+    # Types: those of `virtex_d2.data.catalog.TYPES`. Paths may hold environment variables;
+    # $DETECTRON2_DATASETS is "datasets" where it is not set, as in detectron2.
+    cfg.VIRTEX.DATASETS = []
+    # The fraction of the training images that may be undecodable. They are named, counted and
+    # replaced by others; with more of them the run stops.
+    cfg.VIRTEX.MAX_SKIPPED_SHARE = 0.01
+    # The fraction of a data set's annotations whose box may be empty or outside its image. They are
+    # named, and detectron2 clips or drops them; with more of them the run does not start. COCO's
+    # official training file has two such boxes among 860 001.
+    cfg.VIRTEX.MAX_BAD_BOX_SHARE = 0.0001
+    # Keep activations as (N, H, W, C) in memory: faster with SOLVER.AMP on CPUs and on GPUs.
+    cfg.VIRTEX.CHANNELS_LAST = False
+
+    # "auto" is CUDA where there is a device, else the CPU; the choice is logged.
+    cfg.MODEL.DEVICE = "auto"
+    # "": random; a backbone file (.safetensors); or a detector's checkpoint (.pth, .pkl).
+    cfg.MODEL.WEIGHTS = ""
+    # Number of classes; -1: as many as the data sets have categories.
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = -1
+    # Number of backbone stages that are not trained, the stem first; their norms are FrozenBN.
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
+    cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
+    cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]
+    cfg.INPUT.FORMAT = "RGB"
+    # Seeds initialisation, data order and augmentation. Negative: drawn, and logged.
+    cfg.SEED = 0

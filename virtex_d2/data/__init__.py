@@ -1,0 +1,1 @@
+"""Data sets for detectors, and a synthetic captioned world."""

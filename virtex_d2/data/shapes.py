@@ -1,0 +1,146 @@
+"""A synthetic captioned world: an endless, seeded source of images, masks and captions.
+
+For the demo and the tests, where no photographs are. Every random number comes from numpy's
+`RandomState`, whose stream is frozen, and pixels are made by integer arithmetic (see
+`shapes_draw`), so that a seed gives the same scenes on every machine.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from virtex_d2.runtime.errors import InputError
+
+from . import shapes_draw
+from .shapes_captions import Caption, write_captions
+from .shapes_draw import CLASSES, COLORS, PATTERNS
+
+SIZES = ("small", "medium", "large")
+# Radius of an object by its size, in percent of the image's side.
+_RADII = {"small": (9, 12), "medium": (14, 18), "large": (21, 26)}
+SMALLEST, LARGEST = 64, 512  # pixels
+MOST_OBJECTS = 6
+# An object whose visible share (percent) would fall below this is not painted over.
+_LEAST_VISIBLE = 60
+_TRIES = 12
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One object as it is seen.
+
+    Attributes:
+        name, color, size, pattern: words from CLASSES, COLORS, SIZES and PATTERNS.
+        center: (x, y) in pixels.
+        mask: (H, W) bool, the visible pixels.
+        box: (x, y, width, height) around them, in pixels.
+        covers: indices of objects that it partly hides.
+    """
+
+    name: str
+    color: str
+    size: str
+    pattern: str
+    center: tuple[int, int]
+    mask: np.ndarray
+    box: tuple[int, int, int, int]
+    covers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An image with what is in it.
+
+    Attributes:
+        image: (H, W, 3) uint8, RGB.
+        objects: from the back to the front.
+        captions: five, each with the claims that it makes.
+    """
+
+    image: np.ndarray
+    objects: tuple[SceneObject, ...]
+    captions: tuple[Caption, ...]
+
+
+def render(seed: int, index: int, size: int = 128, max_objects: int = MOST_OBJECTS) -> Scene:
+    """Image `index` of the world `seed`: a pure function of its arguments.
+
+    Args:
+        seed, index: not negative.
+        size: side of the square image in pixels, 64 to 512.
+        max_objects: at most so many objects, 1 to 6.
+
+    Raises:
+        InputError: an argument is out of its range.
+    """
+    _check_range("size", size, SMALLEST, LARGEST)
+    _check_range("max_objects", max_objects, 1, MOST_OBJECTS)
+    _check_range("seed", seed, 0, None)
+    _check_range("index", index, 0, None)
+    rng = _generator("scene", seed, index, size, max_objects)
+    canvas = shapes_draw.background(rng, size)
+    objects = _place_objects(rng, canvas, size, rng.randint(1, max_objects + 1))
+    image = shapes_draw.finish(rng, canvas)
+    captions = write_captions(_generator("captions", seed, index, size, max_objects), objects, size)
+    return Scene(image, objects, captions)
+
+
+def _place_objects(
+    rng: np.random.RandomState, canvas: np.ndarray, size: int, count: int
+) -> tuple[SceneObject, ...]:
+    """Paint up to `count` objects onto the canvas, each where it hides none too much."""
+    painted: list[dict] = []
+    for _ in range(count):
+        for _ in range(_TRIES):
+            word = SIZES[rng.randint(len(SIZES))]
+            low, high = _RADII[word]
+            radius = size * rng.randint(low, high + 1) // 100
+            center = tuple(int(v) for v in rng.randint(radius, size - radius + 1, size=2))
+            name = CLASSES[rng.randint(len(CLASSES))]
+            mask = shapes_draw.rasterize(name, center, radius, rng.randint(-25, 26), size)
+            hidden = [np.count_nonzero(other["mask"] & mask) for other in painted]
+            if all(
+                100 * (np.count_nonzero(other["mask"]) - lost) >= _LEAST_VISIBLE * other["area"]
+                for other, lost in zip(painted, hidden)
+            ):
+                break
+        else:
+            continue  # the image is full
+        color = list(COLORS)[rng.randint(len(COLORS))]
+        pattern = PATTERNS[rng.randint(len(PATTERNS))]
+        shapes_draw.fill(rng, canvas, mask, color, pattern, radius)
+        for other in painted:
+            other["mask"] &= ~mask
+        painted.append(
+            {
+                "name": name,
+                "color": color,
+                "size": word,
+                "pattern": pattern,
+                "center": center,
+                "mask": mask,
+                "area": np.count_nonzero(mask),
+                "covers": tuple(i for i, lost in enumerate(hidden) if lost),
+            }
+        )
+    for item in painted:
+        del item["area"]
+    return tuple(SceneObject(**item, box=_box(item["mask"])) for item in painted)
+
+
+def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+    x, y = int(columns[0]), int(rows[0])
+    return x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1
+
+
+def _generator(*key: object) -> np.random.RandomState:
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return np.random.RandomState(np.frombuffer(digest, "<u4"))
+
+
+def _check_range(name: str, value: int, low: int, high: int | None) -> None:
+    if value < low or (high is not None and value > high):
+        wanted = f"at least {low}" if high is None else f"{low} to {high}"
+        raise InputError(f"shapes: {name} is {value}; expected {wanted}.")

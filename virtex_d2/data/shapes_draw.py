@@ -1,0 +1,208 @@
+"""Pixels of the synthetic world, by integer arithmetic alone.
+
+Floating-point routines differ in the last bit between processors and library versions; integers do
+not. The one use of floats is the table of outlines below, rounded to 1/1024 of a radius.
+"""
+
+import math
+
+import numpy as np
+
+COLORS = {
+    "red": (205, 45, 45),
+    "green": (45, 165, 65),
+    "blue": (50, 85, 215),
+    "yellow": (225, 205, 55),
+    "purple": (140, 60, 175),
+    "orange": (235, 130, 40),
+    "pink": (240, 140, 190),
+    "cyan": (60, 200, 205),
+    "white": (238, 238, 238),
+    "black": (28, 28, 28),
+}
+PATTERNS = ("plain", "striped", "checkered", "dotted")
+
+_UNIT = 1024  # outlines: parts of a radius
+_SUB = 16  # rasterizing: parts of a pixel
+_COLOR_JITTER = 18
+_NOISE = (4, 22)
+
+
+def _points(count: int, radii: tuple[float, ...], start: float = -90) -> list[tuple[float, float]]:
+    """Points around a circle, clockwise from `start` degrees, at alternating radii."""
+    turns = [math.radians(start + 360 * i / count) for i in range(count)]
+    return [
+        (radii[i % len(radii)] * math.cos(t), radii[i % len(radii)] * math.sin(t))
+        for i, t in enumerate(turns)
+    ]
+
+
+def _heart() -> list[tuple[float, float]]:
+    turns = [2 * math.pi * i / 36 for i in range(36)]
+    return [
+        (
+            math.sin(t) ** 3,
+            -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 17,
+        )
+        for t in turns
+    ]
+
+
+def _crescent() -> list[tuple[float, float]]:
+    outer = [(math.cos(t), math.sin(t)) for t in (math.radians(a) for a in range(50, 311, 10))]
+    inner = [
+        (0.36 + 0.82 * math.cos(t), 0.82 * math.sin(t))
+        for t in (math.radians(a) for a in range(290, 69, -10))
+    ]
+    return outer + inner
+
+
+def _cross(arm: float) -> list[tuple[float, float]]:
+    quarter = [(-arm, -1), (arm, -1), (arm, -arm)]
+    points = []
+    for _ in range(4):
+        points += quarter
+        quarter = [(-y, x) for x, y in quarter]
+    return points
+
+
+_CIRCLE = _points(48, (1,))
+_ARROW = [(0, -1), (0.8, -0.1), (0.3, -0.1), (0.3, 1), (-0.3, 1), (-0.3, -0.1), (-0.8, -0.1)]
+
+# Contours by class, in radii; a point inside an odd number of contours belongs to the shape.
+_OUTLINES = {
+    "circle": [_CIRCLE],
+    "square": [_points(4, (1,), -45)],
+    "triangle": [_points(3, (1,))],
+    "diamond": [[(0.62 * x, y) for x, y in _points(4, (1,))]],
+    "pentagon": [_points(5, (1,))],
+    "star": [_points(10, (1, 0.42))],
+    "cross": [_cross(0.3)],
+    "ring": [_CIRCLE, [(0.55 * x, 0.55 * y) for x, y in _CIRCLE]],
+    "heart": [_heart()],
+    "crescent": [_crescent()],
+    "arrow": [_ARROW],
+    "oval": [[(x, 0.5 * y) for x, y in _CIRCLE]],
+    "frame": [_points(4, (1,), -45), _points(4, (0.58,), -45)],
+    "bolt": [
+        [(0.1, -1), (-0.6, 0.15), (-0.05, 0.15), (-0.3, 1), (0.6, -0.25), (0.05, -0.25), (0.5, -1)]
+    ],
+}
+CLASSES = tuple(_OUTLINES)
+_TABLE = {
+    name: [np.array([[round(_UNIT * v) for v in point] for point in contour]) for contour in shape]
+    for name, shape in _OUTLINES.items()
+}
+_COS = [round(_UNIT * math.cos(math.radians(a))) for a in range(360)]
+_SIN = [round(_UNIT * math.sin(math.radians(a))) for a in range(360)]
+
+
+def rasterize(
+    name: str, center: tuple[int, int], radius: int, degrees: int, size: int
+) -> np.ndarray:
+    """The mask of a shape: (size, size) bool, true where a pixel's centre is inside.
+
+    Args:
+        name: one of CLASSES.
+        center: (x, y) in pixels.
+        radius: in pixels.
+        degrees: turn, clockwise.
+        size: side of the image in pixels.
+    """
+    cos, sin = _COS[degrees % 360], _SIN[degrees % 360]
+    starts, ends = [], []
+    for contour in _TABLE[name]:
+        x, y = contour[:, 0], contour[:, 1]
+        turned = np.stack([x * cos - y * sin, x * sin + y * cos], axis=1)
+        points = turned * (radius * _SUB) // (_UNIT * _UNIT) + np.array(center) * _SUB
+        starts.append(points)
+        ends.append(np.roll(points, -1, axis=0))
+    (x0, y0), (x1, y1) = np.concatenate(starts).T, np.concatenate(ends).T
+    # each pixel row's centre line crosses some edges; left of a crossing is outside, right inside
+    centers = np.arange(size)[:, None] * _SUB + _SUB // 2
+    crosses = (y0 <= centers) != (y1 <= centers)
+    rows, edges = np.nonzero(crosses)
+    height = (y1 - y0)[edges]
+    run = (centers[rows, 0] - y0[edges]) * (x1 - x0)[edges]
+    crossing = x0[edges] + run // height
+    columns = np.clip(-((_SUB // 2 - crossing) // _SUB), 0, size)  # first centre at or behind it
+    toggles = np.zeros((size, size + 1), np.int64)
+    np.add.at(toggles, (rows, columns), 1)
+    return (np.cumsum(toggles, axis=1)[:, :size] & 1).astype(bool)
+
+
+def fill(
+    rng: np.random.RandomState,
+    canvas: np.ndarray,
+    mask: np.ndarray,
+    color: str,
+    pattern: str,
+    radius: int,
+) -> None:
+    """Paint a mask onto the canvas (H, W, 3) int32, in place, in two tones of a colour."""
+    jitter = rng.randint(-_COLOR_JITTER, _COLOR_JITTER + 1, size=3)
+    bright = np.clip(np.array(COLORS[color]) + jitter, 0, 255)
+    # the second tone of dark colours is lighter, of the others darker
+    dark = bright + 90 if color == "black" else bright * 55 // 100
+    rows, columns = np.nonzero(mask)
+    period = max(3, radius // 3)
+    if pattern == "striped":
+        second = (rows + columns * rng.randint(0, 2)) // period % 2 == 1
+    elif pattern == "checkered":
+        second = (rows // period + columns // period) % 2 == 1
+    elif pattern == "dotted":
+        y, x = rows % (2 * period) - period, columns % (2 * period) - period
+        second = 4 * (x * x + y * y) <= 3 * period * period // 2
+    else:
+        second = np.zeros(len(rows), bool)
+    canvas[rows, columns] = np.where(second[:, None], dark, bright)
+
+
+def background(rng: np.random.RandomState, size: int) -> np.ndarray:
+    """A textured canvas (size, size, 3) int32 with values 0 to 255: one of five families."""
+    first = rng.randint(50, 200, size=3)
+    second = np.clip(first + rng.randint(-70, 71, size=3), 0, 255)
+    rows, columns = np.mgrid[:size, :size]
+    family = rng.randint(5)
+    if family == 0:  # gradient, along a random direction
+        a, b = rng.randint(0, 5), rng.randint(1, 5)
+        share = (a * rows + b * columns) * 256 // ((a + b) * size)
+    elif family == 1:  # stripes
+        a, b = rng.randint(-2, 3), rng.randint(1, 3)
+        share = (a * rows + b * columns) // max(3, size * rng.randint(4, 12) // 100) % 2 * 256
+    elif family == 2:  # checkerboard
+        period = max(4, size * rng.randint(5, 14) // 100)
+        share = (rows // period + columns // period) % 2 * 256
+    elif family == 3:  # clouds
+        share = _value_noise(rng, size, int(2 ** rng.randint(2, 5)))
+    else:  # clouds of two scales
+        share = (_value_noise(rng, size, 4) * 2 + _value_noise(rng, size, 24)) // 3
+    return (first * (256 - share[..., None]) + second * share[..., None]) // 256
+
+
+def _value_noise(rng: np.random.RandomState, size: int, cells: int) -> np.ndarray:
+    """Smooth noise 0 to 256: a random grid of `cells` a side, interpolated; (size, size)."""
+    grid = rng.randint(0, 257, size=(cells + 1, cells + 1))
+    position = np.arange(size) * cells * 256 // size
+    cell, weight = position // 256, position % 256
+    weight = weight * weight * (3 * 256 - 2 * weight) // 65536  # smoothstep
+    along = grid[:, cell] * (256 - weight) + grid[:, cell + 1] * weight
+    rows = weight[:, None]
+    return (along[cell] * (256 - rows) + along[cell + 1] * rows) // 65536
+
+
+def finish(rng: np.random.RandomState, canvas: np.ndarray) -> np.ndarray:
+    """Blur (none or once) and noise, as a camera would; (H, W, 3) int32 -> uint8."""
+    if rng.randint(2):
+        for axis in (0, 1):
+            edge = np.concatenate(
+                [canvas.take([0], axis), canvas, canvas.take([-1], axis)], axis=axis
+            )
+            ahead, behind = np.split(edge, [2], axis)[1], np.split(edge, [-2], axis)[0]
+            canvas = (ahead + 2 * canvas + behind) // 4
+    strength = rng.randint(*_NOISE)
+    # the sum of two uniform bytes: a triangle, near enough to a normal distribution
+    noise = np.frombuffer(rng.bytes(2 * canvas.size), np.uint8).astype(np.int32)
+    noise = noise[: canvas.size] + noise[canvas.size :] - 255
+    canvas = canvas + noise.reshape(canvas.shape) * strength // 128
+    return np.clip(canvas, 0, 255).astype(np.uint8)
