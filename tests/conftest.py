@@ -57,6 +57,110 @@ def parity_cases() -> Path:
     return _optional_folder("PARITY_CASES", ROOT.parent / "shared" / "parity")
 
 
+# The smallest detectors that still have every part: heads and pyramid are thin, proposals few.
+_SMALL_DETECTOR = """\
+MODEL.DEVICE cpu MODEL.MASK_ON True
+MODEL.RPN.BATCH_SIZE_PER_IMAGE 16 MODEL.RPN.PRE_NMS_TOPK_TRAIN 50 MODEL.RPN.PRE_NMS_TOPK_TEST 50
+MODEL.RPN.POST_NMS_TOPK_TRAIN 20 MODEL.RPN.POST_NMS_TOPK_TEST 10
+MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 8 MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0
+MODEL.ROI_MASK_HEAD.CONV_DIM 16
+TEST.DETECTIONS_PER_IMAGE 5 TEST.PRECISE_BN.NUM_ITER 1
+INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64 DATALOADER.NUM_WORKERS 0
+SOLVER.IMS_PER_BATCH 2 SOLVER.BASE_LR 0.002 SOLVER.WARMUP_ITERS 0 SOLVER.STEPS (100,)
+SOLVER.MAX_ITER 2 SEED 1"""
+_SMALL = {
+    "FPN": """\
+MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64 MODEL.FPN.OUT_CHANNELS 16
+MODEL.ANCHOR_GENERATOR.SIZES [[8],[16],[32],[64],[128]]
+MODEL.ROI_BOX_HEAD.NUM_FC 1 MODEL.ROI_BOX_HEAD.FC_DIM 32 MODEL.ROI_MASK_HEAD.NUM_CONV 1""",
+    "C4": "MODEL.ANCHOR_GENERATOR.SIZES [[16,32,64]]",
+}
+
+
+@pytest.fixture(scope="session")
+def small_detector() -> Callable[..., list[str]]:
+    """`small_detector(kind)` -> tools/train_net.py's arguments for a quick CPU detector.
+
+    `kind`: "FPN" (a ResNet-18) or "C4" (a ResNet-50; detectron2 has no smaller res5 head).
+    """
+
+    def arguments(kind: str = "FPN") -> list[str]:
+        config = ROOT / "configs" / f"Base-RCNN-{kind}.yaml"
+        return ["--config-file", str(config), *_SMALL_DETECTOR.split(), *_SMALL[kind].split()]
+
+    return arguments
+
+
+@pytest.fixture(scope="session")
+def detector_config(small_detector) -> Callable:
+    """`detector_config(kind, *overrides)` -> the config of `small_detector`, norms resolved."""
+    from virtex_d2.config import get_virtex_cfg
+    from virtex_d2.modeling import resolve_norms
+    from virtex_d2.runtime.config import load_config
+
+    def config(kind: str = "FPN", *overrides: object):
+        _, file, *opts = small_detector(kind)
+        opts += ["MODEL.ROI_HEADS.NUM_CLASSES", "3", *map(str, overrides)]
+        cfg = load_config(get_virtex_cfg(), file, opts)
+        resolve_norms(cfg)
+        return cfg
+
+    return config
+
+
+@pytest.fixture(scope="session")
+def backbone_file(tmp_path_factory) -> Callable[..., Path]:
+    """`backbone_file(architecture, **metadata)` -> a backbone file of random weights.
+
+    Its running statistics are random too, so that one left behind shows. `metadata` replaces
+    entries, or with None removes them.
+    """
+    import torch
+    import torchvision
+
+    from virtex_d2.runtime.files import write_safetensors
+
+    folder = tmp_path_factory.mktemp("backbones")
+
+    def write(architecture: str = "resnet18", **metadata: str | None) -> Path:
+        model = getattr(torchvision.models, architecture)()
+        generator = torch.Generator().manual_seed(0)
+        tensors = {
+            name: torch.rand(tensor.shape, generator=generator) + 0.5
+            if "running" in name
+            else tensor
+            for name, tensor in model.state_dict().items()
+            if not name.startswith("fc.") and "num_batches" not in name
+        }
+        entries = {
+            "format": "virtex_d2.backbone",
+            "format_version": "1",
+            "architecture": architecture,
+            "channel_order": "RGB",
+            "pixel_mean": "123.675,116.28,103.53",
+            "pixel_std": "58.395,57.12,57.375",
+            "stride_in_1x1": "false",
+            **metadata,
+        }
+        entries = {key: value for key, value in entries.items() if value is not None}
+        path = folder / f"{architecture}-{len(list(folder.iterdir()))}.safetensors"
+        write_safetensors(path, tensors, entries)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def shapes_world(tmp_path_factory) -> Path:
+    """A folder with the splits "train" (6 images of 64 px) and "test" (3) of the shapes world."""
+    from virtex_d2.data.shapes_write import write_dataset
+
+    folder = tmp_path_factory.mktemp("world")
+    write_dataset(folder, "train", 6, size=64, seed=1)
+    write_dataset(folder, "test", 3, size=64, seed=2)
+    return folder
+
+
 def _optional_folder(variable: str, default: Path) -> Path:
     folder = Path(os.environ.get(variable) or default)
     if not folder.is_dir():

@@ -1,17 +1,20 @@
 #!/usr/bin/env python
 """Train or evaluate a detector.
 
-python tools/train_net.py --config-file configs/shapes/mask_rcnn_R_50_FPN.yaml \
-    MODEL.WEIGHTS output/backbone.safetensors OUTPUT_DIR output/detector \
-    VIRTEX.DATASETS "[['train', 'coco', 'train.json', 'images']]" DATASETS.TRAIN "('train',)"
+python tools/train_net.py --config-file configs/coco/mask_rcnn_R_50_FPN_2x.yaml --num-gpus 8 \\
+    MODEL.WEIGHTS output/pretrain/backbone.safetensors OUTPUT_DIR output/detector
+
+Your own data, in COCO's format, without writing Python:
+
+python tools/train_net.py --config-file configs/shapes/mask_rcnn_R_50_FPN.yaml \\
+    VIRTEX.DATASETS "[['mine', 'coco', 'annotations/train.json', 'images']]" \\
+    DATASETS.TRAIN "('mine',)" OUTPUT_DIR output/detector
 """
 
-import virtex_d2  # noqa: F401, I001 - before detectron2: bridges its versions
+import argparse
 
-from detectron2.config import get_cfg
-
-from virtex_d2.config import add_virtex_config
-from virtex_d2.data.catalog import register_datasets
+from virtex_d2.config import get_virtex_cfg
+from virtex_d2.data.catalog import log_datasets, register_datasets
 from virtex_d2.modeling import resolve_norms
 from virtex_d2.runtime.config import load_config
 from virtex_d2.runtime.errors import exit_on_input_error
@@ -20,19 +23,18 @@ from virtex_d2.runtime.setup import argument_parser, setup_run
 from virtex_d2.trainer import DetectionTrainer
 
 
-def main(args) -> None:
-    cfg = get_cfg()
-    add_virtex_config(cfg)
-    load_config(cfg, args.config_file, args.opts)
-    register_datasets(cfg)
+def main(args: argparse.Namespace) -> None:
+    cfg = load_config(get_virtex_cfg(), args.config_file, args.opts)
+    datasets = register_datasets(cfg, args.eval_only)
     setup_run(cfg, args)
+    log_datasets(datasets)
     resolve_norms(cfg)
     cfg.freeze()
     if args.eval_only:
         DetectionTrainer.evaluate_only(cfg, args.resume)
         return
     trainer = DetectionTrainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
+    trainer.resume_or_load(args.resume)
     trainer.train()
 
 

@@ -1,13 +1,18 @@
 """The keys that VirTex-D2 adds to detectron2's config, and the defaults that it changes."""
 
 from detectron2.config import CfgNode as CN  # noqa: N817 - as in detectron2
+from detectron2.config import get_cfg
+
+
+def get_virtex_cfg() -> CN:
+    """detectron2's config with the keys and defaults of `add_virtex_config`."""
+    cfg = get_cfg()
+    add_virtex_config(cfg)
+    return cfg
 
 
 def add_virtex_config(cfg: CN) -> None:
     """Add VIRTEX.* and the defaults that caption-pretrained backbones want, in place.
-
-        cfg = get_cfg()
-        add_virtex_config(cfg)
 
     Preprocessing is torchvision's, as in pretraining: RGB, its mean and std on the scale 0-255,
     stride in the 3x3 convolution. The whole backbone is trained (VirTex, arXiv 2006.06666).

@@ -63,7 +63,7 @@ def test_a_minuscule_scale_leaves_a_run_with_an_evaluation_in_it(project):
         values = overrides(stage(plan, name))
         assert int(values["SOLVER.MAX_ITER"]) == 4
         assert int(values.get("SOLVER.WARMUP_ITERS", 0)) < 4
-        assert int(values["TEST.EVAL_PERIOD"]) == 1
+        assert int(values["TEST.EVAL_PERIOD"]) == 2
     assert values["SOLVER.STEPS"] == "(1,)"
     assert values["TEST.PRECISE_BN.NUM_ITER"] == "1"
     assert plan.budget.caption_images == planning.FEWEST_IMAGES

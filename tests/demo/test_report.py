@@ -25,10 +25,9 @@ def final(finished, seed, start, metric):
 
 def test_the_report_needs_nothing_but_itself(html):
     assert not re.search(r'(src|href)="(?!data:)', html)
-    assert "http" not in html
-    assert "<script" not in html
-    assert "@import" not in html
-    assert "url(" not in html
+    text = re.sub(r"base64,[^\"]+", "", html)
+    for reference in ("http", "<script", "@import", "url("):
+        assert reference not in text
 
 
 def test_the_reports_pictures_are_those_beside_it(finished, html):

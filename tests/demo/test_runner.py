@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from virtex_d2.demo import runner
+from virtex_d2.demo import figures, runner
 from virtex_d2.demo.main import run_demo
 from virtex_d2.demo.runner import Progress, StageFailedError
 from virtex_d2.runtime.errors import InputError
@@ -20,6 +20,13 @@ TOOL = Path(__file__).resolve().parents[2] / "tools" / "demo.py"
 
 def logs(output: Path) -> dict[str, str]:
     return {path.stem: path.read_text() for path in (output / "logs").iterdir()}
+
+
+@pytest.fixture(autouse=True)
+def _coarse_pictures(monkeypatch):
+    """Nothing here looks at them."""
+    monkeypatch.setattr(figures, "_DPI", 30)
+    monkeypatch.setattr(figures, "_PHOTO_DPI", 30)
 
 
 @pytest.fixture
@@ -156,6 +163,15 @@ def test_progress_goes_on_where_a_process_says_nothing(monkeypatch):
         "  0:00 · Loading the images",
         "  0:00 · Loading the images",
     ]
+
+
+def test_progress_of_a_training_leaves_out_what_is_no_log_line(monkeypatch):
+    out = io.StringIO()
+    progress = Progress(10, out)
+    monkeypatch.setattr(progress, "_period", 0)
+    progress.update("[11/21 05:50:53 d2.evaluation]: Inference done 11/48.")
+    progress.update("UserWarning: some library's worry")
+    assert out.getvalue().splitlines() == ["  0:00 · Inference done 11/48."] * 2
 
 
 def test_stages_get_a_thread_for_each_core_unless_told_otherwise(tmp_path, monkeypatch):

@@ -97,7 +97,7 @@ def test_a_captioner_learns_to_tell_two_images_apart():
     cfg.MODEL.TEXTUAL.DROPOUT = 0.0
     model = build_objective(cfg, VOCAB)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    batch = caption_batch([[5, 6], [7, 8]])
+    batch = caption_batch([[5, 6], [7, 8]], image_size=32)
     for _ in range(60):
         loss = sum(model(batch).values())
         optimizer.zero_grad()

@@ -1,6 +1,6 @@
 """Data sets named in the config: registered, and checked before a run depends on them."""
 
-import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,243 +12,165 @@ from detectron2.data.datasets import load_coco_json
 
 from virtex_d2.runtime.errors import InputError, nearest
 
+from .coco_file import check_coco_file
+
+logger = logging.getLogger(__name__)
+
+# detectron2's own default for its data sets' folder.
+_DEFAULTS = {"DETECTRON2_DATASETS": "datasets"}
+
 
 @dataclass(frozen=True)
-class CocoFile:
-    """What a checked COCO-format annotation file holds.
+class DataSet:
+    """A data set of this run.
 
     Attributes:
-        path: of the file.
-        categories: names by category id, in the order of the ids.
-        num_images, num_annotations: how many it lists.
+        name: under which it is registered.
+        source: its annotation file or folder.
+        categories: names by category id; by class number where the type has no such ids.
+        size: what it holds, for people.
     """
 
-    path: str
+    name: str
+    source: str
     categories: dict[int, str]
-    num_images: int
-    num_annotations: int
+    size: str
 
 
-def register_datasets(cfg: CfgNode) -> None:
-    """Register VIRTEX.DATASETS under their names and check all data sets of the run.
+def register_datasets(cfg: CfgNode, eval_only: bool = False) -> list[DataSet]:
+    """Register VIRTEX.DATASETS, check what the run will use, and count its classes.
 
-    A name may be registered again with the same files; detectron2's own names stay as they are.
+    That is DATASETS.TRAIN and DATASETS.TEST, the latter alone with `eval_only`. detectron2's own
+    names (coco_2017_train, ...) need no entry. A MODEL.ROI_HEADS.NUM_CLASSES of -1 becomes the
+    number of their categories, in `cfg`.
 
     Raises:
         InputError: an entry is malformed, a file is missing or inconsistent, an image is absent,
-            the classes of training and test sets differ, or their number is not
-            MODEL.ROI_HEADS.NUM_CLASSES.
+            the categories of two data sets differ, or their number is not NUM_CLASSES.
     """
-    checked: dict[str, CocoFile] = {}
     for entry in cfg.VIRTEX.DATASETS:
         name, kind, annotations, image_root = _entry(entry)
-        checked[name] = TYPES[kind](name, annotations, image_root, cfg.MODEL.MASK_ON)
-    used = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
-    for name in used:
-        if name not in DatasetCatalog:
-            known = [known for known in DatasetCatalog.list() if known != name]
-            raise InputError(
-                f"DATASETS: '{name}' is not a known data set.{nearest(name, known)} Name its files "
-                "with VIRTEX.DATASETS \"[['name', 'coco', 'annotations.json', 'images']]\"."
-            )
-    _check_classes(cfg, {name: checked[name] for name in used if name in checked})
-
-
-def check_coco_file(annotations: str, image_root: str, with_masks: bool) -> CocoFile:
-    """Read a COCO-format detection file and check all that a run depends on.
-
-    Args:
-        annotations: the JSON file.
-        image_root: the folder of its images.
-        with_masks: whether every annotation needs a segmentation.
-
-    Raises:
-        InputError: with the file, the number of records that are wrong, and the first ten.
-    """
-    content = _read_json(annotations)
-    images, records, categories = (
-        _list(content, key, annotations) for key in ("images", "annotations", "categories")
-    )
-    names = {category["id"]: category["name"] for category in categories}
-    by_id = {image["id"]: image for image in images}
-    if not images:
-        raise InputError(f"{annotations}: it lists no images.")
-
-    absent = _absent_files(image_root, [image["file_name"] for image in images])
-    _refuse(
-        annotations,
-        absent,
-        f"of its {len(images)} images are not in {image_root}",
-        "Check the image folder, or remove them from the file.",
-    )
-    _refuse(
-        annotations,
-        [
-            f"annotation {r['id']} (category_id {r['category_id']})"
-            for r in records
-            if r["category_id"] not in names
-        ],
-        f"annotations have a category_id that is not in `categories` ({sorted(names)[:20]})",
-        "Add the category, or remove them.",
-    )
-    _refuse(
-        annotations,
-        [
-            f"annotation {r['id']} (image_id {r['image_id']})"
-            for r in records
-            if r["image_id"] not in by_id
-        ],
-        "annotations have an image_id that is not in `images`",
-        "The file is cut short, or two files were mixed.",
-    )
-    _refuse(
-        annotations,
-        [problem for r in records if (problem := _box_problem(r, by_id[r["image_id"]]))],
-        "annotations have a box that is empty or outside its image",
-        "Boxes are [x, y, width, height] in pixels; correct or remove them.",
-    )
-    if with_masks:
-        _refuse(
-            annotations,
-            [f"annotation {r['id']}" for r in records if not r.get("segmentation")],
-            "annotations have no segmentation, which a mask head needs",
-            "Add them, or set MODEL.MASK_ON False.",
+        TYPES[kind](name, annotations, image_root)
+    required = "TEST" if eval_only else "TRAIN"
+    if not cfg.DATASETS[required]:
+        raise InputError(
+            f"DATASETS.{required} is empty; name the data sets to use, for example "
+            f"DATASETS.{required} \"('name',)\"."
         )
-    return CocoFile(annotations, dict(sorted(names.items())), len(images), len(records))
-
-
-def _register_coco(name: str, annotations: str, image_root: str, with_masks: bool) -> CocoFile:
-    checked = check_coco_file(annotations, image_root, with_masks)
-    source = {"json_file": annotations, "image_root": image_root}
-    if name in DatasetCatalog:
-        before = MetadataCatalog.get(name)
-        if {key: before.get(key) for key in source} != source:
-            raise InputError(
-                f"VIRTEX.DATASETS: the name '{name}' is taken by another data set; choose another."
-            )
-        return checked
-    DatasetCatalog.register(name, lambda: load_coco_json(annotations, image_root, name))
-    MetadataCatalog.get(name).set(
-        **source, evaluator_type="coco", thing_classes=list(checked.categories.values())
-    )
+    names = [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
+    checked = [_checked(name, cfg) for name in dict.fromkeys(names)]
+    _check_classes(cfg, checked)
     return checked
 
 
-# Type -> registers a data set of it and returns what was found.
-TYPES: dict[str, Callable[[str, str, str, bool], CocoFile]] = {"coco": _register_coco}
+def log_datasets(datasets: list[DataSet]) -> None:
+    """Say in the log what was found."""
+    for dataset in datasets:
+        logger.info("Data set %s: %s, %s", dataset.name, dataset.source, dataset.size)
+
+
+def _register_coco(name: str, annotations: str, image_root: str) -> None:
+    source = {"json_file": annotations, "image_root": image_root, "evaluator_type": "coco"}
+    if name in DatasetCatalog:
+        known = MetadataCatalog.get(name)
+        if {key: known.get(key) for key in source} != source:
+            raise InputError(
+                f"VIRTEX.DATASETS: the name '{name}' is taken by another data set; choose another."
+            )
+        return
+    DatasetCatalog.register(name, lambda: load_coco_json(annotations, image_root, name))
+    MetadataCatalog.get(name).set(**source)
+
+
+# Type -> what registers (name, annotation file, image folder).
+TYPES: dict[str, Callable[[str, str, str], None]] = {"coco": _register_coco}
 
 
 def _entry(entry: Any) -> tuple[str, str, str, str]:
     is_list = isinstance(entry, Sequence) and not isinstance(entry, str)
     if not is_list or len(entry) != 4 or not all(isinstance(part, str) for part in entry):
         raise InputError(
-            "VIRTEX.DATASETS: expected [name, type, annotation file, image folder], found "
+            "VIRTEX.DATASETS: expected entries [name, type, annotation file, image folder], found "
             f"{entry!r}."
         )
     name, kind, annotations, image_root = entry
     if kind not in TYPES:
         raise InputError(
-            f"VIRTEX.DATASETS: '{name}' has type {kind!r}, which is not one of "
-            f"{', '.join(TYPES)}.{nearest(kind, TYPES)}"
+            f"VIRTEX.DATASETS: '{name}' has the type '{kind}'; expected one of {', '.join(TYPES)}."
+            f"{nearest(kind, TYPES)}"
         )
-    return name, kind, annotations, image_root
+    return name, kind, _expanded(annotations), _expanded(image_root)
 
 
-def _check_classes(cfg: CfgNode, checked: dict[str, CocoFile]) -> None:
-    if not checked:
-        return
-    first_name, first = next(iter(checked.items()))
-    for name, other in checked.items():
+def _expanded(path: str) -> str:
+    for variable, value in _DEFAULTS.items():
+        if variable not in os.environ:
+            path = path.replace(f"${variable}", value).replace(f"${{{variable}}}", value)
+    path = os.path.expanduser(os.path.expandvars(path))
+    if "$" in path:
+        raise InputError(f"VIRTEX.DATASETS: {path}: the environment has no such variable.")
+    return path
+
+
+def _checked(name: str, cfg: CfgNode) -> DataSet:
+    if name not in DatasetCatalog:
+        known = [known for known in DatasetCatalog.list() if not known.startswith("__")]
+        raise InputError(
+            f"DATASETS: '{name}' is not a known data set.{nearest(name, known)} Name its files "
+            "with VIRTEX.DATASETS \"[['name', 'coco', 'annotations.json', 'images']]\"."
+        )
+    metadata = MetadataCatalog.get(name)
+    source = metadata.get("json_file") or metadata.get("dirname") or ""
+    if source and not os.path.exists(source):
+        raise InputError(
+            f"{source}: the annotations of the data set '{name}' are not there. Check "
+            "VIRTEX.DATASETS, or for detectron2's own data sets DETECTRON2_DATASETS."
+        )
+    if source and metadata.get("evaluator_type") == "coco":
+        found = check_coco_file(
+            source,
+            metadata.image_root,
+            cfg.MODEL.MASK_ON,
+            cfg.INPUT.MASK_FORMAT,
+            cfg.VIRTEX.MAX_BAD_BOX_SHARE,
+        )
+        if name in cfg.DATASETS.TRAIN and not found.num_annotations:
+            raise InputError(f"{source}: `annotations` is empty; there is nothing to learn.")
+        size = (
+            f"{found.num_images} images, {found.num_annotations} annotations, "
+            f"{len(found.categories)} categories"
+        )
+        return DataSet(name, source, found.categories, size)
+    classes = dict(enumerate(metadata.get("thing_classes") or []))
+    return DataSet(name, source, classes, f"{len(classes)} categories")
+
+
+def _check_classes(cfg: CfgNode, datasets: list[DataSet]) -> None:
+    first, *others = datasets
+    for other in others:
         if other.categories != first.categories:
-            different = sorted(set(other.categories.items()) ^ set(first.categories.items()))[:10]
             raise InputError(
-                f"DATASETS: the categories of '{name}' ({other.path}) are not those of "
-                f"'{first_name}' ({first.path}); they differ in {different}. A detector's classes "
-                "must mean the same in training and in testing."
+                f"DATASETS: '{first.name}' ({first.source}) and '{other.name}' ({other.source}) "
+                "have different categories: "
+                f"{_difference(first.categories, other.categories)}. One detector's classes must "
+                "mean the same in all of them: give equal ids to equal names."
             )
     count, configured = len(first.categories), cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    if configured != count:
+    if configured == -1:
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = count
+    elif configured != count:
         names = list(first.categories.values())
         shown = ", ".join(names[:10]) + (", ..." if count > 10 else "")
         raise InputError(
-            f"MODEL.ROI_HEADS.NUM_CLASSES is {configured}, but '{first_name}' ({first.path}) has "
-            f"{count} categories: {shown}. Use MODEL.ROI_HEADS.NUM_CLASSES {count}."
+            f"MODEL.ROI_HEADS.NUM_CLASSES is {configured}, but '{first.name}' ({first.source}) has "
+            f"{count} categories: {shown}. Use MODEL.ROI_HEADS.NUM_CLASSES {count}, or -1."
         )
 
 
-def _box_problem(record: dict, image: dict) -> str:
-    box = record.get("bbox")
-    if not isinstance(box, list) or len(box) != 4:
-        return f"annotation {record.get('id')}: bbox {box}"
-    x, y, width, height = box
-    # a pixel of rounding is common, also in the official files
-    inside = (
-        x >= -1
-        and y >= -1
-        and x + width <= image["width"] + 1
-        and (y + height <= image["height"] + 1)
-    )
-    if width > 0 and height > 0 and inside:
-        return ""
-    return (
-        f"annotation {record['id']}: bbox {box} in the {image['width']}x{image['height']} image "
-        f"{image['file_name']}"
-    )
-
-
-def _read_json(path: str) -> dict:
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
-    except ValueError as error:
-        raise InputError(
-            f"{path}: expected JSON, but it is cut short or not JSON ({error}). Copy it again."
-        ) from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object, found a {type(content).__name__}.")
-    return content
-
-
-# What each record must have for the checks to speak of it.
-_REQUIRED = {
-    "images": ("id", "file_name", "height", "width"),
-    "annotations": ("id", "image_id", "category_id", "bbox"),
-    "categories": ("id", "name"),
-}
-
-
-def _list(content: dict, key: str, path: str) -> list[dict]:
-    records = content.get(key)
-    if not isinstance(records, list):
-        raise InputError(
-            f"{path}: expected a list `{key}`, found {sorted(content)}. Is it a COCO-format "
-            "detection file?"
-        )
-    lacking = [
-        f"{key}[{index}] lacks {', '.join(missing)}"
-        for index, record in enumerate(records)
-        if (missing := [name for name in _REQUIRED[key] if name not in record])
+def _difference(first: dict[int, str], other: dict[int, str]) -> str:
+    told = [
+        f"id {number} is {first.get(number, 'absent')!r} and {other.get(number, 'absent')!r}"
+        for number in sorted(first.keys() | other.keys())
+        if first.get(number) != other.get(number)
     ]
-    _refuse(path, lacking, f"records of `{key}` are incomplete", "Complete or remove them.")
-    return records
-
-
-def _absent_files(image_root: str, names: list[str]) -> list[str]:
-    """One listing a folder, not one question an image: network file systems are slow to ask."""
-    present: dict[str, set[str]] = {}
-    absent = []
-    for name in names:
-        folder, base = os.path.split(os.path.join(image_root, name))
-        if folder not in present:
-            present[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if base not in present[folder]:
-            absent.append(name)
-    return absent
-
-
-def _refuse(path: str, items: list[str], what: str, advice: str) -> None:
-    if items:
-        first = "; ".join(items[:10])
-        raise InputError(f"{path}: {len(items)} {what}; the first: {first}. {advice}")
+    return "; ".join(told[:10]) + (f" and {len(told) - 10} more" if len(told) > 10 else "")

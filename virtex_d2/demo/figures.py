@@ -77,7 +77,11 @@ def draw_pretraining(path: Path, runs: Sequence[Metrics]) -> None:
                     clip_on=False,
                 )
             if any(training):
-                labels.append((_mean_end(training), direction, color))
+                end = _mean_end(training)
+                words = f"{direction} {end:.2f}"
+                if any(held_out):
+                    words += f"\nheld out {_mean_end(held_out):.2f}"
+                labels.append((end, words, color))
         entropy = runs[0].curve("val/unigram_entropy")
         if entropy:
             axes.axhline(entropy.last, color=_MUTED, lw=1, ls=(0, (5, 3)), zorder=1)
@@ -137,7 +141,7 @@ def draw_captions(path: Path, annotations: Path, images: Path, count: int = 4) -
         captions.setdefault(item["image_id"], []).append(item["caption"])
     records = coco["images"][:count]
     texts = [
-        "\n".join(textwrap.fill(caption, 40) for caption in captions.get(record["id"], [])[:2])
+        "\n".join(textwrap.fill(f"“{text}”", 40) for text in captions.get(record["id"], [])[:2])
         for record in records
     ]
     lines = max(text.count("\n") for text in texts) + 1
@@ -172,7 +176,7 @@ def draw_masks(path: Path, pictures: Sequence[Picture], columns: int = 4) -> Non
             part.subplots_adjust(left=0.028, right=0.998, top=0.995, bottom=0.005)
             shown = pictures[band * columns : (band + 1) * columns]
             _fill_band(panels, rows, shown)
-        _save(figure, path, photographs=True)
+        _save(figure, path, photographs=True, palette=256)
 
 
 def draw_overview(
@@ -189,7 +193,7 @@ def draw_overview(
         panels = right.subplots(3, 4, gridspec_kw={"wspace": 0.03, "hspace": 0.03})
         right.subplots_adjust(left=0.04, right=0.995, top=0.985, bottom=0.015)
         _fill_band(panels, rows, pictures[:4], fontsize=5.5, scores=False)
-        _save(figure, path, photographs=True, palette=64)
+        _save(figure, path, photographs=True, palette=96)
 
 
 def _fill_band(
@@ -345,14 +349,15 @@ def _spread(values: Sequence[float], gap: float, highest: float) -> list[float]:
     return places
 
 
-def _save(figure: Figure, path: Path, photographs: bool = False, palette: int = 256) -> None:
-    """Write the PNG; photographs with a palette of that many colours, a third of the size.
+def _save(figure: Figure, path: Path, photographs: bool = False, palette: int = 0) -> None:
+    """Write the PNG; with a palette of that many colours it takes a third of the space.
 
-    The starts' colours are always in the palette: they mean something.
+    The starts' colours and the text's are always in it, with the paler ones of smooth edges.
     """
     figure.savefig(path, dpi=_PHOTO_DPI if photographs else _DPI, facecolor="white")
-    if photographs:
-        fixed = np.array([ImageColor.getrgb(color) for color in (*COLORS.values(), "white")])
+    if palette:
+        drawn = np.array([ImageColor.getrgb(color) for color in (*COLORS.values(), _INK, _MUTED)])
+        fixed = np.concatenate([drawn, (drawn + 255) // 2, [[255, 255, 255]]])
         with Image.open(path) as image:
             pixels = image.convert("RGB")
         found = np.reshape(pixels.quantize(palette - len(fixed)).getpalette("RGB"), (-1, 3))

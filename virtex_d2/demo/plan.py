@@ -21,11 +21,11 @@ from virtex_d2.runtime.errors import InputError
 PRETRAIN_CONFIG = "configs/pretrain/shapes_R_50.yaml"
 DETECT_CONFIG = "configs/shapes/mask_rcnn_R_50_FPN.yaml"
 
-IMAGE_SIZE = 128  # pixels
-CAPTION_IMAGES = 4000  # at scale 1; no labels but five captions each
+IMAGE_SIZE = 96  # pixels: what two cores train on in minutes
+CAPTION_IMAGES = 6000  # at scale 1; no labels but five captions each
 LABELLED_IMAGES = 300  # at scale 1 and above: few labels are what pretraining is for
 TEST_IMAGES = 200  # at scale 1 and above; held out from both
-FEWEST_IMAGES = 48  # at small scales: still enough captions for the tokenizer
+FEWEST_IMAGES = 32  # at small scales: still enough captions for the tokenizer
 
 # Different seeds of the world: no image of one split is in another.
 SPLIT_SEEDS = {"captions": 1, "train": 2, "test": 3}
@@ -128,8 +128,11 @@ def read_config(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError) as error:
         raise InputError(f"{path}: cannot read this config file: {error}") from error
-    base = content.pop("_BASE_", None)
-    return _merged(read_config(path.parent / base), content) if base else content
+    bases = content.pop("_BASE_", [])
+    merged: dict[str, Any] = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        merged = _merged(merged, read_config(path.parent / base))
+    return _merged(merged, content)
 
 
 def make_budget(root: Path, scale: float) -> Budget:
@@ -272,7 +275,7 @@ def _detect_stage(
 
 
 # Keys that are counted in iterations, with the least that each can be.
-_COUNTED = {"SOLVER.WARMUP_ITERS": 0, "SOLVER.CHECKPOINT_PERIOD": 1, "TEST.EVAL_PERIOD": 1}
+_COUNTED = {"SOLVER.WARMUP_ITERS": 0, "SOLVER.CHECKPOINT_PERIOD": 1, "TEST.EVAL_PERIOD": 2}
 # Likewise, but a longer run does not need more of them.
 _COUNTED_BELOW_1 = {"TEST.PRECISE_BN.NUM_ITER": 1}
 

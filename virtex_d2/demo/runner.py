@@ -188,8 +188,8 @@ def _next_line(lines: queue.SimpleQueue) -> str | None:
 class Progress:
     """Shows how far a process is: one line that is redrawn on a terminal, else a line now and then.
 
-    Understands detectron2's log lines ("iter: 120  total_loss: 1.9  eta: 0:03:10"); of a process
-    that writes others, shows the latest.
+    Understands detectron2's log lines ("iter: 120  total_loss: 1.9  eta: 0:03:10"), and shows the
+    latest of the others; of a process that does not train, the latest line of any kind.
 
     Args:
         iterations: the last iteration; 0 where the process does not train.
@@ -214,7 +214,7 @@ class Progress:
             parts += [f"loss {float(found[1]):.3f}" for found in [_LOSS.search(line)] if found]
             parts += [f"{found[1]} to go" for found in [_ETA.search(line)] if found]
             self._at, self._latest = " · ".join(parts), ""
-        elif line:
+        elif _LOG_PREFIX.match(line) or (line and not self._iterations):
             self._latest = _LOG_PREFIX.sub("", line)[:70]
         if time.monotonic() - self._shown_at >= self._period:
             self._show()

@@ -1,31 +1,46 @@
-"""Synchronised batch norm where it works, and its equal where it does not."""
+"""Synchronised batch norm where it runs, and its equal where it does not."""
 
 import logging
+from collections.abc import Iterator
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 logger = logging.getLogger(__name__)
 
-NORM_KEYS = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
-
 
 def resolve_norms(cfg: CfgNode) -> None:
-    """Replace "SyncBN" by what computes the same here, in `cfg`, and log it.
+    """Replace every norm "SyncBN" of MODEL by its equal on a CPU, in place, and log it.
 
-    torch's SyncBatchNorm runs on GPUs only. On a CPU one process needs no synchronisation: "BN";
-    several need detectron2's "naiveSyncBN", whose parameters have the same names and shapes.
+    torch's SyncBatchNorm runs on GPUs only. On a CPU one process has nothing to synchronise: "BN";
+    several need detectron2's "naiveSyncBN", which averages the processes' statistics and is the
+    same where they have equally many images of one size. Tensor names and shapes are the same, so
+    that checkpoints pass between them.
+
+    Args:
+        cfg: with MODEL.DEVICE resolved, not frozen.
     """
     if cfg.MODEL.DEVICE != "cpu":
         return
-    replacement = "BN" if comm.get_world_size() == 1 else "naiveSyncBN"
-    for key in NORM_KEYS:
-        if cfg.MODEL[key].NORM == "SyncBN":
-            cfg.MODEL[key].NORM = replacement
-            logger.info(
-                "MODEL.%s.NORM: SyncBN does not run on a CPU; %s computes the same in %d "
-                "process(es).",
-                key,
-                replacement,
-                comm.get_world_size(),
-            )
+    processes = comm.get_world_size()
+    replacement = "BN" if processes == 1 else "naiveSyncBN"
+    replaced = []
+    for name, node in _groups(cfg.MODEL, "MODEL"):
+        if node.get("NORM") == "SyncBN":
+            node.NORM = replacement
+            replaced.append(f"{name}.NORM")
+    if replaced:
+        logger.info(
+            "SyncBN does not run on a CPU; with %d process%s %s does the same: %s",
+            processes,
+            "" if processes == 1 else "es",
+            replacement,
+            ", ".join(replaced),
+        )
+
+
+def _groups(node: CfgNode, name: str) -> Iterator[tuple[str, CfgNode]]:
+    yield name, node
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from _groups(value, f"{name}.{key}")

@@ -1,0 +1,267 @@
+"""Data sets from the config, and what is wrong with them."""
+
+import json
+import logging
+import shutil
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from virtex_d2.config import get_virtex_cfg
+from virtex_d2.data.catalog import register_datasets
+from virtex_d2.data.coco_file import check_coco_file
+from virtex_d2.runtime.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def _catalog_as_before():
+    before = set(DatasetCatalog.list())
+    yield
+    for name in set(DatasetCatalog.list()) - before:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.fixture
+def world(shapes_world, tmp_path):
+    """A copy of the small world, to be damaged."""
+    shutil.copytree(shapes_world, tmp_path / "world")
+    return tmp_path / "world"
+
+
+def _file(world, split="train"):
+    return world / "annotations" / f"instances_{split}.json"
+
+
+def _edit(world, change, split="train"):
+    content = json.loads(_file(world, split).read_text())
+    change(content)
+    _file(world, split).write_text(json.dumps(content))
+
+
+def _config(world, train=("w_train",), test=("w_test",), **keys):
+    cfg = get_virtex_cfg()
+    cfg.MODEL.MASK_ON = True
+    cfg.VIRTEX.DATASETS = [
+        [f"w_{split}", "coco", str(_file(world, split)), str(world / "images" / split)]
+        for split in ("train", "test")
+    ]
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = train, test
+    cfg.merge_from_list([part for pair in keys.items() for part in pair])
+    return cfg
+
+
+def test_a_data_set_is_registered_with_its_classes_and_files(world):
+    cfg = _config(world)
+    train, test = register_datasets(cfg)
+    records = DatasetCatalog.get("w_train")
+    metadata = MetadataCatalog.get("w_train")
+    assert len(records) == 6
+    assert metadata.evaluator_type == "coco"
+    assert metadata.json_file == str(_file(world))
+    assert metadata.thing_classes == list(train.categories.values())
+    assert train.categories == test.categories
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == len(metadata.thing_classes) >= 12
+
+
+def test_the_same_data_set_may_be_registered_twice_but_not_another_of_its_name(world):
+    register_datasets(_config(world))
+    register_datasets(_config(world))
+    cfg = _config(world)
+    cfg.VIRTEX.DATASETS[0][3] = str(world)
+    with pytest.raises(InputError, match="'w_train' is taken"):
+        register_datasets(cfg)
+
+
+def test_paths_may_hold_environment_variables(world, monkeypatch):
+    monkeypatch.setenv("MY_DATA", str(world))
+    cfg = _config(world)
+    cfg.VIRTEX.DATASETS[0][2] = "$MY_DATA/annotations/instances_train.json"
+    assert register_datasets(cfg)[0].source == str(_file(world))
+    cfg.VIRTEX.DATASETS[0][2] = "$MY_OTHER_DATA/train.json"
+    with pytest.raises(InputError, match="MY_OTHER_DATA"):
+        register_datasets(cfg)
+
+
+def test_detectron2s_data_folder_has_detectron2s_default(world, monkeypatch):
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    cfg = _config(world)
+    cfg.VIRTEX.DATASETS[0][2] = "$DETECTRON2_DATASETS/none.json"
+    with pytest.raises(InputError, match="^datasets/none.json: the annotations of .* not there"):
+        register_datasets(cfg)
+
+
+def test_detectron2s_own_names_need_no_entry_and_a_missing_file_names_the_variable(world):
+    with pytest.raises(InputError, match=r"instances_val2017.json: .*DETECTRON2_DATASETS"):
+        register_datasets(_config(world, test=("coco_2017_val",)))
+
+
+def test_an_unknown_name_is_told_with_the_nearest(world):
+    with pytest.raises(InputError, match="'w_trian' is not a known data set.*Did you mean 'w_tra"):
+        register_datasets(_config(world, train=("w_trian",)))
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("text", "expected entries"),
+        (["a", "coco", "b.json"], "expected entries"),
+        (["a", "coco", "b.json", 3], "expected entries"),
+        (["a", "cocoo", "b.json", "c"], "has the type 'cocoo'.*Did you mean 'coco'"),
+    ],
+)
+def test_a_malformed_entry_is_shown(entry, message, world):
+    cfg = _config(world)
+    cfg.VIRTEX.DATASETS = [entry]
+    with pytest.raises(InputError, match=message):
+        register_datasets(cfg)
+
+
+def test_evaluation_alone_needs_no_training_data(world):
+    _file(world, "train").unlink()
+    assert [d.name for d in register_datasets(_config(world), eval_only=True)] == ["w_test"]
+
+
+@pytest.mark.parametrize(("eval_only", "key"), [(False, "TRAIN"), (True, "TEST")])
+def test_no_data_at_all_is_an_error(eval_only, key, world):
+    with pytest.raises(InputError, match=f"DATASETS.{key} is empty"):
+        register_datasets(_config(world, train=(), test=()), eval_only)
+
+
+def test_a_number_of_classes_that_is_not_the_datas_is_refused_with_their_names(world):
+    with pytest.raises(InputError, match="NUM_CLASSES is 80, but 'w_train'.*categories: .*circle"):
+        register_datasets(_config(world, **{"MODEL.ROI_HEADS.NUM_CLASSES": 80}))
+
+
+def test_training_and_test_sets_of_different_categories_are_refused(world):
+    def rename(content):
+        content["categories"][1]["name"] = "zebra"
+
+    _edit(world, rename, "test")
+    with pytest.raises(InputError, match=r"different categories: id 2 is '.*' and 'zebra'"):
+        register_datasets(_config(world))
+
+
+def test_a_training_set_without_annotations_is_refused(world):
+    _edit(world, lambda content: content.update(annotations=[]))
+    with pytest.raises(InputError, match="`annotations` is empty"):
+        register_datasets(_config(world))
+
+
+def test_a_missing_annotation_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"none.json: cannot be read: No such file"):
+        check_coco_file(str(tmp_path / "none.json"), str(tmp_path), False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"images": [', "expected JSON, but it is cut short"),
+        ("[]", "expected a JSON object, found a list"),
+        ('{"images": []}', "expected a list of objects `annotations`"),
+        ('{"images": [3], "annotations": [], "categories": []}', "a list of objects `images`"),
+        ('{"images": [{"id": 1}], "annotations": [], "categories": []}', r"images\[0\] lacks file"),
+        ('{"images": [], "annotations": [], "categories": []}', "`images` is empty"),
+    ],
+)
+def test_a_file_that_is_no_coco_file_is_told_where(text, message, tmp_path):
+    path = tmp_path / "broken.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        check_coco_file(str(path), str(tmp_path), False)
+    assert str(path) in str(caught.value)
+
+
+def _check(world, with_masks=True, **kwargs):
+    return check_coco_file(str(_file(world)), str(world / "images/train"), with_masks, **kwargs)
+
+
+def test_absent_images_are_counted_and_the_first_ten_named(world):
+    def list_more(content):
+        content["images"] += [
+            {"id": 100 + n, "file_name": f"absent{n:02}.jpg", "height": 64, "width": 64}
+            for n in range(12)
+        ]
+
+    _edit(world, list_more)
+    with pytest.raises(InputError, match="12 of its 18 images are not in the folder") as caught:
+        _check(world)
+    assert "absent09.jpg and 2 more" in str(caught.value)
+    assert "absent10" not in str(caught.value)
+
+
+def _first(content):
+    return content["annotations"][0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: _first(c).update(category_id=99), r"\(category_id 99\)"),
+        (lambda c: _first(c).update(image_id=99), r"\(image_id 99\)"),
+        (lambda c: _first(c).update(bbox=[5, 5, 0, 9]), "bbox .5, 5, 0, 9. in the 64x64 image"),
+        (lambda c: _first(c).update(bbox=[60, 5, 9, 9]), "bbox .60, 5, 9, 9. in the 64x64 image"),
+        (lambda c: _first(c).update(bbox=[-3, 5, 9, 9]), "empty or outside its image"),
+        (lambda c: _first(c).update(bbox=[1, 2, 3]), "bbox .1, 2, 3."),
+        (lambda c: _first(c).update(bbox=[1, 2, 3, float("nan")]), "bbox .1, 2, 3, nan."),
+        (lambda c: _first(c).pop("segmentation"), "1 annotations have no segmentation"),
+        (lambda c: _first(c).update(segmentation={"counts": [], "size": [64, 64]}), "bitmask"),
+        (lambda c: c["annotations"].append(_first(c)), "annotations` have the id of another"),
+        (lambda c: c["images"].append(c["images"][0]), "images` have the id of another"),
+        (lambda c: _first(c).pop("bbox"), r"annotations\[0\] lacks bbox"),
+    ],
+)
+def test_a_wrong_record_is_counted_and_named(change, message, world):
+    _edit(world, change)
+    with pytest.raises(InputError, match=message) as caught:
+        _check(world)
+    assert str(_file(world)) in str(caught.value)
+
+
+def test_a_box_may_reach_a_pixel_over_the_border(world):
+    _edit(world, lambda content: _first(content).update(bbox=[55, -1, 10, 9]))
+    _check(world)
+
+
+def test_boxes_alone_need_no_segmentation(world):
+    def strip(content):
+        for annotation in content["annotations"]:
+            del annotation["segmentation"]
+
+    _edit(world, strip)
+    assert _check(world, with_masks=False).num_images == 6
+
+
+def test_run_length_masks_are_taken_as_bitmasks_and_from_crowds(world):
+    rle = {"counts": [0, 4096], "size": [64, 64]}
+    _edit(world, lambda content: _first(content).update(segmentation=rle))
+    _check(world, mask_format="bitmask")
+    _edit(world, lambda content: _first(content).update(iscrowd=1))
+    _check(world)
+
+
+def test_a_share_of_bad_boxes_may_be_allowed_and_is_then_warned_of(world, caplog):
+    _edit(world, lambda content: _first(content).update(bbox=[5, 5, 0, 9]))
+    with caplog.at_level(logging.WARNING):
+        _check(world, max_bad_box_share=0.5)
+    assert "1 annotations have a box that is empty" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "with_masks", "images"),
+    [
+        ("instances_train2017", "train2017", True, 217),
+        ("person_train", "val2017", True, 578),
+        ("boxes_train", "val2017", False, 1442),
+    ],
+)
+def test_real_annotation_files_pass(name, folder, with_masks, images, real_data):
+    coco = real_data / "coco"
+    share = get_virtex_cfg().VIRTEX.MAX_BAD_BOX_SHARE
+    checked = check_coco_file(
+        str(coco / f"annotations/{name}.json"),
+        str(coco / folder),
+        with_masks,
+        max_bad_box_share=share,
+    )
+    assert checked.num_images == images

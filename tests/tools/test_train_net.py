@@ -1,0 +1,333 @@
+"""tools/train_net.py from end to end, on detectors of toy size."""
+
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils import logger as detectron2_logger
+
+from virtex_d2.runtime.errors import exit_on_input_error
+from virtex_d2.runtime.setup import LOGGERS, argument_parser
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = ROOT / "tools" / "train_net.py"
+
+
+def _load_tool():
+    spec = importlib.util.spec_from_file_location("train_net", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _data(world):
+    entries = [
+        [f"tool_{split}", "coco", str(world / f"annotations/instances_{split}.json")]
+        + [str(world / "images" / split)]
+        for split in ("train", "test")
+    ]
+    return ["VIRTEX.DATASETS", repr(entries)]
+
+
+class Tool:
+    """Runs the tool in this process: `tool(*arguments)` -> exit code; and reads what it wrote."""
+
+    def __init__(self, arguments, output):
+        self._arguments, self.output = arguments, output
+
+    def __call__(self, *arguments):
+        arguments = [*self._arguments, "OUTPUT_DIR", str(self.output), *map(str, arguments)]
+        try:
+            with exit_on_input_error():
+                _load_tool().main(argument_parser().parse_args(arguments))
+        except SystemExit as error:
+            return error.code
+        finally:
+            for name in LOGGERS:
+                for handler in list(logging.getLogger(name).handlers):
+                    logging.getLogger(name).removeHandler(handler)
+            detectron2_logger.setup_logger.cache_clear()
+        return 0
+
+    def metrics(self):
+        lines = (self.output / "metrics.json").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def log(self):
+        return (self.output / "log.txt").read_text()
+
+    def checkpoint(self, name):
+        return torch.load(self.output / name, weights_only=True)
+
+
+@pytest.fixture(autouse=True)
+def _catalog_as_before():
+    before = set(DatasetCatalog.list())
+    yield
+    for name in set(DatasetCatalog.list()) - before:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.fixture
+def world(shapes_world, tmp_path):
+    """A copy of the small world, to be damaged."""
+    return Path(shutil.copytree(shapes_world, tmp_path / "world"))
+
+
+@pytest.fixture
+def tool(small_detector, world, tmp_path):
+    arguments = [*small_detector("FPN"), *_data(world)]
+    data = ["DATASETS.TRAIN", "('tool_train',)", "DATASETS.TEST", "('tool_test',)"]
+    return Tool([*arguments, *data], tmp_path / "run")
+
+
+def test_a_detector_is_trained_from_a_backbone_file_evaluated_and_saved(
+    tool, backbone_file, capsys
+):
+    periods = ("SOLVER.MAX_ITER", 4, "TEST.EVAL_PERIOD", 2, "SOLVER.CHECKPOINT_PERIOD", 2)
+    assert tool("MODEL.WEIGHTS", backbone_file(), *periods) == 0, capsys.readouterr().err
+    assert "100 of 100 backbone tensors set, 0 missing, 0 dropped" in tool.log()
+    assert "SyncBN does not run on a CPU" in tool.log()
+    evaluated = [line for line in tool.metrics() if "bbox/AP" in line]
+    assert len(evaluated) == 2
+    assert all("segm/AP50" in line for line in evaluated)
+    assert any("loss_mask" in line and line["images_skipped"] == 0 for line in tool.metrics())
+    assert (tool.output / "last_checkpoint").read_text() == "model_final.pth"
+    assert (tool.output / "model_0000001.pth").is_file()
+    predictions = json.loads((tool.output / "inference/coco_instances_results.json").read_text())
+    assert predictions[0].keys() >= {"image_id", "category_id", "bbox", "score", "segmentation"}
+
+    # Evaluating what was saved gives the AP of the end of training.
+    final = dict(evaluated[-1])
+    before = (tool.output / "metrics.json").read_bytes()
+    capsys.readouterr()
+    assert tool("--eval-only", "MODEL.WEIGHTS", tool.output / "model_final.pth") == 0
+    printed = capsys.readouterr().out
+    assert f"copypaste: {final['bbox/AP']:.4f},{final['bbox/AP50']:.4f}" in printed
+    assert f"copypaste: {final['segm/AP']:.4f},{final['segm/AP50']:.4f}" in printed
+    assert (tool.output / "metrics.json").read_bytes() == before
+
+
+def test_a_c4_detector_is_trained_from_a_backbone_file(
+    small_detector, world, backbone_file, tmp_path, capsys
+):
+    data = [*_data(world), "DATASETS.TRAIN", "('tool_train',)", "DATASETS.TEST", "('tool_test',)"]
+    tool = Tool([*small_detector("C4"), *data], tmp_path / "run")
+    code = tool("MODEL.WEIGHTS", backbone_file("resnet50"), "SOLVER.MAX_ITER", 1)
+    assert code == 0, capsys.readouterr().err
+    assert "265 of 265 backbone tensors set" in tool.log()
+    assert "segm/AP" in tool.metrics()[-1]
+
+
+def test_a_resumed_run_goes_on_with_iteration_optimizer_and_schedule(tool, backbone_file, capsys):
+    opts = ("SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.STEPS", "(3,)", "DATASETS.TEST", "()")
+    assert tool("MODEL.WEIGHTS", backbone_file(), "SOLVER.MAX_ITER", 2, *opts) == 0
+    stopped = tool.checkpoint("model_final.pth")["trainer"]["_trainer"]["optimizer"]
+    assert stopped["state"][0]["momentum_buffer"].abs().sum() > 0
+    missing = tool.output.parent / "gone.safetensors"  # not looked at: the checkpoint has it all
+    code = tool("--resume", "MODEL.WEIGHTS", missing, "SOLVER.MAX_ITER", 4, *opts)
+    assert code == 0, capsys.readouterr().err
+    assert "Starting training from iteration 2" in tool.log()
+    resumed = tool.checkpoint("model_final.pth")
+    assert resumed["iteration"] == 3
+    rates = {line["iteration"]: line["lr"] for line in tool.metrics() if "lr" in line}
+    assert rates[3] == pytest.approx(0.1 * rates[1])
+
+
+def test_the_same_seed_trains_the_same_detector(tool, world, small_detector, tmp_path):
+    opts = ("SOLVER.MAX_ITER", 2, "DATASETS.TEST", "()")
+    second = Tool(tool._arguments, tmp_path / "second")
+    third = Tool(tool._arguments, tmp_path / "third")
+    assert tool(*opts) == second(*opts) == third(*opts, "SEED", 2) == 0
+    a, b, c = (run.checkpoint("model_final.pth")["model"] for run in (tool, second, third))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["roi_heads.box_head.fc1.weight"], c["roi_heads.box_head.fc1.weight"])
+
+
+def test_mixed_precision_and_channels_last_train_on_a_cpu(tool, capsys):
+    code = tool(
+        "SOLVER.AMP.ENABLED", True, "VIRTEX.CHANNELS_LAST", True, "MODEL.RPN.LOSS_WEIGHT", 2
+    )
+    assert code == 0, capsys.readouterr().err
+    assert tool.metrics()[0]["total_loss"] > 0
+    state = tool.checkpoint("model_final.pth")["model"]
+    assert all(
+        t.dtype in (torch.float32, torch.int64) and t.isfinite().all() for t in state.values()
+    )
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def test_a_truncated_image_is_skipped_with_its_name_and_a_count(tool, world, capsys):
+    _truncate(sorted((world / "images/train").iterdir())[0])
+    opts = ("VIRTEX.MAX_SKIPPED_SHARE", 0.5, "SOLVER.MAX_ITER", 6, "DATASETS.TEST", "()")
+    assert tool(*opts) == 0, capsys.readouterr().err
+    name = sorted((world / "images/train").iterdir())[0].name
+    assert tool.log().count(f"{name}: skipped, another image takes its place") == 1
+    assert "1 of 6 skipped so far" in tool.log()
+    assert tool.metrics()[-1]["images_skipped"] == 1
+
+
+def test_more_unusable_images_than_the_share_stop_the_run_and_are_named(tool, world, capsys):
+    images = sorted((world / "images/train").iterdir())
+    _truncate(images[0])
+    images[3].write_bytes(b"")
+    # With a worker process: an exception there would arrive as a traceback.
+    opts = ("VIRTEX.MAX_SKIPPED_SHARE", 0.2, "SOLVER.MAX_ITER", 20, "DATALOADER.NUM_WORKERS", 1)
+    assert tool(*opts) == 2
+    error = capsys.readouterr().err
+    assert "error: 2 of 6 training images are unusable" in error
+    assert images[0].name in error
+    assert images[3].name in error
+    assert "Traceback" not in error + tool.log()
+    assert not (tool.output / "model_final.pth").exists()
+
+
+def test_without_a_single_usable_image_the_run_stops(tool, world, capsys):
+    for image in (world / "images/train").iterdir():
+        image.write_bytes(b"no image")
+    assert tool("VIRTEX.MAX_SKIPPED_SHARE", 1.0) == 2
+    assert "error: All training images in a row are unusable (6 so far)" in capsys.readouterr().err
+
+
+def test_an_unusable_test_image_stops_the_evaluation_and_the_training_is_saved(tool, world, capsys):
+    image = sorted((world / "images/test").iterdir())[1]
+    _truncate(image)
+    assert tool("SOLVER.MAX_ITER", 1) == 2
+    error = capsys.readouterr().err
+    assert f"{image.name}: this test image is unusable" in error
+    assert "Traceback" not in error
+    assert (tool.output / "model_final.pth").is_file()
+
+
+def _torchvision_checkpoint(folder):
+    torch.save(torchvision.models.resnet18().state_dict(), folder / "resnet18.pth")
+    return folder / "resnet18.pth"
+
+
+def _cut_safetensors(folder, backbone):
+    (folder / "cut.safetensors").write_bytes(backbone.read_bytes()[:5000])
+    return folder / "cut.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (lambda folder, _: folder / "none.pth", "none.pth: expected a checkpoint, found no file"),
+        (lambda folder, _: folder / "none.safetensors", "none.safetensors: expected a file"),
+        (_cut_safetensors, "cut.safetensors: expected a safetensors file, but it is truncated"),
+        (lambda folder, _: _torchvision_checkpoint(folder), "holds none of the detector's 100"),
+    ],
+)
+def test_weights_that_do_not_load_stop_the_run_which_may_be_started_again(
+    weights, message, tool, backbone_file, tmp_path, capsys
+):
+    assert tool("MODEL.WEIGHTS", weights(tmp_path, backbone_file())) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tool.output / "metrics.json").exists()
+    assert not (tool.output / "last_checkpoint").exists()
+    assert tool("SOLVER.MAX_ITER", 1, "DATASETS.TEST", "()") == 0
+
+
+def test_evaluation_refuses_what_is_not_the_whole_detector(tool, backbone_file, capsys):
+    assert tool("--eval-only") == 2
+    assert "--eval-only needs a detector's checkpoint" in capsys.readouterr().err
+    assert tool("--eval-only", "MODEL.WEIGHTS", backbone_file()) == 2
+    assert "a backbone alone detects nothing" in capsys.readouterr().err
+    assert tool("SOLVER.MAX_ITER", 1, "DATASETS.TEST", "()") == 0
+    other = ("MODEL.FPN.OUT_CHANNELS", 24, "MODEL.WEIGHTS", tool.output / "model_final.pth")
+    assert tool("--eval-only", *other) == 2
+    assert "tensors are missing in it or of another shape" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("SOLVER.BASE_LRR", 0.1), "Did you mean 'SOLVER.BASE_LR'?"),
+        (("SOLVER.MAX_ITER", "many"), "SOLVER.MAX_ITER expects a int"),
+        (("DATASETS.TRAIN", "('nothing',)"), "'nothing' is not a known data set"),
+        (("DATASETS.TRAIN", "()"), "DATASETS.TRAIN is empty"),
+        (("VIRTEX.DATASETS", "[['a', 'coco', 'b']]"), "expected entries [name, type"),
+        (("MODEL.ROI_HEADS.NUM_CLASSES", 80), "NUM_CLASSES is 80, but 'tool_train'"),
+        (("MODEL.ROI_HEADS.NAME", "StandardHeads"), "No object named 'StandardHeads'"),
+    ],
+)
+def test_a_wrong_config_is_told_before_anything_is_trained(arguments, message, tool, capsys):
+    assert tool(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert "Traceback" not in error
+    assert not (tool.output / "metrics.json").exists()
+
+
+def test_an_output_folder_with_another_run_is_refused(tool, capsys):
+    assert tool("SOLVER.MAX_ITER", 1, "DATASETS.TEST", "()") == 0
+    before = {path.name: path.stat().st_mtime_ns for path in tool.output.iterdir()}
+    capsys.readouterr()
+    assert tool("SOLVER.MAX_ITER", 1, "DATASETS.TEST", "()") == 2
+    assert "holds another run" in capsys.readouterr().err
+    assert {path.name: path.stat().st_mtime_ns for path in tool.output.iterdir()} == before
+
+
+def test_as_a_program_it_prints_one_line_exits_with_2_and_leaves_nothing(
+    run_python, small_detector, world, tmp_path
+):
+    (world / "annotations/instances_train.json").write_text('{"images": [')
+    arguments = [*small_detector("FPN"), *_data(world), "DATASETS.TRAIN", "('tool_train',)"]
+    done = run_python(TOOL, *arguments, "OUTPUT_DIR", tmp_path / "run", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "instances_train.json: expected JSON, but it is cut short" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_train_one_detector_on_cpus(small_detector, world, backbone_file, tmp_path):
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    arguments = [*small_detector("FPN"), *_data(world), "OUTPUT_DIR", str(tmp_path / "run")]
+    arguments += ["DATASETS.TRAIN", "('tool_train',)", "DATASETS.TEST", "('tool_test',)"]
+    arguments += ["MODEL.WEIGHTS", str(backbone_file())]
+    common = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(TOOL), *arguments],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    log = (tmp_path / "run/log.txt").read_text()
+    assert "with 2 processes naiveSyncBN does the same" in log
+    assert "100 of 100 backbone tensors set" in log
+    metrics = (tmp_path / "run/metrics.json").read_text().splitlines()
+    assert "segm/AP" in json.loads(metrics[-1])

@@ -1,0 +1,62 @@
+"""Detector checkpoints: as detectron2 loads them, but never as a silent random start."""
+
+from typing import Any
+
+from virtex_d2.runtime.checkpointer import AtomicDetectionCheckpointer
+from virtex_d2.runtime.errors import InputError
+
+from .transfer import backbone_names
+
+
+class DetectorCheckpointer(AtomicDetectionCheckpointer):
+    """detectron2's `DetectionCheckpointer`, atomic, and it refuses files that do not fit.
+
+    detectron2 warns where a file leaves tensors of the model as they are, and goes on. Here a file
+    without a single tensor of the backbone is an error, and so is any tensor that is missing where
+    the file must hold the whole detector: on resuming, and for evaluation.
+
+    Args:
+        model, save_dir, **kwargs: of `DetectionCheckpointer`.
+        whole: whether every file must hold the whole detector.
+    """
+
+    def __init__(self, model: Any, save_dir: str = "", *, whole: bool = False, **kwargs: Any):
+        super().__init__(model, save_dir, **kwargs)
+        self._whole = whole
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """As detectron2's; `checkpointables` is None on resuming.
+
+        Raises:
+            InputError: the file is missing, damaged, or not of this detector.
+        """
+        self._not_set: set[str] = set()
+        rest = super().load(path, checkpointables)
+        if path and self._not_set:
+            self._refuse(path, whole=self._whole or checkpointables is None)
+        return rest
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        names = list(checkpoint["model"])
+        incompatible = super()._load_model(checkpoint)
+        wrong_shape = {name for name, *_ in incompatible.incorrect_shapes}
+        missing = {name for name in incompatible.missing_keys if "num_batches" not in name}
+        self._not_set, self._first_names = missing | wrong_shape, names[:3]
+        return incompatible
+
+    def _refuse(self, path: str, whole: bool) -> None:
+        state = getattr(self.model, "module", self.model).state_dict()
+        not_set = {name.removeprefix("module.") for name in self._not_set}
+        backbone = set(backbone_names(state).values())
+        if backbone and backbone <= not_set:
+            raise InputError(
+                f"{path}: holds none of the detector's {len(backbone)} backbone tensors; its names "
+                f"begin with {', '.join(self._first_names)}. MODEL.WEIGHTS takes a detector's "
+                "checkpoint, or a backbone.safetensors that tools/pretrain_net.py wrote."
+            )
+        if whole:
+            raise InputError(
+                f"{path}: {len(not_set)} of the detector's {len(state)} tensors are missing in it "
+                f"or of another shape, the first: {', '.join(sorted(not_set)[:5])}. Use the config "
+                "that it was trained with (config.yaml beside it)."
+            )
