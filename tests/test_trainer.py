@@ -135,6 +135,14 @@ def test_a_trainer_writes_nothing_before_it_trains(cfg):
     assert not Path(cfg.OUTPUT_DIR).exists()
 
 
+def test_a_checkpoint_without_optimizer_is_not_resumed_as_if_nothing_were_lost(cfg):
+    trainer = DetectionTrainer(cfg)
+    state = trainer.state_dict()
+    del state["_trainer"]
+    with pytest.raises(InputError, match="no optimizer state"):
+        trainer.load_state_dict(state)
+
+
 def test_a_batch_that_the_processes_cannot_share_is_refused(cfg, monkeypatch):
     monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 3)
     with pytest.raises(InputError, match="IMS_PER_BATCH is 2, which 3 processes"):

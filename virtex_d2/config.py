@@ -26,8 +26,8 @@ def add_virtex_config(cfg: CN) -> None:
     # replaced by others; with more of them the run stops.
     cfg.VIRTEX.MAX_SKIPPED_SHARE = 0.01
     # The fraction of a data set's annotations whose box may be empty or outside its image. They are
-    # named, and detectron2 clips or drops them; with more of them the run does not start. COCO's
-    # official training file has two such boxes among 860 001.
+    # named, and detectron2 clips or drops them; with more of them the run does not start. Not 0,
+    # because COCO's own annotations have a few of zero height.
     cfg.VIRTEX.MAX_BAD_BOX_SHARE = 0.0001
     # Keep activations as (N, H, W, C) in memory: faster with SOLVER.AMP on CPUs and on GPUs.
     cfg.VIRTEX.CHANNELS_LAST = False

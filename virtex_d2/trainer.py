@@ -124,7 +124,18 @@ class DetectionTrainer(DefaultTrainer):
         return {**TrainerBase.state_dict(self), "_trainer": self._trainer.state_dict()}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """What `state_dict` gave."""
+        """What `state_dict` gave.
+
+        Raises:
+            InputError: the optimizer's state is missing: the checkpoint is of stock detectron2.
+        """
+        if "_trainer" not in state_dict:
+            raise InputError(
+                f"OUTPUT_DIR {self.cfg.OUTPUT_DIR}: its last checkpoint holds no optimizer state (a "
+                "trainer of detectron2 0.6 wrote it), so that the run cannot go on as if it had not "
+                "stopped. Start a new one from it: another OUTPUT_DIR, and that file as "
+                "MODEL.WEIGHTS."
+            )
         TrainerBase.load_state_dict(self, state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
 
