@@ -131,9 +131,9 @@ class DetectionTrainer(DefaultTrainer):
         """
         if "_trainer" not in state_dict:
             raise InputError(
-                f"OUTPUT_DIR {self.cfg.OUTPUT_DIR}: its last checkpoint holds no optimizer state (a "
-                "trainer of detectron2 0.6 wrote it), so that the run cannot go on as if it had not "
-                "stopped. Start a new one from it: another OUTPUT_DIR, and that file as "
+                f"OUTPUT_DIR {self.cfg.OUTPUT_DIR}: its last checkpoint holds no optimizer state "
+                "(a trainer of detectron2 0.6 wrote it), so that the run cannot go on as if it had "
+                "not stopped. Start a new one from it: another OUTPUT_DIR, and that file as "
                 "MODEL.WEIGHTS."
             )
         TrainerBase.load_state_dict(self, state_dict)

@@ -43,7 +43,7 @@ def cores() -> int:
 def environment(root: Path) -> dict[str, str]:
     """The environment of the stages: this one, with a thread for each core unless it says more.
 
-    Threads that wait sleep: on a busy machine, spinning ones keep the core from those they wait for.
+    Threads that wait sleep: on a busy machine, spinning ones keep a core from those they wait for.
     """
     threads = {"OMP_NUM_THREADS": str(cores()), "OMP_WAIT_POLICY": "PASSIVE"}
     env = {**threads, **os.environ, "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
