@@ -6,6 +6,7 @@ For the demo and the tests, where no photographs are. Every random number comes 
 """
 
 import hashlib
+import operator
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,18 +73,29 @@ def render(seed: int, index: int, size: int = 128, max_objects: int = MOST_OBJEC
         max_objects: at most so many objects, 1 to 6.
 
     Raises:
-        InputError: an argument is out of its range.
+        InputError: an argument is out of its range, or no whole number.
     """
-    _check_range("size", size, SMALLEST, LARGEST)
-    _check_range("max_objects", max_objects, 1, MOST_OBJECTS)
-    _check_range("seed", seed, 0, None)
-    _check_range("index", index, 0, None)
+    seed, size, max_objects = check_world(seed, size, max_objects)
+    index = _whole_number("index", index, 0, None)
     rng = _generator("scene", seed, index, size, max_objects)
     canvas = shapes_draw.background(rng, size)
     objects = _place_objects(rng, canvas, size, rng.randint(1, max_objects + 1))
     image = shapes_draw.finish(rng, canvas)
     captions = write_captions(_generator("captions", seed, index, size, max_objects), objects, size)
     return Scene(image, objects, captions)
+
+
+def check_world(seed: int, size: int, max_objects: int) -> tuple[int, int, int]:
+    """The arguments of `render` that hold for a whole world, as plain integers.
+
+    Raises:
+        InputError: one is out of its range, or no whole number.
+    """
+    return (
+        _whole_number("seed", seed, 0, None),
+        _whole_number("size", size, SMALLEST, LARGEST),
+        _whole_number("max_objects", max_objects, 1, MOST_OBJECTS),
+    )
 
 
 def _place_objects(
@@ -135,12 +147,20 @@ def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
     return x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1
 
 
-def _generator(*key: object) -> np.random.RandomState:
+def _generator(*key: str | int) -> np.random.RandomState:
     digest = hashlib.sha256(repr(key).encode()).digest()
     return np.random.RandomState(np.frombuffer(digest, "<u4"))
 
 
-def _check_range(name: str, value: int, low: int, high: int | None) -> None:
-    if value < low or (high is not None and value > high):
-        wanted = f"at least {low}" if high is None else f"{low} to {high}"
-        raise InputError(f"shapes: {name} is {value}; expected {wanted}.")
+def _whole_number(name: str, value: int, low: int, high: int | None) -> int:
+    """A plain int: numpy's integers are spelled differently, and the spelling seeds `_generator`."""
+    wanted = f"at least {low}" if high is None else f"{low} to {high}"
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise InputError(
+            f"shapes: {name} is {value!r}; expected a whole number, {wanted}."
+        ) from None
+    if number < low or (high is not None and number > high):
+        raise InputError(f"shapes: {name} is {number}; expected {wanted}.")
+    return number

@@ -2,11 +2,15 @@
 
 import os
 import textwrap
+import uuid
+from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from virtex_d2.runtime.errors import InputError
 
 from .shapes import MOST_OBJECTS, render
 
@@ -20,7 +24,11 @@ def draw_contact_sheet(
     max_objects: int = MOST_OBJECTS,
     count: int = 12,
 ) -> None:
-    """Draw the first `count` scenes of a world into a PNG."""
+    """Draw the first `count` scenes of a world into a PNG, whose folder is made where absent.
+
+    Raises:
+        InputError: an argument is out of its range (see `render`), or `path` cannot be written.
+    """
     rows = -(-count // _COLUMNS)
     figure, axes = plt.subplots(rows, _COLUMNS, figsize=(4.2 * _COLUMNS, 5.2 * rows), squeeze=False)
     for axis in axes.flat:
@@ -36,8 +44,22 @@ def draw_contact_sheet(
     figure.subplots_adjust(
         left=0.01, right=0.99, top=0.99, bottom=0.42 / rows, hspace=0.45, wspace=0.06
     )
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    try:
+        _save(figure, Path(path))
+    except OSError as error:
+        raise InputError(f"{path}: cannot write the contact sheet ({error.strerror}).") from error
+    finally:
+        plt.close(figure)
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{uuid.uuid4().hex[:12]}.png")
+    try:
+        figure.savefig(temporary, dpi=90)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _wrapped(text: str, width: int = 58) -> str:

@@ -25,7 +25,7 @@ from PIL import Image
 
 from virtex_d2.runtime.errors import InputError, nearest
 
-from .shapes import MOST_OBJECTS, Scene, render
+from .shapes import MOST_OBJECTS, Scene, check_world, render
 from .shapes_draw import CLASSES
 
 FORMATS = ("coco", "lvis", "voc")
@@ -54,13 +54,14 @@ def write_dataset(
         seed: of the world. Splits of one seed share their images: take another for each.
         formats: of FORMATS.
         max_objects: 1 to 6.
-        overwrite: replace the split where it exists.
+        overwrite: replace the split where it exists, in every format that it was written in.
 
     Raises:
-        InputError: an argument is out of its range, or the split exists.
+        InputError: an argument is out of its range, the split exists, or no folder can be made.
     """
     formats = tuple(formats)
     _check_arguments(split, num_images, formats)
+    seed, size, max_objects = check_world(seed, size, max_objects)
     output = Path(output)
     images = output / "images" / split
     if images.exists() and not overwrite:
@@ -69,7 +70,12 @@ def write_dataset(
             "it with --overwrite."
         )
     temporary = output / f".tmp-{split}-{uuid.uuid4().hex[:12]}"
-    (temporary / "images").mkdir(parents=True)
+    try:
+        (temporary / "images").mkdir(parents=True)
+    except OSError as error:
+        raise InputError(
+            f"--output {output}: no folder can be made there ({error.strerror}). Choose another."
+        ) from error
     try:
         writers = [_CocoWriter(split, size)]
         if "lvis" in formats:
@@ -86,6 +92,7 @@ def write_dataset(
                 writer.add(index, name, scene)
         for writer in writers:
             writer.write(temporary)
+        _remove_split(output, split)
         _move_into_place(temporary, output, images)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -98,9 +105,14 @@ def polygons(mask: np.ndarray) -> list[list[float]]:
     an image of doubled pixels it loses a quarter. COCO's polygons have no holes: a part with one is
     cut in two through it.
     """
-    doubled = np.kron(mask.astype(np.uint8), np.ones((2, 2), np.uint8))
+    mask = mask.astype(np.uint8)
+    x, y, width, height = cv2.boundingRect(mask)
+    if not width:
+        return []
+    doubled = mask[y : y + height, x : x + width].repeat(2, axis=0).repeat(2, axis=1)
     return [
-        ((contour.reshape(-1, 2) + 0.5) / 2).flatten().tolist() for contour in _outlines(doubled)
+        ((contour.reshape(-1, 2) + 0.5) / 2 + (x, y)).flatten().tolist()
+        for contour in _outlines(doubled)
     ]
 
 
@@ -290,10 +302,25 @@ def _check_arguments(split: str, num_images: int, formats: tuple[str, ...]) -> N
             )
 
 
-def _move_into_place(temporary: Path, output: Path, images: Path) -> None:
-    """The images last: a split whose folder of images is there is complete."""
+def _remove_split(output: Path, split: str) -> None:
+    """Remove what an earlier call wrote of a split, in all formats, if it did.
+
+    The images go first and come last: a split whose folder of images is there is complete.
+    """
+    images = output / "images" / split
     if images.exists():
         shutil.rmtree(images)
+    for kind in ("captions", "instances", "lvis_v1"):
+        (output / "annotations" / f"{kind}_{split}.json").unlink(missing_ok=True)
+    names = output / "VOC" / "ImageSets" / "Main" / f"{split}.txt"
+    if names.exists():
+        for stem in names.read_text().split():
+            (output / "VOC" / "Annotations" / f"{stem}.xml").unlink(missing_ok=True)
+            (output / "VOC" / "JPEGImages" / f"{stem}.jpg").unlink(missing_ok=True)
+        names.unlink()
+
+
+def _move_into_place(temporary: Path, output: Path, images: Path) -> None:
     voc = temporary / "VOC"
     for path in sorted(voc.rglob("*")) if voc.exists() else []:
         if path.is_file():

@@ -22,6 +22,7 @@ PRETRAIN_CONFIG = "configs/pretrain/shapes_R_50.yaml"
 DETECT_CONFIG = "configs/shapes/mask_rcnn_R_50_FPN.yaml"
 
 IMAGE_SIZE = 96  # pixels: what two cores train on in minutes
+MAX_OBJECTS = 3  # an image: with the world's six, minutes are too short for any detector to learn
 CAPTION_IMAGES = 6000  # at scale 1; no labels but five captions each
 LABELLED_IMAGES = 300  # at scale 1 and above: few labels are what pretraining is for
 TEST_IMAGES = 200  # at scale 1 and above; held out from both
@@ -219,7 +220,7 @@ def _world_stage(plan: Plan, split: str, count: int) -> Stage:
             "tools/make_shapes.py",
             *("--output", plan.world, "--split", split),
             *("--num-images", str(count), "--size", str(IMAGE_SIZE)),
-            *("--seed", str(SPLIT_SEEDS[split])),
+            *("--seed", str(SPLIT_SEEDS[split]), "--max-objects", str(MAX_OBJECTS)),
         ),
         folder=plan.world,
         again="--overwrite",
