@@ -47,7 +47,7 @@ def test_the_table_has_the_means_of_what_the_runs_recorded(finished, html):
 
 
 def test_the_report_says_what_ran_on_what(finished, html):
-    for words in ("400 captioned images", "20 iterations of 32", "10 iterations of 4", "Seed 2:"):
+    for words in ("600 captioned images", "20 iterations of 32", "10 iterations of 4", "Seed 2:"):
         assert words in html
     assert re.search(r"torch \d", html)
     assert re.search(r"\d+ cores usable", html)

@@ -153,7 +153,7 @@ def _generator(*key: str | int) -> np.random.RandomState:
 
 
 def _whole_number(name: str, value: int, low: int, high: int | None) -> int:
-    """A plain int: numpy's integers are spelled differently, and the spelling seeds `_generator`."""
+    """A plain int, because numpy's are spelled otherwise, and the spelling seeds `_generator`."""
     wanted = f"at least {low}" if high is None else f"{low} to {high}"
     try:
         number = operator.index(value)

@@ -13,7 +13,7 @@ SIZES = {"square": (30, 30), "bar": (50, 18), "column": (18, 50)}
 parser = argparse.ArgumentParser()
 parser.add_argument("--output", type=Path)
 parser.add_argument("--split")
-for flag in ("--num-images", "--size", "--seed"):
+for flag in ("--num-images", "--max-objects", "--size", "--seed"):
     parser.add_argument(flag, type=int)
 parser.add_argument("--overwrite", action="store_true")
 args = parser.parse_args()
