@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from virtex_d2.runtime.errors import InputError, nearest
+from virtex_d2.runtime.files import read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ def load_coco_captions(
             image has no caption or is not on the disk. Whether images can be decoded is not
             checked here: it would take as long as an epoch.
     """
-    content = _read_json(json_path)
+    content = read_json(json_path)
     images = _list(content, "images", json_path)
     annotations = _list(content, "annotations", json_path)
 
@@ -108,24 +109,6 @@ def load_records(format_name: str, annotations: str, image_root: str) -> list[Ca
             + nearest(format_name, FORMATS)
         )
     return FORMATS[format_name](annotations, image_root)
-
-
-def _read_json(path: str | os.PathLike) -> dict:
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
-    except ValueError as error:
-        raise InputError(
-            f"{path}: expected JSON, but it is cut short or not JSON ({error}). Copy it again."
-        ) from error
-    if not isinstance(content, dict):
-        raise InputError(
-            f"{path}: expected an object with `images` and `annotations`, found a "
-            f"{type(content).__name__}."
-        )
-    return content
 
 
 def _list(content: dict, name: str, path: str | os.PathLike) -> list:

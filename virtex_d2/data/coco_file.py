@@ -1,6 +1,5 @@
 """What a COCO-format detection file must be before a run depends on it."""
 
-import json
 import logging
 import math
 import os
@@ -8,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from virtex_d2.runtime.errors import InputError
+from virtex_d2.runtime.files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def check_coco_file(
     Raises:
         InputError: with the file, the number of records that are wrong, and the first ten.
     """
-    content = _read_json(path)
+    content = read_json(path)
     images, annotations, categories = (_records(content, key, path) for key in _REQUIRED)
     names = {category["id"]: category["name"] for category in categories}
     by_id = {image["id"]: image for image in images}
@@ -143,22 +143,6 @@ def _box_problem(item: dict, image: dict) -> str:
 
 def _is_finite(value: object) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _read_json(path: str) -> dict:
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
-    except ValueError as error:
-        raise InputError(
-            f"{path}: expected JSON, but it is cut short or of another format ({error}). Copy it "
-            "again."
-        ) from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object, found a {type(content).__name__}.")
-    return content
 
 
 def _records(content: dict, key: str, path: str) -> list[dict]:

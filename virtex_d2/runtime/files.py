@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -119,6 +120,26 @@ def read_numpy_pickle(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise InputError(f"{path}: expected a dict of arrays, found a {type(data).__name__}")
     return data
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """Read an annotation file: a JSON object.
+
+    Raises:
+        InputError: no such file, or it is cut short, not JSON, or not an object.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
+    except ValueError as error:
+        raise InputError(
+            f"{path}: expected JSON, but it is cut short or not JSON ({error}). Copy it again."
+        ) from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, found a {type(content).__name__}.")
+    return content
 
 
 def sha256(path: str | os.PathLike) -> str:
