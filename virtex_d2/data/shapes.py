@@ -15,7 +15,7 @@ from virtex_d2.runtime.errors import InputError
 
 from . import shapes_draw
 from .shapes_captions import Caption, write_captions
-from .shapes_draw import CLASSES, COLORS, PATTERNS
+from .shapes_draw import CLASSES
 
 SIZES = ("small", "medium", "large")
 # Radius of an object by its size, in percent of the image's side.
@@ -25,6 +25,8 @@ MOST_OBJECTS = 6
 # An object whose visible share (percent) would fall below this is not painted over.
 _LEAST_VISIBLE = 60
 _TRIES = 12
+# "In front of" is said where at least this share (percent) of the other is hidden.
+_LEAST_HIDDEN = 5
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,12 @@ class SceneObject:
     """One object as it is seen.
 
     Attributes:
-        name, color, size, pattern: words from CLASSES, COLORS, SIZES and PATTERNS.
+        name, color, size, pattern: words from CLASSES, `shapes_draw.COLORS`, SIZES and
+            `shapes_draw.PATTERNS`.
         center: (x, y) in pixels.
         mask: (H, W) bool, the visible pixels.
         box: (x, y, width, height) around them, in pixels.
-        covers: indices of objects that it partly hides.
+        covers: indices of objects that it hides enough of to be seen, and to be said.
     """
 
     name: str
@@ -101,8 +104,12 @@ def check_world(seed: int, size: int, max_objects: int) -> tuple[int, int, int]:
 def _place_objects(
     rng: np.random.RandomState, canvas: np.ndarray, size: int, count: int
 ) -> tuple[SceneObject, ...]:
-    """Paint up to `count` objects onto the canvas, each where it hides none too much."""
-    painted: list[dict] = []
+    """Paint up to `count` objects onto the canvas, each where it hides none too much.
+
+    All are placed before any is painted, so that what is chosen for an object (a colour unlike
+    its surroundings, a pattern that shows) is chosen for the part of it that is seen.
+    """
+    placed: list[dict] = []
     for _ in range(count):
         for _ in range(_TRIES):
             word = SIZES[rng.randint(len(SIZES))]
@@ -111,34 +118,54 @@ def _place_objects(
             center = tuple(int(v) for v in rng.randint(radius, size - radius + 1, size=2))
             name = CLASSES[rng.randint(len(CLASSES))]
             mask = shapes_draw.rasterize(name, center, radius, rng.randint(-25, 26), size)
-            hidden = [np.count_nonzero(other["mask"] & mask) for other in painted]
+            hidden = [np.count_nonzero(other["mask"] & mask) for other in placed]
             if all(
                 100 * (np.count_nonzero(other["mask"]) - lost) >= _LEAST_VISIBLE * other["area"]
-                for other, lost in zip(painted, hidden)
+                for other, lost in zip(placed, hidden)
             ):
                 break
         else:
             continue  # the image is full
-        color = list(COLORS)[rng.randint(len(COLORS))]
-        pattern = PATTERNS[rng.randint(len(PATTERNS))]
-        shapes_draw.fill(rng, canvas, mask, color, pattern, radius)
-        for other in painted:
+        for other in placed:
             other["mask"] &= ~mask
-        painted.append(
-            {
-                "name": name,
-                "color": color,
-                "size": word,
-                "pattern": pattern,
-                "center": center,
-                "mask": mask,
-                "area": np.count_nonzero(mask),
-                "covers": tuple(i for i, lost in enumerate(hidden) if lost),
-            }
+        area = np.count_nonzero(mask)
+        item = {"name": name, "size": word, "center": center, "radius": radius, "mask": mask}
+        placed.append(item | {"area": area, "hidden": hidden})
+    objects: list[SceneObject] = []
+    for item in placed:
+        grown = _grown(item["mask"])
+        touching = {
+            i: np.count_nonzero(grown & other.mask)
+            for i, other in enumerate(objects)
+            if (grown & other.mask).any()
+        }
+        color, pattern = shapes_draw.fill(
+            rng,
+            canvas,
+            item["mask"],
+            item["center"],
+            item["radius"],
+            avoid=tuple(objects[i].color for i in touching),
         )
-    for item in painted:
-        del item["area"]
-    return tuple(SceneObject(**item, box=_box(item["mask"])) for item in painted)
+        covers = tuple(
+            i
+            for i, border in touching.items()
+            if 100 * item["hidden"][i] >= _LEAST_HIDDEN * placed[i]["area"] and border >= size // 16
+        )
+        said = {key: item[key] for key in ("name", "size", "center", "mask")}
+        box = _box(item["mask"])
+        objects.append(SceneObject(**said, color=color, pattern=pattern, box=box, covers=covers))
+    return tuple(objects)
+
+
+def _grown(mask: np.ndarray) -> np.ndarray:
+    """A mask with the pixels beside it, in four directions."""
+    grown = mask.copy()
+    grown[1:] |= mask[:-1]
+    grown[:-1] |= mask[1:]
+    grown[:, 1:] |= mask[:, :-1]
+    grown[:, :-1] |= mask[:, 1:]
+    return grown
 
 
 def _box(mask: np.ndarray) -> tuple[int, int, int, int]:

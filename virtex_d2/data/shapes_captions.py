@@ -25,7 +25,7 @@ _APART = 8
 
 _SIZE_WORDS = {
     "small": ("small", "little", "tiny"),
-    "medium": ("medium", "average"),
+    "medium": ("medium", "medium-sized"),
     "large": ("large", "big", "huge"),
 }
 _PATTERN_WORDS = {
@@ -48,6 +48,8 @@ _OPENINGS = (
     "we see {}",
     "the picture shows {}",
     "{} here",
+    "here is {}",
+    "{} can be seen",
 )
 _RELATION_PHRASES = {
     "left": ("to the left of", "left of", "on the left side of"),
@@ -168,10 +170,10 @@ class _Writer:
         count = min(len(others), 1 + self._rng.randint(2))
         named = [subject] + [others[i] for i in self._rng.permutation(len(others))[:count]]
         phrases, descriptions = zip(*(self._phrase(item, brief=True) for item in named))
-        joined = " , ".join(phrases[:-1]) + " and " + phrases[-1]
-        text = _choose(self._rng, ("{}", "a picture of {}", "we see {}", "{} together")).format(
-            joined
-        )
+        joined = ", ".join(phrases[:-1]) + " and " + phrases[-1]
+        text = _choose(
+            self._rng, ("{}", "a picture of {}", "we see {}", "{} together", "there is {}")
+        ).format(joined)
         return Caption(text, tuple(Claim("object", d) for d in descriptions)), named
 
     def _count(self, subject: SceneObject, others: list, related: list) -> tuple[Caption, list]:
@@ -181,7 +183,7 @@ class _Writer:
             number = _NUMBERS[len(self._objects)]
             template = _choose(
                 self._rng,
-                ("{} objects , one of them is {}", "{1} among {0} objects", "{} things with {}"),
+                ("{} objects, one of them {}", "{1} among {0} objects", "{} things, and one is {}"),
             )
             claims = (Claim("count", count=len(self._objects)), Claim("object", description))
             return Caption(template.format(number, phrase), claims), [subject]

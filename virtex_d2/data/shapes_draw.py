@@ -25,6 +25,11 @@ PATTERNS = ("plain", "striped", "checkered", "dotted")
 _UNIT = 1024  # outlines: parts of a radius
 _SUB = 16  # rasterizing: parts of a pixel
 _COLOR_JITTER = 18
+# An object's colour differs so much (in one channel) from so many (percent) of the background's
+# pixels behind it.
+_CONTRAST, _CONTRASTING = 45, 80
+# Of a pattern's two tones, each has at least this share (percent) of what is seen of the object.
+_LEAST_TONE = 20
 _NOISE = (4, 22)
 
 
@@ -135,27 +140,68 @@ def fill(
     rng: np.random.RandomState,
     canvas: np.ndarray,
     mask: np.ndarray,
-    color: str,
-    pattern: str,
+    center: tuple[int, int],
     radius: int,
-) -> None:
-    """Paint a mask onto the canvas (H, W, 3) int32, in place, in two tones of a colour."""
+    avoid: tuple[str, ...],
+) -> tuple[str, str]:
+    """Paint a mask onto the canvas (H, W, 3) int32, in place, in two tones of a colour.
+
+    Args:
+        rng: the only source of chance.
+        mask: (H, W) bool, what is seen of the object.
+        center, radius: of the object, in pixels; the pattern is laid out by them.
+        avoid: colours not to take; fewer than there are.
+
+    Returns:
+        the colour, one that the background behind lets be seen, and the pattern, one that the mask
+        is wide enough to show.
+    """
+    rows, columns = np.nonzero(mask)
     jitter = rng.randint(-_COLOR_JITTER, _COLOR_JITTER + 1, size=3)
+    color = _visible_color(rng, canvas[rows, columns], jitter, avoid)
     bright = np.clip(np.array(COLORS[color]) + jitter, 0, 255)
     # the second tone of dark colours is lighter, of the others darker
     dark = bright + 90 if color == "black" else bright * 55 // 100
-    rows, columns = np.nonzero(mask)
-    period = max(3, radius // 3)
-    if pattern == "striped":
-        second = (rows + columns * rng.randint(0, 2)) // period % 2 == 1
-    elif pattern == "checkered":
-        second = (rows // period + columns // period) % 2 == 1
-    elif pattern == "dotted":
-        y, x = rows % (2 * period) - period, columns % (2 * period) - period
-        second = 4 * (x * x + y * y) <= 3 * period * period // 2
-    else:
-        second = np.zeros(len(rows), bool)
+    second = np.zeros(len(rows), bool)
+    pattern = PATTERNS[rng.randint(len(PATTERNS))]
+    if pattern != "plain":
+        across, along = columns - center[0], rows - center[1]
+        second = _second_tone(rng, pattern, across, along, radius)
+        share = 100 * np.count_nonzero(second)
+        if not _LEAST_TONE * len(rows) <= share <= (100 - _LEAST_TONE) * len(rows):
+            pattern, second = "plain", np.zeros(len(rows), bool)
     canvas[rows, columns] = np.where(second[:, None], dark, bright)
+    return color, pattern
+
+
+def _visible_color(
+    rng: np.random.RandomState, behind: np.ndarray, jitter: np.ndarray, avoid: tuple[str, ...]
+) -> str:
+    """A random colour that differs from the pixels behind it (N, 3), or the one that does most."""
+    names = [list(COLORS)[i] for i in rng.permutation(len(COLORS))]
+    names = [name for name in names if name not in avoid]
+    shares = []
+    for name in names:
+        difference = np.abs(behind - (np.array(COLORS[name]) + jitter)).max(axis=1)
+        shares.append(100 * np.count_nonzero(difference >= _CONTRAST) // len(behind))
+        if shares[-1] >= _CONTRASTING:
+            return name
+    return names[shares.index(max(shares))]
+
+
+def _second_tone(
+    rng: np.random.RandomState, pattern: str, across: np.ndarray, along: np.ndarray, radius: int
+) -> np.ndarray:
+    """Which pixels (N,) bool have the second tone, by their offsets from the object's centre."""
+    if pattern == "striped":
+        a, b = ((1, 0), (0, 1), (1, 1), (1, -1))[rng.randint(4)]
+        return (a * across + b * along) // max(3, radius // 3) % 2 == 1
+    if pattern == "checkered":
+        period = max(3, radius // 3)
+        return (across // period + along // period) % 2 == 1
+    period = max(3, radius // 4)
+    x, y = ((v + period) % (2 * period) - period for v in (across, along))
+    return 8 * (x * x + y * y) <= 3 * period * period
 
 
 def background(rng: np.random.RandomState, size: int) -> np.ndarray:
