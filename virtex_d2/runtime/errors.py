@@ -5,6 +5,8 @@ import difflib
 import sys
 from collections.abc import Iterable, Iterator
 
+EXIT_CODE = 2  # of a tool that reports an InputError
+
 
 class InputError(ValueError):
     """Something that the user gave is wrong: a file, a record, a config key, a flag.
@@ -26,9 +28,14 @@ def exit_on_input_error() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        report(error)
+        raise SystemExit(EXIT_CODE) from None
+
+
+def report(error: InputError) -> None:
+    """Print the error's line on stderr, after all that is already on its way to stdout."""
+    sys.stdout.flush()
+    print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

@@ -1,6 +1,7 @@
 """Start a run's processes: one, those of torchrun or a scheduler, or one per GPU of a machine."""
 
 import argparse
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from detectron2.utils import comm
 from torch import nn
 
-from .errors import InputError, exit_on_input_error
+from .errors import EXIT_CODE, InputError, exit_on_input_error, report
 
 Main = Callable[[argparse.Namespace], Any]
 
@@ -61,8 +62,14 @@ def _join(main: Main, args: argparse.Namespace) -> None:
         torch.cuda.set_device(local_rank)
     dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=world_size)
     comm._LOCAL_PROCESS_GROUP = _local_group(rank - local_rank)
-    main(args)
-    # After a failure the others may be stuck in a collective: no orderly end there, only an exit.
+    try:
+        main(args)
+    except InputError as error:
+        # The others may be gone, or wait in a collective: there is no orderly end of the group, and
+        # gloo's threads abort the interpreter's (SIGABRT instead of the exit code) now and then.
+        report(error)
+        logging.shutdown()
+        os._exit(EXIT_CODE)
     comm.synchronize()
     comm._LOCAL_PROCESS_GROUP = None
     dist.destroy_process_group()
@@ -101,8 +108,8 @@ def _spawn(main: Main, args: argparse.Namespace) -> None:
             args=(main, args),
         )
     except ProcessExitedException as error:
-        if error.exit_code == 2:  # the process has printed its InputError
-            raise SystemExit(2) from None
+        if error.exit_code == EXIT_CODE:  # the process has printed its InputError
+            raise SystemExit(EXIT_CODE) from None
         raise
 
 
