@@ -1,18 +1,17 @@
 """Stages as processes: done once, continued, and failing loudly."""
 
-import io
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from virtex_d2.demo import figures, runner
 from virtex_d2.demo.main import run_demo
-from virtex_d2.demo.runner import Progress, StageFailedError
+from virtex_d2.demo.plan import make_budget, make_plan
+from virtex_d2.demo.progress import Progress
+from virtex_d2.demo.runner import StageFailedError
 from virtex_d2.runtime.errors import InputError
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "demo.py"
@@ -122,9 +121,10 @@ def test_a_stage_of_another_config_is_refused_before_anything_runs(finished_copy
     assert logs(finished_copy) == before
 
 
-def test_an_interrupt_ends_the_running_process(tmp_path, monkeypatch):
-    def interrupt(self, line):
-        raise KeyboardInterrupt
+def test_an_interrupt_ends_the_running_processes(project, monkeypatch):
+    def interrupt(self, line, label):
+        if label:  # a detector's first line
+            raise KeyboardInterrupt
 
     processes = []
 
@@ -135,50 +135,59 @@ def test_an_interrupt_ends_the_running_process(tmp_path, monkeypatch):
 
     monkeypatch.setattr(runner.subprocess, "Popen", Recorded)
     monkeypatch.setattr(Progress, "update", interrupt)
-    command = [sys.executable, "-c", "import time; print('on', flush=True); time.sleep(600)"]
+    script = project / "tools" / "train_net.py"
+    script.write_text("import time; print('on', flush=True); time.sleep(60)")
     with pytest.raises(KeyboardInterrupt):
-        runner._run_process(command, tmp_path, io.StringIO(), Progress(0))
-    assert processes[0].returncode is not None
+        run_demo(project, project / "demo", scale=0.1)
+    assert len(processes) == 6  # three splits, the pretraining and both detectors
+    assert all(process.returncode is not None for process in processes)
+    marker = json.loads((project / "demo" / "stages" / "seed1-random.json").read_text())
+    assert not marker["complete"]
 
 
-def test_progress_shows_iteration_loss_and_remaining_time(monkeypatch):
-    out = io.StringIO()
-    progress = Progress(200, out)
-    monkeypatch.setattr(progress, "_period", 0)
-    progress.update(
-        "[11/21 05:50:53 d2.utils.events]:  eta: 0:01:40  iter: 99  total_loss: 3.14159  lr: 1"
+def test_a_detector_that_fails_lets_the_other_finish(project):
+    script = project / "tools" / "train_net.py"
+    content = script.read_text()
+    trap = "import sys\nif 'backbone' in str(sys.argv): sys.exit('no room left')\n"
+    script.write_text(
+        trap + content.replace('"""Stands', '"Stands', 1).replace('draw."""', 'draw."')
     )
-    assert out.getvalue() == "  0:00 · iteration 100 of 200 · loss 3.142 · 0:01:40 to go\n"
+    with pytest.raises(StageFailedError) as caught:
+        run_demo(project, project / "demo", scale=0.1)
+    message = str(caught.value)
+    assert "seed1-pretrained ended with exit code 1" in message
+    assert "no room left" in message
+    assert "seed1-random" not in message
+    markers = {p.stem: json.loads(p.read_text()) for p in (project / "demo/stages").iterdir()}
+    assert markers["seed1-random"]["complete"]
+    assert not markers["seed1-pretrained"]["complete"]
+
+    script.write_text(content)
+    run_demo(project, project / "demo", scale=0.1)
+    assert (project / "demo" / "report.html").exists()
 
 
-def test_progress_goes_on_where_a_process_says_nothing(monkeypatch):
-    out = io.StringIO()
-    progress = Progress(0, out)
-    monkeypatch.setattr(progress, "_period", 0)
-    progress.update("")
-    progress.update("[11/21 05:50:53 detectron2]: Loading the images")
-    progress.update("")
-    assert out.getvalue().splitlines() == [
-        "  0:00 · running",
-        "  0:00 · Loading the images",
-        "  0:00 · Loading the images",
-    ]
-
-
-def test_progress_of_a_training_leaves_out_what_is_no_log_line(monkeypatch):
-    out = io.StringIO()
-    progress = Progress(10, out)
-    monkeypatch.setattr(progress, "_period", 0)
-    progress.update("[11/21 05:50:53 d2.evaluation]: Inference done 11/48.")
-    progress.update("UserWarning: some library's worry")
-    assert out.getvalue().splitlines() == ["  0:00 · Inference done 11/48."] * 2
-
-
-def test_stages_get_a_thread_for_each_core_unless_told_otherwise(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("cores", "processes", "threads"), [(1, 1, 1), (1, 2, 1), (2, 1, 2), (2, 2, 1), (9, 2, 4)]
+)
+def test_processes_share_the_cores(tmp_path, monkeypatch, cores, processes, threads):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert runner.environment(tmp_path)["OMP_NUM_THREADS"] == str(len(os.sched_getaffinity(0)))
+    monkeypatch.setattr(runner, "cores", lambda: cores)
+    assert runner.environment(tmp_path, processes)["OMP_NUM_THREADS"] == str(threads)
+
+
+def test_threads_that_are_asked_for_are_used(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert runner.environment(tmp_path)["OMP_NUM_THREADS"] == "7"
+    assert runner.environment(tmp_path, 2)["OMP_NUM_THREADS"] == "7"
+
+
+def test_stages_that_run_at_once_count_with_the_longest(finished_copy):
+    plan = make_plan(
+        finished_copy.parent, finished_copy, make_budget(finished_copy.parent, 0.1), num_seeds=1
+    )
+    seconds = dict(zip([stage.name for stage in plan.stages], (1, 2, 3, 10, 40, 50)))
+    markers = {name: {"seconds": value} for name, value in seconds.items()}
+    assert runner.elapsed(plan, markers) == 1 + 2 + 3 + 10 + 50
 
 
 def test_the_tool_reports_a_failed_stage_and_exits_with_1(project, run_python):

@@ -7,7 +7,8 @@ from virtex_d2.runtime.errors import InputError
 from . import figures, report, results
 from .masks import load_pictures
 from .plan import STARTS, Plan, make_budget, make_plan, read_config
-from .runner import claim_output, clock, cores, environment, run_plan
+from .progress import clock
+from .runner import claim_output, cores, elapsed, run_plan
 
 NUM_PICTURES = 8  # held-out images in the report
 
@@ -37,8 +38,7 @@ def run_demo(root: Path, output: Path, scale: float = 1.0, num_seeds: int = 1) -
     path = output / "report.html"
     path.unlink(missing_ok=True)  # it would not speak of this run
     print(
-        f"{len(plan.stages)} stages into {output}, on {cores()} cores. Commands run in {root} with "
-        f"OMP_NUM_THREADS={environment(root)['OMP_NUM_THREADS']}.",
+        f"{len(plan.stages)} stages into {output}, on {cores()} cores. Commands run in {root}.",
         flush=True,
     )
     markers = run_plan(plan, root, output)
@@ -49,7 +49,7 @@ def run_demo(root: Path, output: Path, scale: float = 1.0, num_seeds: int = 1) -
     for row in comparisons:
         if row.metric in results.MAIN_METRICS:
             print(results.verdict(row))
-    print(f"{clock(sum(marker['seconds'] for marker in markers.values()))} in all. Report: {path}")
+    print(f"{clock(elapsed(plan, markers))} in all. Report: {path}")
     return path
 
 

@@ -6,6 +6,7 @@ counted in iterations), and the captioned images with them.
 
 import ast
 import hashlib
+import itertools
 import json
 import os
 import shlex
@@ -75,6 +76,8 @@ class Stage:
         needs: the stages whose output it reads.
         iterations: how many it will report; 0 where it does not train.
         again: the flag with which the tool goes on from, or replaces, what a stopped run has left.
+        label: a word for the progress line.
+        group: neighbours of the same group run at the same time; "" for a stage on its own.
     """
 
     name: str
@@ -85,6 +88,8 @@ class Stage:
     needs: tuple["Stage", ...] = field(default=(), repr=False)
     iterations: int = 0
     again: str = "--resume"
+    label: str = ""
+    group: str = ""
 
     def fingerprint(self, root: Path) -> str:
         """A hash of the command, its config files (with those they include), and its inputs'."""
@@ -105,6 +110,12 @@ class Plan:
     world: str
     runs: str
     stages: tuple[Stage, ...] = ()
+
+    @property
+    def groups(self) -> list[list[Stage]]:
+        """The stages in order, those together that run at the same time."""
+        by_group = itertools.groupby(self.stages, key=lambda stage: stage.group or stage.name)
+        return [list(stages) for _, stages in by_group]
 
     def run_folder(self, seed: int, run: str) -> str:
         """The OUTPUT_DIR of a run: "pretrain", or one of `STARTS` for a detector."""
@@ -272,6 +283,8 @@ def _detect_stage(
         configs=(DETECT_CONFIG,),
         needs=(*world, pretrain) if from_captions else world,
         iterations=schedule.iterations,
+        label=start,
+        group=f"seed{seed}-detectors",  # two processes of half the threads are faster than one
     )
 
 

@@ -15,8 +15,9 @@ from virtex_d2.runtime.files import atomic_path
 
 from .figures import COLORS, LABELS
 from .plan import DETECT_CONFIG, IMAGE_SIZE, PRETRAIN_CONFIG, Plan
+from .progress import clock
 from .results import MAIN_METRICS, METRICS, Comparison, mean_and_spread, table, verdict
-from .runner import clock, cores
+from .runner import cores, elapsed
 
 # The distributions whose versions can change a result; detectron2 goes by either name.
 _DISTRIBUTIONS = (
@@ -208,7 +209,6 @@ def _figure(picture: Picture) -> str:
 
 def _facts(plan: Plan, markers: Mapping[str, Mapping[str, Any]], devices: Sequence[str]) -> str:
     budget = plan.budget
-    seconds = sum(marker["seconds"] for marker in markers.values())
     facts = {
         "World": f"{budget.caption_images} captioned images for pretraining; "
         f"{budget.labelled_images} labelled ones for the detectors; {budget.test_images} held out, "
@@ -220,7 +220,7 @@ def _facts(plan: Plan, markers: Mapping[str, Mapping[str, Any]], devices: Sequen
         "Seeds": f"{', '.join(map(str, plan.seeds))}. A seed sets initialisation, order and "
         "augmentation of the pretraining and of both detectors; the images are the same for all",
         "Scale": f"{budget.scale:g} (DEMO_SCALE)",
-        "Time": f"{clock(seconds)} for all stages",
+        "Time": f"{clock(elapsed(plan, markers))} for all stages; detectors run two at a time",
         "Trained on": ", ".join(devices),
         **machine(),
     }
@@ -229,17 +229,13 @@ def _facts(plan: Plan, markers: Mapping[str, Mapping[str, Any]], devices: Sequen
 
 
 def _commands(plan: Plan, markers: Mapping[str, Mapping[str, Any]]) -> str:
-    threads = sorted({marker["threads"] for marker in markers.values()})
-    parts = [
-        '<p class="muted">From the project\'s folder, with OMP_NUM_THREADS='
-        f"{escape(', '.join(threads))}.</p>"
-    ]
+    parts = ['<p class="muted">From the project\'s folder.</p>']
     for stage in plan.stages:
         marker = markers[stage.name]
         parts.append(
             f'<div class="stage"><span>{escape(stage.title)}</span>'
             f'<span class="muted">{clock(marker["seconds"])}</span></div>'
-            f"<pre>{escape(marker['command'])}</pre>"
+            f"<pre>OMP_NUM_THREADS={escape(marker['threads'])} {escape(marker['command'])}</pre>"
         )
     return "\n".join(parts)
 

@@ -1,4 +1,4 @@
-"""Runs the stages, one process each: progress on the terminal, everything in a log, done once.
+"""Runs the stages, a process each: progress on the terminal, everything in a log, done once.
 
 A stage that has ended well leaves a marker with the fingerprint of its command and configs; the
 next demo skips it. One that was stopped goes on with the tool's --resume, or writes its files anew.
@@ -9,26 +9,21 @@ import os
 import queue
 import re
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import atomic_path
 
 from .plan import Budget, Plan, Stage, argv, shell
+from .progress import Progress, clock
 
 LOG_TAIL = 25  # lines shown of a failed stage
-PROGRESS_SECONDS = 10.0  # between progress lines where the output is no terminal
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
-_ITERATION = re.compile(r"\biter: (\d+)")
-_ETA = re.compile(r"\beta: ([\w:, ]+?)  ")
-_LOSS = re.compile(r"\btotal_loss: ([\d.eE+-]+)")
-_LOG_PREFIX = re.compile(r"^\[[\d/]+ [\d:]+ [\w.]+\]:? ")  # "[11/21 05:50:53 pretrain.trainer]: "
 
 
 class StageFailedError(Exception):
@@ -40,12 +35,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def environment(root: Path) -> dict[str, str]:
-    """The environment of the stages: this one, with a thread for each core unless it says more.
+def environment(root: Path, processes: int = 1) -> dict[str, str]:
+    """The environment of stages of which so many run at once: this one, and threads.
 
-    Threads that wait sleep: on a busy machine, spinning ones keep a core from those they wait for.
+    Each gets its share of the cores, unless OMP_NUM_THREADS says something else. Threads that wait
+    sleep: on a busy machine, spinning ones keep a core from those they wait for.
     """
-    threads = {"OMP_NUM_THREADS": str(cores()), "OMP_WAIT_POLICY": "PASSIVE"}
+    share = max(1, cores() // processes)
+    threads = {"OMP_NUM_THREADS": str(share), "OMP_WAIT_POLICY": "PASSIVE"}
     env = {**threads, **os.environ, "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
     env["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [env.get("PYTHONPATH")])])
     return env
@@ -76,7 +73,7 @@ def claim_output(output: Path, budget: Budget) -> None:
 
 
 def run_plan(plan: Plan, root: Path, output: Path) -> dict[str, dict[str, Any]]:
-    """Run every stage that is not complete.
+    """Run every stage that is not complete; those of one group at the same time.
 
     Returns:
         Each stage's marker by its name: "command", "seconds" (over all its runs), "threads".
@@ -86,21 +83,27 @@ def run_plan(plan: Plan, root: Path, output: Path) -> dict[str, dict[str, Any]]:
         StageFailedError: a stage failed; the later ones were not started.
     """
     markers = {stage.name: _checked_marker(stage, root, output) for stage in plan.stages}
-    for number, stage in enumerate(plan.stages, start=1):
-        print(f"\n[{number}/{len(plan.stages)}] {stage.title}", flush=True)
-        marker = markers[stage.name]
-        if marker.get("complete"):
-            print(f"  done before, in {clock(marker['seconds'])}: kept", flush=True)
-            continue
-        markers[stage.name] = _run_stage(stage, marker, root, output)
+    numbers = {stage.name: number for number, stage in enumerate(plan.stages, start=1)}
+    for group in plan.groups:
+        for stage in group:
+            number = numbers[stage.name]
+            print(f"\n[{number}/{len(plan.stages)}] {stage.title}", flush=True)
+            if markers[stage.name].get("complete"):
+                seconds = clock(markers[stage.name]["seconds"])
+                print(f"  done before, in {seconds}: kept", flush=True)
+        runs = [
+            _Run(stage, markers[stage.name], root, output, len(group))
+            for stage in group
+            if not markers[stage.name].get("complete")
+        ]
+        if runs:
+            _run_together(runs)
     return markers
 
 
-def clock(seconds: float) -> str:
-    """75.4 -> "1:15"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+def elapsed(plan: Plan, markers: Mapping[str, Mapping[str, Any]]) -> float:
+    """Seconds of the whole demo; of stages that ran at the same time the longest counts."""
+    return sum(max(markers[stage.name]["seconds"] for stage in group) for group in plan.groups)
 
 
 def _checked_marker(stage: Stage, root: Path, output: Path) -> dict[str, Any]:
@@ -116,127 +119,109 @@ def _checked_marker(stage: Stage, root: Path, output: Path) -> dict[str, Any]:
     return marker
 
 
-def _run_stage(stage: Stage, marker: dict, root: Path, output: Path) -> dict[str, Any]:
-    started_before = bool(marker)
-    command = argv(stage, root, again=started_before)
-    log = output / "logs" / f"{stage.name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    print(f"  {shell(command)}", flush=True)
-
-    marker = {
-        "fingerprint": stage.fingerprint(root),
-        "command": shell(argv(stage, root)),
-        "seconds": marker.get("seconds", 0.0),
-        "threads": environment(root)["OMP_NUM_THREADS"],
-        "complete": False,
-    }
-    _write_json(_marker_path(stage, output), marker)
-    start = time.monotonic()
-    try:
-        with open(log, "a" if started_before else "w", encoding="utf-8") as file:
-            code = _run_process(command, root, file, Progress(stage.iterations))
-        marker["complete"] = code == 0
-    finally:
-        marker["seconds"] += time.monotonic() - start
-        _write_json(_marker_path(stage, output), marker)
-    if code:
-        raise StageFailedError(_failure(stage, code, log))
-    print(f"  finished in {clock(marker['seconds'])}; log: {log}", flush=True)
-    return marker
-
-
-def _run_process(command: list[str], root: Path, log: IO[str], progress: "Progress") -> int:
-    """Its exit code; every line of its output goes to the log, the telling ones to `progress`."""
-    process = subprocess.Popen(
-        command,
-        cwd=root,
-        env=environment(root),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
-    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    threading.Thread(target=_read_lines, args=(process.stdout, lines), daemon=True).start()
-    try:
-        while (line := _next_line(lines)) is not None:
-            if line:
-                line = _ANSI.sub("", line)
-                log.write(line)
-                log.flush()
-            progress.update(line.strip())
-        return process.wait()
-    except BaseException:
-        process.terminate()  # it has had the interrupt itself where that came from the terminal
-        process.wait()
-        raise
-    finally:
-        progress.close()
-
-
-def _read_lines(stream: IO[str], lines: queue.SimpleQueue) -> None:
-    for line in stream:
-        lines.put(line)
-    lines.put(None)
-
-
-def _next_line(lines: queue.SimpleQueue) -> str | None:
-    """The next line; "" where none came for a second; None at the end."""
-    try:
-        return lines.get(timeout=1.0)
-    except queue.Empty:
-        return ""
-
-
-class Progress:
-    """Shows how far a process is: one line that is redrawn on a terminal, else a line now and then.
-
-    Understands detectron2's log lines ("iter: 120  total_loss: 1.9  eta: 0:03:10"), and shows the
-    latest of the others; of a process that does not train, the latest line of any kind.
+class _Run:
+    """A stage's process, its log and its marker, which is kept up to date.
 
     Args:
-        iterations: the last iteration; 0 where the process does not train.
-        stream: where to.
+        stage: what to run.
+        marker: of an earlier run that was stopped, or empty; changed in place.
+        root, output: the project's folder and the demo's.
+        processes: how many share the machine.
     """
 
-    def __init__(self, iterations: int, stream: IO[str] | None = None):
-        self._iterations = iterations
-        self._stream = stream or sys.stdout
-        self._in_place = self._stream.isatty()
-        self._period = 0.5 if self._in_place else PROGRESS_SECONDS
-        self._start = self._shown_at = time.monotonic()
-        self._at = ""
-        self._latest = ""
+    def __init__(self, stage: Stage, marker: dict, root: Path, output: Path, processes: int):
+        self.stage = stage
+        self.log = output / "logs" / f"{stage.name}.log"
+        self._marker, self._path = marker, _marker_path(stage, output)
+        self._mode = "a" if marker else "w"
+        self._root, self._environment = root, environment(root, processes)
+        self._command = argv(stage, root, again=bool(marker))
+        self._seconds_before = marker.get("seconds", 0.0)
+        marker.update(
+            fingerprint=stage.fingerprint(root),
+            command=shell(argv(stage, root)),
+            seconds=self._seconds_before,
+            threads=self._environment["OMP_NUM_THREADS"],
+            complete=False,
+        )
 
-    def update(self, line: str) -> None:
-        """Take a line of output, or "" where only time has passed."""
-        iteration = _ITERATION.search(line)
-        if iteration:
-            done = f"iteration {int(iteration[1]) + 1}"
-            parts = [f"{done} of {self._iterations}" if self._iterations else done]
-            parts += [f"loss {float(found[1]):.3f}" for found in [_LOSS.search(line)] if found]
-            parts += [f"{found[1]} to go" for found in [_ETA.search(line)] if found]
-            self._at, self._latest = " · ".join(parts), ""
-        elif _LOG_PREFIX.match(line) or (line and not self._iterations):
-            self._latest = _LOG_PREFIX.sub("", line)[:70]
-        if time.monotonic() - self._shown_at >= self._period:
-            self._show()
+    def start(self, tell: Callable[[str | None], None]) -> None:
+        """Start the process; `tell` gets each line of its output, and None at its end."""
+        print(f"  {shell(self._command)}", flush=True)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        _write_json(self._path, self._marker)
+        self._file = open(self.log, self._mode, encoding="utf-8")  # noqa: SIM115  closed in `end`
+        self._start = time.monotonic()
+        self._process = subprocess.Popen(
+            self._command,
+            cwd=self._root,
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        threading.Thread(target=self._read, args=(tell,), daemon=True).start()
 
-    def close(self) -> None:
-        """End the line that is redrawn in place."""
-        if self._in_place:
-            print("\r\x1b[K", end="", file=self._stream, flush=True)
+    def _read(self, tell: Callable[[str | None], None]) -> None:
+        for line in self._process.stdout:
+            line = _ANSI.sub("", line)
+            self._file.write(line)
+            self._file.flush()
+            tell(line)
+        tell(None)
 
-    def _show(self) -> None:
-        self._shown_at = time.monotonic()
-        elapsed = clock(self._shown_at - self._start)
-        news = [self._at, self._latest] if self._at or self._latest else ["running"]
-        text = f"  {elapsed} · {' · '.join(filter(None, news))}"
-        if self._in_place:
-            print(f"\r\x1b[K{text[:100]}", end="", file=self._stream, flush=True)
-        else:
-            print(text, file=self._stream, flush=True)
+    @property
+    def seconds(self) -> float:
+        """Over all runs of the stage."""
+        return self._marker["seconds"]
+
+    def end(self, stop: bool = False) -> int:
+        """Wait for the process's end, or bring it about, and record it; returns its exit code."""
+        if stop:
+            self._process.terminate()  # an interrupt from the terminal has reached it as well
+        code = self._process.wait()
+        self._file.close()
+        self._marker["complete"] = code == 0 and not stop
+        self._marker["seconds"] = self._seconds_before + time.monotonic() - self._start
+        _write_json(self._path, self._marker)
+        return code
+
+
+def _run_together(runs: Sequence[_Run]) -> None:
+    """Run processes at the same time. Where one fails, the others still come to their end."""
+    news: queue.SimpleQueue[tuple[_Run, str | None]] = queue.SimpleQueue()
+    progress = Progress({run.stage.label: run.stage.iterations for run in runs})
+    started: list[_Run] = []
+    codes: dict[str, int] = {}
+    try:
+        for run in runs:
+            run.start(lambda line, run=run: news.put((run, line)))
+            started.append(run)
+        while started:
+            try:
+                run, line = news.get(timeout=1.0)
+            except queue.Empty:
+                progress.show()
+                continue
+            if line is None:
+                started.remove(run)
+                codes[run.stage.name] = run.end()
+                progress.end(run.stage.label)
+            else:
+                progress.update(line.strip(), run.stage.label)
+    finally:
+        progress.close()
+        for run in started:
+            run.end(stop=True)
+    failures = [
+        _failure(run.stage, codes[run.stage.name], run.log) for run in runs if codes[run.stage.name]
+    ]
+    if failures:
+        raise StageFailedError("\n".join(failures))
+    for run in runs:
+        print(f"  finished in {clock(run.seconds)}; log: {run.log}", flush=True)
 
 
 def _failure(stage: Stage, code: int, log: Path) -> str:
