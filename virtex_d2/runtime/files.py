@@ -64,7 +64,7 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], 
     Raises:
         InputError: no such file, or not a whole safetensors file.
     """
-    _require_file(path)
+    require_file(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             names = file.keys()
@@ -83,7 +83,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         InputError: no such file, a truncated one, one that is no checkpoint, or one with Python
             objects in it, which could run code on loading.
     """
-    _require_file(path)
+    require_file(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -108,7 +108,7 @@ def read_numpy_pickle(path: str | os.PathLike) -> dict[str, Any]:
         InputError: no such file, no whole pickle, or one that holds other than plain values and
             numpy arrays.
     """
-    _require_file(path)
+    require_file(path)
     with open(path, "rb") as file:
         try:
             data = _NumpyUnpickler(file, encoding="latin1").load()
@@ -193,7 +193,10 @@ def _refuse_existing(dest: Path, overwrite: bool) -> None:
         raise InputError(f"{dest}: exists already. Choose another name, or remove it first.")
 
 
-def _require_file(path: str | os.PathLike) -> None:
+def require_file(path: str | os.PathLike) -> None:
+    """Raises:
+    InputError: there is no file, or a folder.
+    """
     if not os.path.isfile(path):
         found = "a folder" if os.path.isdir(path) else "nothing"
         raise InputError(f"{path}: expected a file, found {found} there. Check the path.")
