@@ -12,7 +12,9 @@ python tools/train_net.py --config-file configs/shapes/mask_rcnn_R_50_FPN.yaml \
 """
 
 import argparse
+import logging
 
+from virtex_d2.checkpoint.transfer import apply_preprocessing
 from virtex_d2.config import get_virtex_cfg
 from virtex_d2.data.catalog import log_datasets, register_datasets
 from virtex_d2.modeling import resolve_norms
@@ -25,8 +27,11 @@ from virtex_d2.trainer import DetectionTrainer
 
 def main(args: argparse.Namespace) -> None:
     cfg = load_config(get_virtex_cfg(), args.config_file, args.opts)
+    changes = [] if args.eval_only else apply_preprocessing(cfg, args.resume)
     datasets = register_datasets(cfg, args.eval_only)
     setup_run(cfg, args)
+    for line in changes:
+        logging.getLogger("virtex_d2").info(line)
     log_datasets(datasets)
     resolve_norms(cfg)
     cfg.freeze()

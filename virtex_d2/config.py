@@ -31,10 +31,22 @@ def add_virtex_config(cfg: CN) -> None:
     cfg.VIRTEX.MAX_BAD_BOX_SHARE = 0.0001
     # Keep activations as (N, H, W, C) in memory: faster with SOLVER.AMP on CPUs and on GPUs.
     cfg.VIRTEX.CHANNELS_LAST = False
+    # What the pretrained network saw (INPUT.FORMAT, MODEL.PIXEL_MEAN, MODEL.PIXEL_STD,
+    # MODEL.RESNETS.STRIDE_IN_1X1) against this config: "check" refuses a difference, "auto" sets
+    # the keys, "config" believes the config instead of the file.
+    cfg.VIRTEX.PREPROCESSING = "check"
+    # Whose checkpoint MODEL.WEIGHTS is, where its keys do not decide: a name of
+    # docs/checkpoints.md. "": told by the keys.
+    cfg.VIRTEX.LAYOUT = ""
+    # The network to take where a file holds several, such as "momentum". "": the layout's first.
+    cfg.VIRTEX.COPY = ""
+    # After loading, compare the detector's stages with those of the pretrained network.
+    cfg.VIRTEX.PROBE = True
 
     # "auto" is CUDA where there is a device, else the CPU; the choice is logged.
     cfg.MODEL.DEVICE = "auto"
-    # "": random; a backbone file (.safetensors); or a detector's checkpoint (.pth, .pkl).
+    # "": random; a checkpoint with a ResNet, of any layout in docs/checkpoints.md; or a detector's
+    # checkpoint. Told by what is in the file.
     cfg.MODEL.WEIGHTS = ""
     # Number of classes; -1: as many as the data sets have categories.
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = -1

@@ -20,7 +20,7 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from virtex_d2.checkpoint.detector import DetectorCheckpointer
-from virtex_d2.checkpoint.transfer import is_backbone_file, load_backbone
+from virtex_d2.checkpoint.transfer import is_backbone, load_backbone
 from virtex_d2.data.loader import TestLoader, TrainLoader, build_train_loader
 from virtex_d2.evaluation import build_evaluator
 from virtex_d2.runtime.errors import InputError
@@ -38,9 +38,9 @@ class DetectionTrainer(DefaultTrainer):
         trainer.resume_or_load(resume=False)
         trainer.train()
 
-    MODEL.WEIGHTS is "" (random), a backbone file (loaded strictly: every backbone tensor or an
-    error) or a detector's checkpoint. With SOLVER.AMP on a CPU the losses are computed under
-    bfloat16 autocast.
+    MODEL.WEIGHTS is "" (random), a checkpoint with a ResNet (loaded strictly: every backbone tensor
+    or an error, and it must compute what it computed) or a detector's checkpoint. With SOLVER.AMP
+    on a CPU the losses are computed under bfloat16 autocast.
 
     Args:
         cfg: with MODEL.DEVICE and norms resolved; its data sets registered.
@@ -83,9 +83,7 @@ class DetectionTrainer(DefaultTrainer):
         model = cls.build_model(cfg)
         checkpointer = DetectorCheckpointer(model, cfg.OUTPUT_DIR, whole=True)
         weights = cfg.MODEL.WEIGHTS
-        if not (resume and checkpointer.has_checkpoint()) and (
-            not weights or is_backbone_file(weights)
-        ):
+        if not (resume and checkpointer.has_checkpoint()) and (not weights or is_backbone(weights)):
             raise InputError(
                 f"MODEL.WEIGHTS {weights!r}: --eval-only needs a detector's checkpoint, such as "
                 "OUTPUT_DIR/model_final.pth, or --resume and one in OUTPUT_DIR; a backbone alone "
@@ -104,8 +102,10 @@ class DetectionTrainer(DefaultTrainer):
             InputError: the file is missing, damaged or does not fit; nothing was loaded.
         """
         resuming = resume and self.checkpointer.has_checkpoint()
-        if not resuming and is_backbone_file(self.cfg.MODEL.WEIGHTS):
-            load_backbone(self.model, self.cfg.MODEL.WEIGHTS, self.cfg)
+        if not resuming and is_backbone(self.cfg.MODEL.WEIGHTS):
+            report = load_backbone(self.model, self.cfg.MODEL.WEIGHTS, self.cfg)
+            if comm.is_main_process():
+                report.write(self.cfg.OUTPUT_DIR)
         else:
             super().resume_or_load(resume)
 

@@ -1,61 +1,99 @@
-"""The tables of names."""
+"""Every project's files into every kind of detector."""
 
 import pytest
-import torchvision
-from detectron2.modeling import build_backbone
+import torch
+from detectron2.modeling import build_model
 
-from virtex_d2.checkpoint.layouts import DETECTRON2, TORCHVISION, translate
+from tests.checkpoint.layout_files import DETECTORS, EXAMPLES, FULL, THIN, random_resnet, write
+from virtex_d2.checkpoint.naming import DETECTRON2, TORCHVISION, translate
+from virtex_d2.checkpoint.probe import TOLERANCE
+from virtex_d2.checkpoint.source import read_backbone
+from virtex_d2.checkpoint.transfer import backbone_names, extract_backbone, load_backbone
 
 
-@pytest.mark.parametrize(
-    ("architecture", "values"),
-    [
-        ("resnet18", (18, 64, 64)),
-        ("resnet34", (34, 64, 64)),
-        ("resnet50", (50, 256, 64)),
-        ("resnet101", (101, 256, 64)),
-        ("wide_resnet50_2", (50, 256, 128)),
-    ],
-)
-def test_torchvision_and_detectron2_names_of_a_resnet_match_one_to_one(
-    architecture, values, detector_config
+@pytest.fixture(scope="module")
+def networks():
+    """The ResNet that each file is about, and another one that must not be taken."""
+    return random_resnet(seed=1), random_resnet(seed=2)
+
+
+def resnet_options(architecture):
+    return [part for key, value in architecture.config().items() for part in (key, value)]
+
+
+@pytest.mark.parametrize("kind", ["FPN", "C4", "DC5"])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_layout_is_recognised_and_loaded_completely(
+    name, kind, networks, tmp_path, detector_config
 ):
-    keys = ("DEPTH", "RES2_OUT_CHANNELS", "WIDTH_PER_GROUP")
-    opts = [part for key, value in zip(keys, values) for part in (f"MODEL.RESNETS.{key}", value)]
-    backbone = build_backbone(detector_config("FPN", *opts)).bottom_up
-    shapes = {
-        name: tensor.shape
-        for name, tensor in backbone.state_dict().items()
-        if "num_batches" not in name
-    }
-    original = {
-        name: tensor.shape
-        for name, tensor in getattr(torchvision.models, architecture)().state_dict().items()
-        if not name.startswith("fc.") and "num_batches" not in name
-    }
-    renamed = {translate(name, TORCHVISION, DETECTRON2): shape for name, shape in original.items()}
-    assert renamed == shapes
-    assert {translate(name, DETECTRON2, TORCHVISION): shape for name, shape in shapes.items()} == (
-        original
-    )
+    example = EXAMPLES[name]
+    options = resnet_options(THIN)
+    if name == "msra":
+        options += ["MODEL.RESNETS.STRIDE_IN_1X1", True, "INPUT.FORMAT", "BGR"]
+        options += ["MODEL.PIXEL_MEAN", [103.53, 116.28, 123.675]]
+        options += ["MODEL.PIXEL_STD", [1.0, 1.0, 1.0]]
+    if not example.says_pixels:
+        options += ["VIRTEX.PREPROCESSING", "config"]
+    if kind == "DC5":
+        kind = "C4"
+        options += ["MODEL.RESNETS.RES5_DILATION", 2, "MODEL.RESNETS.OUT_FEATURES", "['res5']"]
+        options += ["MODEL.RPN.IN_FEATURES", "['res5']", "MODEL.ROI_HEADS.IN_FEATURES", "['res5']"]
+        options += ["MODEL.ROI_HEADS.NAME", "StandardROIHeads"]
+        options += ["MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead", "MODEL.ROI_BOX_HEAD.NUM_FC", 1]
+        options += ["MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"]
+    cfg = detector_config(kind, *options)
+    model = build_model(cfg)
+    path = example.write(tmp_path, *networks)
+    report = load_backbone(model, str(path), cfg)
+
+    assert (report.layout, report.copy) == (example.layout, example.copy)
+    wanted = backbone_names(model.state_dict())
+    assert len(report.loaded) == len(wanted) == 265
+    assert report.probe.keys() == {"stem", "res2", "res3", "res4", "res5"}
+    assert max(report.probe.values()) <= TOLERANCE
+    state = model.state_dict()
+    for key, tensor in networks[0].items():
+        target = translate(key, TORCHVISION, DETECTRON2)
+        if target and not (example.folded and "running" in key):
+            assert torch.equal(state[wanted[target]], tensor), key
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "copy"),
     [
-        "fc.weight",
-        "layer1.0.conv1",
-        "layer1.0.conv1.num_batches_tracked",
-        "layer0.0.conv1.weight",
-        "xlayer1.0.conv1.weight",
-        "layer1.0.conv1.weight.more",
-        "res2.0.conv1.weight",
-        "",
+        ("moco v2", "momentum"),
+        ("moco v3", "momentum"),
+        ("dino", "student"),
+        ("byol", "target"),
+        ("pixpro", "momentum"),
+        ("timm with EMA", "ema"),
     ],
 )
-def test_a_name_that_is_not_of_the_layout_has_no_translation(name):
-    assert translate(name, TORCHVISION, DETECTRON2) is None
+def test_the_other_copy_is_taken_on_demand(name, copy, networks, tmp_path):
+    path = EXAMPLES[name].write(tmp_path, *networks)
+    backbone = read_backbone(str(path), copy=copy)
+    assert backbone.copy == copy
+    assert all(torch.equal(backbone.tensors[key], networks[1][key]) for key in backbone.tensors)
 
 
-def test_the_extra_norm_of_c4_is_not_taken_for_a_backbone_tensor():
-    assert translate("res5.norm.weight", DETECTRON2, TORCHVISION) is None
+@pytest.mark.parametrize("name", ["torchvision", "virtex in DDP", "moco v2"])
+def test_a_full_size_resnet_50_is_loaded(name, tmp_path, detector_config):
+    networks = random_resnet(FULL, seed=1), random_resnet(FULL, seed=2)
+    cfg = detector_config("C4")
+    model = build_model(cfg)
+    report = load_backbone(model, str(EXAMPLES[name].write(tmp_path, *networks)), cfg)
+    assert report.architecture == "resnet50"
+    assert len(report.loaded) == 265
+    assert max(report.probe.values()) <= TOLERANCE
+    back = extract_backbone(model)
+    assert all(torch.equal(back[key], networks[0][key]) for key in back)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_the_backbone_of_a_detector_comes_out(name, networks, tmp_path):
+    path = write(tmp_path / "model_final.pth", DETECTORS[name](*networks))
+    backbone = read_backbone(str(path))
+    assert backbone.layout == "detectron2-detector"
+    assert backbone.architecture == THIN
+    assert len(backbone.tensors) == 265
+    assert all(torch.equal(tensor, networks[0][key]) for key, tensor in backbone.tensors.items())

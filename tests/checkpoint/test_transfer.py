@@ -7,7 +7,7 @@ import torch
 from detectron2.modeling import build_model
 from safetensors.torch import load_file
 
-from virtex_d2.checkpoint.layouts import DETECTRON2, TORCHVISION, translate
+from virtex_d2.checkpoint.naming import DETECTRON2, TORCHVISION, translate
 from virtex_d2.checkpoint.transfer import backbone_names, extract_backbone, load_backbone
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import read_safetensors, write_safetensors
@@ -103,7 +103,7 @@ def test_stages_that_the_detector_lacks_are_dropped_and_named(
     cfg = detector_config("C4", "MODEL.META_ARCHITECTURE", "ProposalNetwork")
     report = load_backbone(build_model(cfg), str(backbone_file("resnet50")), cfg)
     assert len(report.loaded) + len(report.dropped) == TENSORS["resnet50"]
-    assert {name.partition(".")[0] for name in report.dropped} == {"res5"}
+    assert {name.partition(".")[0] for name in report.dropped} == {"layer4"}
     assert "has no res5" in caplog.text
 
 
@@ -163,8 +163,21 @@ def _without(tensors):
     del tensors["layer2.0.bn1.running_mean"]
 
 
-def _with_fc(tensors):
-    tensors["fc.weight"] = torch.zeros(2, 2)
+def _without_a_block(tensors):
+    for name in [name for name in tensors if name.startswith("layer3.0.")]:
+        del tensors[name]
+
+
+def _with_a_bias(tensors):
+    tensors["conv1.bias"] = torch.zeros(64)
+
+
+def _transposed(tensors):
+    tensors["layer3.0.conv1.weight"] = tensors["layer3.0.conv1.weight"].transpose(0, 1).contiguous()
+
+
+def _negative(tensors):
+    tensors["layer3.0.bn2.running_var"][0] = -1
 
 
 def _with_one_block_more(tensors):
@@ -182,11 +195,14 @@ def _not_finite(tensors):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_without, "res3.0.conv1.norm.running_mean is missing in the file"),
-        (_with_fc, "fc.weight is none of a ResNet"),
-        (_with_one_block_more, "res3.7.conv1.weight of the file has no place"),
-        (_reshaped, "res4.0.conv2.weight has shape"),
-        (_not_finite, "res4.0.conv2.weight holds NaN or Inf"),
+        (_without, "layer2.0.bn1.running_mean is missing"),
+        (_without_a_block, "layer3 has no block 0"),
+        (_with_one_block_more, "layer2 has no block 2"),
+        (_with_a_bias, "conv1.bias"),
+        (_reshaped, r"layer3.0.conv2.weight has shape \(256, 256, 1, 1\), expected"),
+        (_transposed, r"layer3.0.conv1.weight has shape .* \(its dimensions are swapped\)"),
+        (_not_finite, "layer3.0.conv2.weight holds NaN or Inf"),
+        (_negative, "layer3.0.bn2.running_var holds a negative variance"),
     ],
 )
 def test_a_file_that_does_not_fit_is_named_tensor_by_tensor_and_changes_nothing(
@@ -208,7 +224,6 @@ def test_a_file_that_does_not_fit_is_named_tensor_by_tensor_and_changes_nothing(
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"format": None}, "expected a backbone file"),
         ({"format_version": "2"}, "expected format_version 1, found '2'"),
         ({"pixel_mean": None, "channel_order": None}, "lacks channel_order, pixel_mean"),
         ({"pixel_mean": "a,b,c"}, "pixel_mean"),

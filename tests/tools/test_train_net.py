@@ -1,10 +1,7 @@
 """tools/train_net.py from end to end, on detectors of toy size."""
 
-import importlib.util
 import json
-import logging
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -13,83 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.utils import logger as detectron2_logger
-
-from virtex_d2.runtime.errors import exit_on_input_error
-from virtex_d2.runtime.setup import LOGGERS, argument_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "train_net.py"
-
-
-def _load_tool():
-    spec = importlib.util.spec_from_file_location("train_net", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _data(world):
-    entries = [
-        [f"tool_{split}", "coco", str(world / f"annotations/instances_{split}.json")]
-        + [str(world / "images" / split)]
-        for split in ("train", "test")
-    ]
-    return ["VIRTEX.DATASETS", repr(entries)]
-
-
-class Tool:
-    """Runs the tool in this process: `tool(*arguments)` -> exit code; and reads what it wrote."""
-
-    def __init__(self, arguments, output):
-        self._arguments, self.output = arguments, output
-
-    def __call__(self, *arguments):
-        arguments = [*self._arguments, "OUTPUT_DIR", str(self.output), *map(str, arguments)]
-        try:
-            with exit_on_input_error():
-                _load_tool().main(argument_parser().parse_args(arguments))
-        except SystemExit as error:
-            return error.code
-        finally:
-            for name in LOGGERS:
-                for handler in list(logging.getLogger(name).handlers):
-                    logging.getLogger(name).removeHandler(handler)
-            detectron2_logger.setup_logger.cache_clear()
-        return 0
-
-    def metrics(self):
-        lines = (self.output / "metrics.json").read_text().splitlines()
-        return [json.loads(line) for line in lines]
-
-    def log(self):
-        return (self.output / "log.txt").read_text()
-
-    def checkpoint(self, name):
-        return torch.load(self.output / name, weights_only=True)
-
-
-@pytest.fixture(autouse=True)
-def _catalog_as_before():
-    before = set(DatasetCatalog.list())
-    yield
-    for name in set(DatasetCatalog.list()) - before:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-
-
-@pytest.fixture
-def world(shapes_world, tmp_path):
-    """A copy of the small world, to be damaged."""
-    return Path(shutil.copytree(shapes_world, tmp_path / "world"))
-
-
-@pytest.fixture
-def tool(small_detector, world, tmp_path):
-    arguments = [*small_detector("FPN"), *_data(world)]
-    data = ["DATASETS.TRAIN", "('tool_train',)", "DATASETS.TEST", "('tool_test',)"]
-    return Tool([*arguments, *data], tmp_path / "run")
 
 
 def test_a_detector_is_trained_from_a_backbone_file_evaluated_and_saved(
@@ -97,7 +20,7 @@ def test_a_detector_is_trained_from_a_backbone_file_evaluated_and_saved(
 ):
     periods = ("SOLVER.MAX_ITER", 4, "TEST.EVAL_PERIOD", 2, "SOLVER.CHECKPOINT_PERIOD", 2)
     assert tool("MODEL.WEIGHTS", backbone_file(), *periods) == 0, capsys.readouterr().err
-    assert "100 of 100 backbone tensors set, 0 missing, 0 dropped" in tool.log()
+    assert "100 of 100 backbone tensors set, 0 missing" in tool.log()
     assert "SyncBN does not run on a CPU" in tool.log()
     evaluated = [line for line in tool.metrics() if "bbox/AP" in line]
     assert len(evaluated) == 2
@@ -119,11 +42,8 @@ def test_a_detector_is_trained_from_a_backbone_file_evaluated_and_saved(
     assert (tool.output / "metrics.json").read_bytes() == before
 
 
-def test_a_c4_detector_is_trained_from_a_backbone_file(
-    small_detector, world, backbone_file, tmp_path, capsys
-):
-    data = [*_data(world), "DATASETS.TRAIN", "('tool_train',)", "DATASETS.TEST", "('tool_test',)"]
-    tool = Tool([*small_detector("C4"), *data], tmp_path / "run")
+def test_a_c4_detector_is_trained_from_a_backbone_file(make_tool, backbone_file, capsys):
+    tool = make_tool("C4")
     code = tool("MODEL.WEIGHTS", backbone_file("resnet50"), "SOLVER.MAX_ITER", 1)
     assert code == 0, capsys.readouterr().err
     assert "265 of 265 backbone tensors set" in tool.log()
@@ -145,10 +65,10 @@ def test_a_resumed_run_goes_on_with_iteration_optimizer_and_schedule(tool, backb
     assert rates[3] == pytest.approx(0.1 * rates[1])
 
 
-def test_the_same_seed_trains_the_same_detector(tool, world, small_detector, tmp_path):
+def test_the_same_seed_trains_the_same_detector(tool, make_tool):
     opts = ("SOLVER.MAX_ITER", 2, "DATASETS.TEST", "()")
-    second = Tool(tool._arguments, tmp_path / "second")
-    third = Tool(tool._arguments, tmp_path / "third")
+    second = make_tool(folder="second")
+    third = make_tool(folder="third")
     assert tool(*opts) == second(*opts) == third(*opts, "SEED", 2) == 0
     a, b, c = (run.checkpoint("model_final.pth")["model"] for run in (tool, second, third))
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -213,9 +133,9 @@ def test_an_unusable_test_image_stops_the_evaluation_and_the_training_is_saved(t
     assert (tool.output / "model_final.pth").is_file()
 
 
-def _torchvision_checkpoint(folder):
-    torch.save(torchvision.models.resnet18().state_dict(), folder / "resnet18.pth")
-    return folder / "resnet18.pth"
+def _no_resnet(folder):
+    torch.save(torchvision.models.squeezenet1_1().state_dict(), folder / "squeezenet.pth")
+    return folder / "squeezenet.pth"
 
 
 def _cut_safetensors(folder, backbone):
@@ -226,10 +146,13 @@ def _cut_safetensors(folder, backbone):
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        (lambda folder, _: folder / "none.pth", "none.pth: expected a checkpoint, found no file"),
+        (lambda folder, _: folder / "none.pth", "none.pth: expected a file, found nothing there"),
         (lambda folder, _: folder / "none.safetensors", "none.safetensors: expected a file"),
-        (_cut_safetensors, "cut.safetensors: expected a safetensors file, but it is truncated"),
-        (lambda folder, _: _torchvision_checkpoint(folder), "holds none of the detector's 100"),
+        (
+            _cut_safetensors,
+            "cut.safetensors: expected a whole safetensors file, but it is damaged or cut short",
+        ),
+        (lambda folder, _: _no_resnet(folder), "no ResNet found among the 52 tensors"),
     ],
 )
 def test_weights_that_do_not_load_stop_the_run_which_may_be_started_again(
@@ -286,10 +209,10 @@ def test_an_output_folder_with_another_run_is_refused(tool, capsys):
 
 
 def test_as_a_program_it_prints_one_line_exits_with_2_and_leaves_nothing(
-    run_python, small_detector, world, tmp_path
+    run_python, small_detector, world, data, tmp_path
 ):
     (world / "annotations/instances_train.json").write_text('{"images": [')
-    arguments = [*small_detector("FPN"), *_data(world), "DATASETS.TRAIN", "('tool_train',)"]
+    arguments = [*small_detector("FPN"), *data]
     done = run_python(TOOL, *arguments, "OUTPUT_DIR", tmp_path / "run", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: ")
@@ -298,12 +221,11 @@ def test_as_a_program_it_prints_one_line_exits_with_2_and_leaves_nothing(
     assert not (tmp_path / "run").exists()
 
 
-def test_two_processes_train_one_detector_on_cpus(small_detector, world, backbone_file, tmp_path):
+def test_two_processes_train_one_detector_on_cpus(small_detector, data, backbone_file, tmp_path):
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    arguments = [*small_detector("FPN"), *_data(world), "OUTPUT_DIR", str(tmp_path / "run")]
-    arguments += ["DATASETS.TRAIN", "('tool_train',)", "DATASETS.TEST", "('tool_test',)"]
+    arguments = [*small_detector("FPN"), *data, "OUTPUT_DIR", str(tmp_path / "run")]
     arguments += ["MODEL.WEIGHTS", str(backbone_file())]
     common = {
         **os.environ,

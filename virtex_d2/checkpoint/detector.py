@@ -52,7 +52,7 @@ class DetectorCheckpointer(AtomicDetectionCheckpointer):
             raise InputError(
                 f"{path}: holds none of the detector's {len(backbone)} backbone tensors; its names "
                 f"begin with {', '.join(self._first_names)}. MODEL.WEIGHTS takes a detector's "
-                "checkpoint, or a backbone.safetensors that tools/pretrain_net.py wrote."
+                "checkpoint, or a ResNet in one of the layouts of docs/checkpoints.md."
             )
         if whole:
             raise InputError(

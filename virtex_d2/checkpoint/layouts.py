@@ -1,86 +1,254 @@
-"""Whose checkpoint is this: how projects name the tensors of one and the same ResNet.
+"""Whose checkpoint is this: what projects call the ResNet in their files, as a table.
 
-A layout is a table from roles to module names. Names are translated from any layout to any other by
-role, so that a new one is a new table and no new code.
+A layout is recognised by the keys in the file, never by the file's name. To add one: an entry in
+`LAYOUTS`, and a fixture in tests/checkpoint/layout_files.py.
 """
 
-import functools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Of convolutions and norms alike. Batch counters (`num_batches_tracked`) are not of the backbone:
-# with a fixed momentum nothing reads them.
-PARAMETERS = ("weight", "bias", "running_mean", "running_var")
+from .naming import CAFFE2, DETECTRON2, TORCHVISION, Naming
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What was done to pixels before the network saw them.
+
+    Attributes:
+        channel_order: "RGB" or "BGR".
+        mean, std: per channel in that order, on the scale 0 to 255.
+        stride_in_1x1: whether a bottleneck halves the resolution in its first 1x1 convolution
+            (MSRA's networks) or in the 3x3 one (torchvision's and all later ones).
+    """
+
+    channel_order: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    stride_in_1x1: bool
+
+    def config(self) -> dict[str, object]:
+        """The four config keys that feed a detector so."""
+        return {
+            "INPUT.FORMAT": self.channel_order,
+            "MODEL.PIXEL_MEAN": list(self.mean),
+            "MODEL.PIXEL_STD": list(self.std),
+            "MODEL.RESNETS.STRIDE_IN_1X1": self.stride_in_1x1,
+        }
+
+
+# ImageNet's statistics as torchvision gives them (0.485, 0.456, 0.406; 0.229, 0.224, 0.225), x 255.
+IMAGENET_RGB = Preprocessing("RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375), False)
+# MSRA's, as in detectron2's model zoo.
+MSRA_BGR = Preprocessing("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0), True)
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One of the networks that a training checkpoint holds.
+
+    Attributes:
+        name: for `--copy` and VIRTEX.COPY.
+        prefix: regular expression of what stands before the ResNet's names, without the wrappers
+            of DDP and torch.compile.
+        container: regular expression of the path of dict keys to the state dict, joined by "/".
+    """
+
+    name: str
+    prefix: str
+    container: str = r"(?!.*ema).*"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one project names a ResNet's modules.
+    """One project's files.
 
     Attributes:
-        name: of the layout.
-        first_stage: the number of the stage behind the stem.
-        modules: role -> module name, with the fields {stage}, {block} and {n} (the number of a
-            convolution in its block, from 1).
+        name: for `--layout` and VIRTEX.LAYOUT.
+        projects: whose files look so.
+        copies: the networks that may be in a file; the first is the one that is taken.
+        naming: of the ResNet behind the prefix.
+        markers: regular expressions of names; one must begin a name beside the ResNet's, or, where
+            there are none here, the prefix alone is enough.
+        preprocessing: what the network was trained with; None where the files do not say.
+        refusal: why this cannot be loaded, where it cannot.
+        detector: whether the file is of a whole detector, which is loaded as detectron2 does.
     """
 
     name: str
-    first_stage: int
-    modules: dict[str, str]
-
-    @functools.cached_property
-    def patterns(self) -> list[tuple[str, re.Pattern]]:
-        """Role and regular expression of each module, the fields as named groups."""
-        return [
-            (role, re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(template))))
-            for role, template in self.modules.items()
-        ]
+    projects: str
+    copies: tuple[Copy, ...]
+    naming: Naming = TORCHVISION
+    markers: tuple[str, ...] = ()
+    preprocessing: Preprocessing | None = IMAGENET_RGB
+    refusal: str = ""
+    detector: bool = False
 
 
-TORCHVISION = Layout(
-    "torchvision",
-    first_stage=1,
-    modules={
-        "stem convolution": "conv1",
-        "stem norm": "bn1",
-        "convolution": "layer{stage}.{block}.conv{n}",
-        "norm": "layer{stage}.{block}.bn{n}",
-        "shortcut convolution": "layer{stage}.{block}.downsample.0",
-        "shortcut norm": "layer{stage}.{block}.downsample.1",
-    },
+_EMA = r"(.*/)?[^/]*ema[^/]*(/.*)?"
+
+LAYOUTS = (
+    Layout(
+        "virtex",
+        "VirTex and VirTex-D2 pretraining checkpoints",
+        (Copy("visual", r"visual\.cnn\."),),
+    ),
+    Layout(
+        "torchvision",
+        "torchvision, timm, VirTex's hub model, and the released ResNets of DINO, Barlow Twins, "
+        "VICReg and others, which use its names",
+        (Copy("model", ""), Copy("ema", "", _EMA)),
+    ),
+    Layout(
+        "moco",
+        "MoCo v1 and v2",
+        (Copy("query", r"encoder_q\."), Copy("momentum", r"encoder_k\.")),
+    ),
+    Layout(
+        "moco-v3",
+        "MoCo v3",
+        (Copy("base", r"base_encoder\."), Copy("momentum", r"momentum_encoder\.")),
+    ),
+    Layout(
+        "swav",
+        "SwAV and DeepCluster v2",
+        (Copy("model", ""),),
+        markers=(r"projection_head\.", r"prototypes\."),
+    ),
+    Layout(
+        "dino",
+        "DINO training checkpoints",
+        (
+            Copy("teacher", r"backbone\.", r"(.*/)?teacher(/.*)?"),
+            Copy("student", r"backbone\.", r"(.*/)?student(/.*)?"),
+        ),
+    ),
+    Layout(
+        "backbone",
+        "Barlow Twins, VICReg and VICRegL training, DenseCL, mmselfsup, SimCLR: `backbone.*`",
+        (Copy("backbone", r"backbone\.", r"(?!(.*/)?(teacher|student)(/|$))(?!.*ema).*"),),
+    ),
+    Layout(
+        "simsiam",
+        "SimSiam",
+        (Copy("encoder", r"encoder\."),),
+        markers=(r"predictor\.", r"encoder\.fc\."),
+    ),
+    Layout(
+        "pixpro",
+        "PixPro",
+        (Copy("encoder", r"encoder\."), Copy("momentum", r"encoder_k\.")),
+        markers=(r"projector\.", r"projector_k\."),
+    ),
+    Layout(
+        "byol",
+        "BYOL",
+        (
+            Copy("online", r"online_(encoder|network)\.(net\.|encoder\.)?"),
+            Copy("target", r"target_(encoder|network)\.(net\.|encoder\.)?"),
+        ),
+    ),
+    Layout(
+        "clip",
+        "CLIP and its kin",
+        (Copy("visual", r"(model\.)?visual\.(trunk\.)?"),),
+        refusal="it is a CLIP image encoder: three stem convolutions, average pooling before the "
+        "strided convolutions and an attention pool, another architecture than detectron2's ResNet",
+    ),
+    Layout(
+        "detectron2",
+        "detectron2's backbones alone",
+        (Copy("backbone", r"(bottom_up\.)?"),),
+        naming=DETECTRON2,
+        preprocessing=None,
+    ),
+    Layout(
+        "detectron2-detector",
+        "whole detectors of detectron2",
+        (Copy("detector", r"backbone\.(bottom_up\.)?"),),
+        naming=DETECTRON2,
+        preprocessing=None,
+        detector=True,
+    ),
+    Layout(
+        "msra",
+        "Caffe2 and MSRA ResNets of detectron2's and Detectron's model zoos",
+        (Copy("model", ""),),
+        naming=CAFFE2,
+        preprocessing=MSRA_BGR,
+    ),
 )
 
-DETECTRON2 = Layout(
-    "detectron2",
-    first_stage=2,
-    modules={
-        "stem convolution": "stem.conv1",
-        "stem norm": "stem.conv1.norm",
-        "convolution": "res{stage}.{block}.conv{n}",
-        "norm": "res{stage}.{block}.conv{n}.norm",
-        "shortcut convolution": "res{stage}.{block}.shortcut",
-        "shortcut norm": "res{stage}.{block}.shortcut.norm",
-    },
-)
+# What DDP and torch.compile put before every name.
+_WRAPPERS = r"(?:module\.|_orig_mod\.)*"
+# The names by which a ResNet of each naming is found, whatever stands before them.
+_ANCHORS = {
+    "torchvision": ("conv1.weight", "layer1.0.conv1.weight"),
+    "detectron2": ("stem.conv1.weight", "res2.0.conv1.weight"),
+    "caffe2": ("conv1_w", "res2_0_branch2a_w"),
+}
 
 
-def translate(name: str, source: Layout, target: Layout) -> str | None:
-    """A tensor's name in another layout; None where `source` has no such tensor.
+@dataclass(frozen=True)
+class Found:
+    """A ResNet in a file, and what it may be.
 
-    >>> translate("layer1.0.bn3.running_var", TORCHVISION, DETECTRON2)
-    'res2.0.conv3.norm.running_var'
+    Attributes:
+        container: path of dict keys to its state dict, joined by "/".
+        prefix: before its names, wrappers included.
+        naming: of its names.
+        layouts: (layout, copy) that fit, the more specific layouts only.
     """
-    module, _, parameter = name.rpartition(".")
-    if parameter not in PARAMETERS:
-        return None
-    for role, pattern in source.patterns:
-        match = pattern.fullmatch(module)
-        if match:
-            fields = match.groupdict()
-            if "stage" in fields:
-                stage = int(fields["stage"]) - source.first_stage
-                if stage < 0:
-                    return None
-                fields["stage"] = stage + target.first_stage
-            return f"{target.modules[role].format(**fields)}.{parameter}"
-    return None
+
+    container: str
+    prefix: str
+    naming: Naming
+    layouts: tuple[tuple[Layout, Copy], ...]
+
+
+def find_resnets(containers: dict[str, Sequence[str]]) -> list[Found]:
+    """Every ResNet among the names of a file's state dicts, and the layouts that fit each.
+
+    Args:
+        containers: path -> the names in that state dict.
+    """
+    found = []
+    for container, names in containers.items():
+        present = set(names)
+        for layout_naming in {layout.naming.name: layout.naming for layout in LAYOUTS}.values():
+            anchors = _ANCHORS[layout_naming.name]
+            prefixes = {
+                name.removesuffix(anchors[1])
+                for name in present
+                if name.endswith(anchors[1]) and _boundary(name.removesuffix(anchors[1]))
+            }
+            for prefix in sorted(prefixes):
+                fits = _fitting(container, prefix, layout_naming, present)
+                found.append(Found(container, prefix, layout_naming, tuple(fits)))
+    return found
+
+
+def _boundary(prefix: str) -> bool:
+    return not prefix or prefix.endswith(".")
+
+
+def _fitting(
+    container: str, prefix: str, naming: Naming, names: set[str]
+) -> list[tuple[Layout, Copy]]:
+    fits = [
+        (layout, copy)
+        for layout in LAYOUTS
+        if layout.naming is naming
+        for copy in layout.copies
+        if re.fullmatch(_WRAPPERS + copy.prefix, prefix)
+        and re.fullmatch(copy.container, container)
+        and (not layout.markers or _marked(layout, names))
+    ]
+    # A layout that is told by more than its prefix is the more specific one.
+    specific = [(layout, copy) for layout, copy in fits if layout.markers]
+    return specific or fits
+
+
+def _marked(layout: Layout, names: set[str]) -> bool:
+    pattern = re.compile(_WRAPPERS + f"(?:{'|'.join(layout.markers)})")
+    return any(pattern.match(name) for name in names)

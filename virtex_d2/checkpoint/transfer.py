@@ -1,36 +1,34 @@
-"""Load a backbone file into a detector so that every backbone tensor is set, or nothing is."""
+"""Load a ResNet into a detector so that it is the network that was pretrained, or nothing is."""
 
+import json
 import logging
+import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 
+import detectron2
 import torch
 import yaml
 from detectron2.config import CfgNode
+from detectron2.utils.file_io import PathManager
 from torch import nn
 
+import virtex_d2
 from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.files import read_safetensors, sha256
+from virtex_d2.runtime.files import atomic_path, read_json
 
-from .layouts import DETECTRON2, TORCHVISION, translate
+from .layouts import IMAGENET_RGB, Preprocessing
+from .naming import DETECTRON2, TORCHVISION, is_counter, translate
+from .probe import TOLERANCE, ProbeResult, probe
+from .source import Backbone, holds_detector, read_backbone
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "virtex_d2.backbone"
-FORMAT_VERSION = "1"
-METADATA = ("architecture", "channel_order", "pixel_mean", "pixel_std", "stride_in_1x1")
+REPORT_NAME = "transfer_report.json"
+MODES = ("check", "auto", "config")  # of VIRTEX.PREPROCESSING
 
 # Where detectors keep their ResNet: FPN; C4 and others without FPN; res5 of C4's ROI heads.
 BACKBONE_PREFIXES = ("backbone.bottom_up.", "backbone.", "roi_heads.")
-
-# MODEL.RESNETS.DEPTH by (blocks of res2 to res5, whether they are bottlenecks).
-DEPTHS = {
-    ((2, 2, 2, 2), False): 18,
-    ((3, 4, 6, 3), False): 34,
-    ((3, 4, 6, 3), True): 50,
-    ((3, 4, 23, 3), True): 101,
-    ((3, 8, 36, 3), True): 152,
-}
 
 
 @dataclass(frozen=True)
@@ -38,78 +36,173 @@ class TransferReport:
     """What a load did.
 
     Attributes:
-        source: the file.
-        sha256: of its bytes.
+        source, sha256: the file.
+        layout, copy: whose it is, and which of the networks in it.
+        architecture: as torchvision calls it.
         loaded: the detector's names of the tensors that were set: all of its backbone.
-        dropped: the file's tensors of stages that the detector does not have.
+        dropped: the file's tensors that a detector has no use for, and those of stages that this
+            one lacks.
+        beside: what else the file holds.
         new: the detector's tensors that no backbone has (FPN, RPN, heads).
+        preprocessing: the config keys that the backbone wants.
+        vouched: whether the config is believed instead of the file (VIRTEX.PREPROCESSING config).
+        probe: relative error by stage; empty where the probe is off.
+        notes: of the file.
         metadata: the file's.
+        versions: of what computed this.
     """
 
     source: str
     sha256: str
+    layout: str
+    copy: str
+    architecture: str
     loaded: tuple[str, ...]
     dropped: tuple[str, ...]
+    beside: tuple[str, ...]
     new: tuple[str, ...]
+    preprocessing: dict[str, object]
+    vouched: bool
+    probe: dict[str, float]
+    notes: tuple[str, ...]
     metadata: dict[str, str]
+    versions: dict[str, str] = field(
+        default_factory=lambda: {
+            "virtex_d2": virtex_d2.__version__,
+            "detectron2": detectron2.__version__,
+            "torch": torch.__version__,
+        }
+    )
+
+    def write(self, folder: str) -> str:
+        """Write transfer_report.json into the output folder; returns its path."""
+        path = os.path.join(folder, REPORT_NAME)
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        return path
 
 
-def is_backbone_file(path: str) -> bool:
-    """Whether MODEL.WEIGHTS names a backbone file rather than a detector's checkpoint."""
-    return path.endswith(".safetensors")
+def local_path(weights: str) -> str:
+    """MODEL.WEIGHTS as a file of this machine; what has a scheme (https://, detectron2://) is
+    fetched by detectron2 into its cache.
+    """
+    return PathManager.get_local_path(weights) if "://" in weights else weights
+
+
+def is_backbone(weights: str) -> bool:
+    """Whether MODEL.WEIGHTS is a backbone to be loaded strictly, not a detector's checkpoint.
+
+    Told by the keys in the file.
+
+    Raises:
+        InputError: the file cannot be read safely.
+    """
+    return bool(weights) and not holds_detector(local_path(weights))
+
+
+def apply_preprocessing(cfg: CfgNode, resume: bool = False) -> list[str]:
+    """With VIRTEX.PREPROCESSING "auto", set the config's preprocessing to the backbone's, in place.
+
+    To be called before the detector is built. A run that is resumed takes what its first start
+    wrote into transfer_report.json, so that the backbone's file may be gone by then.
+
+    Returns:
+        A line for the log about each key that was changed; there is no log yet at that time.
+
+    Raises:
+        InputError: VIRTEX.PREPROCESSING is none of `MODES`; the file cannot be used.
+    """
+    if cfg.VIRTEX.PREPROCESSING not in MODES:
+        raise InputError(
+            f"VIRTEX.PREPROCESSING is '{cfg.VIRTEX.PREPROCESSING}'; expected one of "
+            f"{', '.join(MODES)}."
+        )
+    if cfg.VIRTEX.PREPROCESSING != "auto":
+        return []
+    written = os.path.join(cfg.OUTPUT_DIR, REPORT_NAME)
+    if resume and os.path.isfile(written):
+        source, wanted = written, read_json(written)["preprocessing"]
+    elif is_backbone(cfg.MODEL.WEIGHTS):
+        backbone = _read(cfg)
+        source, wanted = backbone.path, _known_preprocessing(backbone).config()
+    else:
+        return []
+    changes = []
+    for key, value in wanted.items():
+        if not _same(value, _get(cfg, key)):
+            changes.append(f"{key}: {_get(cfg, key)} -> {value}, as {source} says")
+            _set(cfg, key, value)
+    return changes
 
 
 def load_backbone(model: nn.Module, path: str, cfg: CfgNode) -> TransferReport:
-    """Set every backbone tensor of a detector from a backbone file, running statistics included.
+    """Set every backbone tensor of a detector from a checkpoint, running statistics included.
 
     Frozen stages (FREEZE_AT) get the file's statistics too, res5 of a C4 detector lies in its ROI
-    heads. What the file lacks keeps its initialisation: FPN, RPN, heads, C4's extra norm.
+    heads. What the file lacks keeps its initialisation: FPN, RPN, heads, C4's extra norm. Then the
+    stages' outputs are compared with the source network's (`probe`).
 
     Args:
         model: a detectron2 detector with a ResNet, possibly in DistributedDataParallel.
-        path: a file that `tools/pretrain_net.py` wrote.
+        path: a checkpoint of any layout in `layouts.LAYOUTS`, or a backbone file.
         cfg: the detector's config; what it does to pixels must be what the backbone was trained
             with, and its ResNet that of the file.
 
     Raises:
-        InputError: the file is no backbone file; config and file contradict each other; a tensor is
-            missing, left over, of another shape or not finite. Nothing is set then.
+        InputError: the file holds no such ResNet; config and file contradict each other; a tensor
+            is missing, left over, of another shape or not finite (nothing is set then); or the
+            loaded detector computes something else.
     """
-    tensors, metadata = _read(path)
+    backbone = _read(cfg, path)
     model = getattr(model, "module", model)
-    given = {}
-    for name, tensor in tensors.items():
-        translated = translate(name, TORCHVISION, DETECTRON2)
-        if translated is None:
-            raise InputError(
-                f"{path}: the tensor {name} is none of a ResNet in torchvision's naming, nothing "
-                "was loaded. tools/pretrain_net.py writes such files."
-            )
-        given[translated] = tensor
-    _check_config(path, given, metadata, cfg)
+    vouched = cfg.VIRTEX.PREPROCESSING == "config"
+    wanted_config = dict(backbone.architecture.config())
+    if not vouched:
+        wanted_config |= _known_preprocessing(backbone).config()
+    _check_config(backbone, wanted_config, cfg)
 
+    given = {translate(n, TORCHVISION, DETECTRON2): t for n, t in backbone.tensors.items()}
     state = model.state_dict()
     wanted = backbone_names(state)
     stages = {_stage(name) for name in wanted}
-    dropped = sorted(name for name in given if _stage(name) not in stages)
-    problems = list(_problems(given, wanted, state, dropped, cfg.MODEL.RESNETS.NORM))
+    unused = sorted(name for name in given if _stage(name) not in stages)
+    problems = list(_problems(given, wanted, state, unused, cfg.MODEL.RESNETS.NORM))
     if problems:
         raise InputError(
-            f"{path} ({metadata['architecture']}) does not fit the detector, nothing was loaded; "
-            f"{len(problems)} problems, the first: {'; '.join(problems[:5])}."
+            f"{backbone.path} ({backbone.architecture.name}) does not fit the detector, nothing "
+            f"was loaded; {len(problems)} problems, the first: {'; '.join(problems[:5])}."
         )
     with torch.no_grad():
         for name, target in wanted.items():
             state[target].copy_(given[name])
+
+    used = _of_config(cfg) if vouched else _known_preprocessing(backbone)
+    result = ProbeResult({})
+    if cfg.VIRTEX.PROBE:
+        result = probe(model, backbone, used, cfg.INPUT.FORMAT)
     report = TransferReport(
-        path,
-        sha256(path),
+        source=backbone.path,
+        sha256=backbone.sha256,
+        layout=backbone.layout,
+        copy=backbone.copy,
+        architecture=backbone.architecture.name,
         loaded=tuple(sorted(wanted.values())),
-        dropped=tuple(dropped),
-        new=tuple(sorted(state.keys() - set(wanted.values()) - _counters(state))),
-        metadata=metadata,
+        dropped=(*backbone.dropped, *(_original(backbone, name) for name in unused)),
+        beside=backbone.beside,
+        new=tuple(sorted(n for n in state if n not in set(wanted.values()) and not is_counter(n))),
+        preprocessing=used.config(),
+        vouched=vouched,
+        probe=result.errors,
+        notes=backbone.notes,
+        metadata=backbone.metadata,
     )
-    _log(report)
+    _log(report, backbone, cfg, unused)
+    if not result.passed:
+        raise InputError(
+            f"{backbone.path}: all {len(wanted)} tensors were set, but the detector does not "
+            f"compute what the pretrained network computes (relative error by stage: "
+            f"{result.summary()}; at most {TOLERANCE:g}). Likely cause: {result.cause}."
+        )
     return report
 
 
@@ -137,90 +230,58 @@ def extract_backbone(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def _read(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    tensors, metadata = read_safetensors(path)
-    advice = "tools/pretrain_net.py writes such a file as OUTPUT_DIR/backbone.safetensors."
-    if metadata.get("format") != FORMAT:
-        raise InputError(
-            f"{path}: expected a backbone file (format {FORMAT}), found format "
-            f"{metadata.get('format')!r}. {advice}"
-        )
-    if metadata.get("format_version") != FORMAT_VERSION:
-        raise InputError(
-            f"{path}: expected format_version {FORMAT_VERSION}, found "
-            f"{metadata.get('format_version')!r}. It is of another version of this project."
-        )
-    lacking = [key for key in METADATA if key not in metadata]
-    if lacking:
-        raise InputError(f"{path}: its metadata lacks {', '.join(lacking)}. {advice}")
-    return tensors, metadata
+def _read(cfg: CfgNode, path: str = "") -> Backbone:
+    return read_backbone(local_path(path or cfg.MODEL.WEIGHTS), cfg.VIRTEX.LAYOUT, cfg.VIRTEX.COPY)
 
 
-def _check_config(
-    path: str, given: dict[str, torch.Tensor], metadata: dict[str, str], cfg: CfgNode
-) -> None:
+def _original(backbone: Backbone, detectron2_name: str) -> str:
+    return backbone.original(translate(detectron2_name, DETECTRON2, TORCHVISION) or "")
+
+
+def _known_preprocessing(backbone: Backbone) -> Preprocessing:
+    if backbone.preprocessing is None:
+        lines = _yaml(IMAGENET_RGB.config())
+        raise InputError(
+            f"{backbone.path}: files of layout {backbone.layout} do not say what their network was "
+            "trained with. Set these keys in the config, here torchvision's, and vouch for them "
+            f"with VIRTEX.PREPROCESSING config:\n{lines}"
+        )
+    return backbone.preprocessing
+
+
+def _of_config(cfg: CfgNode) -> Preprocessing:
+    return Preprocessing(
+        cfg.INPUT.FORMAT,
+        tuple(map(float, cfg.MODEL.PIXEL_MEAN)),
+        tuple(map(float, cfg.MODEL.PIXEL_STD)),
+        cfg.MODEL.RESNETS.STRIDE_IN_1X1,
+    )
+
+
+def _check_config(backbone: Backbone, expected: dict[str, object], cfg: CfgNode) -> None:
     """Refuse a config that feeds the backbone other pixels, or builds another ResNet."""
-    expected = {
-        "INPUT.FORMAT": metadata["channel_order"],
-        "MODEL.PIXEL_MEAN": _numbers(path, metadata, "pixel_mean"),
-        "MODEL.PIXEL_STD": _numbers(path, metadata, "pixel_std"),
-        "MODEL.RESNETS.STRIDE_IN_1X1": metadata["stride_in_1x1"] == "true",
-        **_resnet_config(given),
-    }
     found = {key: _get(cfg, key) for key in expected}
     wrong = [key for key in expected if not _same(expected[key], found[key])]
     if wrong:
         told = "; ".join(f"{key} is {found[key]}, the file says {expected[key]}" for key in wrong)
-        lines = yaml.safe_dump(_nested({key: expected[key] for key in wrong}), sort_keys=False)
         raise InputError(
-            f"{path} ({metadata['architecture']}): the config does not fit this backbone, and "
-            f"nothing was loaded: {told}. Use:\n{lines.rstrip()}"
+            f"{backbone.path} ({backbone.architecture.name}, layout {backbone.layout}): the config "
+            f"does not fit this backbone, and nothing was loaded: {told}. Use:\n"
+            f"{_yaml({key: expected[key] for key in wrong})}"
         )
-
-
-def _numbers(path: str, metadata: dict[str, str], key: str) -> list[float]:
-    try:
-        return [float(value) for value in metadata[key].split(",")]
-    except ValueError as error:
-        raise InputError(
-            f"{path}: expected numbers with commas in its metadata's {key}, found {metadata[key]!r}"
-        ) from error
-
-
-def _resnet_config(given: dict[str, torch.Tensor]) -> dict[str, int]:
-    """The config that builds the ResNet of these tensors; empty where it is none that is known."""
-    blocks = tuple(
-        len({name.split(".")[1] for name in given if name.startswith(f"res{stage}.")})
-        for stage in (2, 3, 4, 5)
-    )
-    bottleneck = "res2.0.conv3.weight" in given
-    last = f"res2.0.conv{3 if bottleneck else 2}.weight"
-    needed = ("stem.conv1.weight", "res2.0.conv1.weight", "res2.0.conv2.weight", last)
-    if (blocks, bottleneck) not in DEPTHS or not all(name in given for name in needed):
-        return {}
-    stem, first, second, last = (given[name].shape for name in needed)
-    config = {
-        "DEPTH": DEPTHS[blocks, bottleneck],
-        "STEM_OUT_CHANNELS": stem[0],
-        "RES2_OUT_CHANNELS": last[0],
-    }
-    if bottleneck:
-        groups = first[0] // second[1]
-        config |= {"NUM_GROUPS": groups, "WIDTH_PER_GROUP": first[0] // groups}
-    return {f"MODEL.RESNETS.{key}": value for key, value in config.items()}
 
 
 def _problems(
     given: dict[str, torch.Tensor],
     wanted: dict[str, str],
     state: dict[str, torch.Tensor],
-    dropped: list[str],
+    unused: list[str],
     norm: str,
 ) -> Iterable[str]:
     if not wanted:
         yield "the detector has no ResNet of detectron2's naming"
         return
-    left_over = given.keys() - wanted.keys() - set(dropped)
+    left_over = given.keys() - wanted.keys() - set(unused)
     if any(name.endswith("running_mean") for name in left_over):
         yield (
             f"MODEL.RESNETS.NORM '{norm}' keeps no running statistics, which are a part of this "
@@ -232,41 +293,55 @@ def _problems(
         found, expected = tuple(given[name].shape), tuple(state[wanted[name]].shape)
         if found != expected:
             yield f"{name} has shape {found} in the file, {expected} in the detector"
-        elif not torch.isfinite(given[name]).all():
-            yield f"{name} holds NaN or Inf"
 
 
-def _log(report: TransferReport) -> None:
+def _log(report: TransferReport, backbone: Backbone, cfg: CfgNode, unused: list[str]) -> None:
     modules = sorted({".".join(name.split(".")[:2]) for name in report.new})
+    rows = {
+        "source": f"{report.source} (sha256 {report.sha256[:12]})",
+        "layout": f"{report.layout}, {report.copy}: {report.architecture}",
+        "set": f"{len(report.loaded)} of {len(report.loaded)} backbone tensors set, 0 missing",
+        "dropped": f"{len(report.dropped)}{_some(report.dropped)}",
+        "new": f"{len(report.new)} tensors start at their initialisation: {', '.join(modules)}",
+        "pixels": ("believed from the config: " if report.vouched else "as the file says: ")
+        + ", ".join(f"{key} {value}" for key, value in report.preprocessing.items()),
+        "probe": ", ".join(f"{stage} {error:.1e}" for stage, error in report.probe.items())
+        or "off",
+    }
+    for key in ("source", "iteration"):
+        if key in report.metadata:
+            rows["layout"] += f"; {key} {report.metadata[key]}"
     logger.info(
-        "%s: %d of %d backbone tensors set, 0 missing, %d dropped (%s, %s, iteration %s, sha256 "
-        "%s); %d tensors start at their initialisation: %s",
-        report.source,
-        len(report.loaded),
-        len(report.loaded),
-        len(report.dropped),
-        report.metadata["architecture"],
-        report.metadata.get("source", "source not recorded"),
-        report.metadata.get("iteration", "not recorded"),
-        report.sha256[:12],
-        len(report.new),
-        ", ".join(modules),
+        "Backbone loaded:\n%s", "\n".join(f"  {key:8} {value}" for key, value in rows.items())
     )
-    if report.dropped:
+    for note in report.notes:
+        logger.info("%s: %s", report.source, note)
+    if unused:
         logger.warning(
             "%s: the detector has no %s, so %d tensors of the file were dropped",
             report.source,
-            ", ".join(sorted({_stage(name) for name in report.dropped})),
-            len(report.dropped),
+            ", ".join(sorted({_stage(name) for name in unused})),
+            len(unused),
         )
+    frozen = cfg.MODEL.RESNETS.NORM == "FrozenBN" or cfg.MODEL.BACKBONE.FREEZE_AT > 0
+    if frozen and any("never trained" in note for note in report.notes):
+        logger.warning(
+            "%s: norms are frozen (MODEL.RESNETS.NORM %s, MODEL.BACKBONE.FREEZE_AT %d) at "
+            "statistics that were never trained; the features behind them are on no useful scale",
+            report.source,
+            cfg.MODEL.RESNETS.NORM,
+            cfg.MODEL.BACKBONE.FREEZE_AT,
+        )
+
+
+def _some(names: tuple[str, ...]) -> str:
+    if not names:
+        return ""
+    return f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
 def _stage(name: str) -> str:
     return name.partition(".")[0]
-
-
-def _counters(names: Iterable[str]) -> set[str]:
-    return {name for name in names if name.endswith("num_batches_tracked")}
 
 
 def _get(cfg: CfgNode, dotted: str) -> object:
@@ -275,7 +350,14 @@ def _get(cfg: CfgNode, dotted: str) -> object:
     return cfg
 
 
-def _nested(values: dict[str, object]) -> dict:
+def _set(cfg: CfgNode, dotted: str, value: object) -> None:
+    *groups, key = dotted.split(".")
+    for name in groups:
+        cfg = cfg[name]
+    cfg[key] = value
+
+
+def _yaml(values: dict[str, object]) -> str:
     tree: dict = {}
     for dotted, value in values.items():
         *groups, key = dotted.split(".")
@@ -283,7 +365,7 @@ def _nested(values: dict[str, object]) -> dict:
         for group in groups:
             node = node.setdefault(group, {})
         node[key] = value
-    return tree
+    return yaml.safe_dump(tree, sort_keys=False).rstrip()
 
 
 def _same(expected: object, found: object) -> bool:

@@ -1,0 +1,231 @@
+"""One ResNet, written as other programs expect it."""
+
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+
+import virtex_d2
+from virtex_d2.runtime.errors import InputError
+from virtex_d2.runtime.files import atomic_path, write_safetensors
+
+from .layouts import Preprocessing
+from .naming import DETECTRON2, TORCHVISION, translate
+from .probe import TOLERANCE, ProbeResult, probe
+from .source import FORMAT, FORMAT_VERSION, Backbone, find_layouts, read_backbone
+
+SUFFIXES = {
+    "backbone": (".safetensors",),
+    "detectron2": (".pkl",),
+    "torchvision": (".pth", ".safetensors"),
+    "timm": (".pth", ".safetensors"),
+}
+
+
+def convert(
+    source: str,
+    dest: str,
+    to: str,
+    layout: str = "",
+    copy: str = "",
+    overwrite: bool = False,
+) -> Backbone:
+    """Read a checkpoint of any layout and write its ResNet alone; atomic.
+
+    Args:
+        source: the checkpoint.
+        dest: the file to write.
+        to: "backbone" (this project's file, .safetensors), "detectron2" (.pkl, for stock
+            detectron2), "torchvision" or "timm" (.pth or .safetensors; both use the same names).
+        layout, copy: as in `source.read_backbone`.
+        overwrite: whether `dest` may exist.
+
+    Raises:
+        InputError: the source cannot be used, `dest` has another suffix than the format's, exists,
+            or cannot be written. Nothing is left behind then.
+    """
+    if to not in SUFFIXES:
+        raise InputError(f"--to {to}: expected one of {', '.join(SUFFIXES)}.")
+    if Path(dest).suffix not in SUFFIXES[to]:
+        raise InputError(
+            f"{dest}: a file of format {to} ends in {' or '.join(SUFFIXES[to])}; its readers go by "
+            "that."
+        )
+    if Path(dest).exists() and not overwrite:
+        raise InputError(f"{dest}: exists already. Choose another name, or add --overwrite.")
+    backbone = read_backbone(source, layout, copy)
+    try:
+        _WRITERS[to](Path(dest), backbone)
+    except OSError as error:
+        raise InputError(f"{dest}: cannot be written: {error.strerror}.") from error
+    return backbone
+
+
+def verify(path: str, original: Backbone) -> ProbeResult:
+    """Read a converted file again and compare it with what it was made from.
+
+    Every tensor must be the same bit for bit; then a detectron2 Mask R-CNN takes it, and its stages
+    are compared with the original's.
+
+    Raises:
+        InputError: a tensor differs, or a stage does.
+    """
+    written = read_backbone(path)
+    different = [
+        name
+        for name, tensor in original.tensors.items()
+        if not torch.equal(tensor, written.tensors[name])
+    ]
+    if different:
+        raise InputError(f"{path}: {len(different)} tensors differ, the first: {different[0]}.")
+    preprocessing = original.preprocessing or Preprocessing("RGB", (0.0,) * 3, (1.0,) * 3, False)
+    model = _stock_detector(original, preprocessing)
+    state = model.state_dict()
+    for name, tensor in written.tensors.items():
+        state[f"backbone.bottom_up.{translate(name, TORCHVISION, DETECTRON2)}"].copy_(tensor)
+    result = probe(model, original, preprocessing, preprocessing.channel_order)
+    if not result.passed:
+        raise InputError(
+            f"{path}: the network in it computes something else than {original.path} (relative "
+            f"error by stage: {result.summary()}; at most {TOLERANCE:g}): {result.cause}."
+        )
+    return result
+
+
+def inspect(path: str, layout: str = "", copy: str = "") -> dict[str, object]:
+    """What a file is, for people and programs; nothing is loaded into a model.
+
+    Returns:
+        "found" (every ResNet in it: place, prefix, layouts and copies), and of the one that would
+        be taken: "layout", "copy", "architecture", "tensors", "preprocessing" (config keys, None
+        where the file does not say), "dropped", "beside", "notes", "metadata", "sha256".
+
+    Raises:
+        InputError: the file cannot be read, or holds nothing that can be loaded.
+    """
+    backbone = read_backbone(path, layout, copy)
+    return {
+        "path": backbone.path,
+        "sha256": backbone.sha256,
+        "layout": backbone.layout,
+        "copy": backbone.copy,
+        "architecture": backbone.architecture.name,
+        "config": backbone.architecture.config(),
+        "tensors": len(backbone.tensors),
+        "preprocessing": backbone.preprocessing and backbone.preprocessing.config(),
+        "found": [
+            {
+                "place": found.container,
+                "prefix": found.prefix,
+                "layouts": [f"{entry.name}: {one.name}" for entry, one in fits],
+            }
+            for found, fits in find_layouts(path)
+        ],
+        "dropped": list(backbone.dropped),
+        "beside": list(backbone.beside),
+        "notes": list(backbone.notes),
+        "metadata": backbone.metadata,
+    }
+
+
+def describe(found: Mapping[str, object]) -> str:
+    """`inspect`'s result as a table."""
+    rows = []
+    for key, value in found.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {item}" for name, item in value.items()) or "none"
+        elif isinstance(value, list):
+            texts = [
+                f"{item['place'] or 'top level'} {item['prefix'] or '(no prefix)'} "
+                f"{' or '.join(item['layouts']) or 'no known layout'}"
+                if isinstance(item, dict)
+                else str(item)
+                for item in value
+            ]
+            more = f" and {len(texts) - 4} more" if len(texts) > 4 else ""
+            value = "; ".join(texts[:4]) + more or "none"
+        rows.append(f"{key:14}{'the file does not say' if value is None else value}")
+    return "\n".join(rows)
+
+
+def _metadata(backbone: Backbone) -> dict[str, str]:
+    """Of the file to be written: the source's own entries, and how it must be fed."""
+    entries = {
+        "source": f"{backbone.layout} {backbone.copy}",
+        **backbone.metadata,
+        "architecture": backbone.architecture.name,
+        "source_sha256": backbone.sha256,
+        "virtex_d2_version": virtex_d2.__version__,
+    }
+    if backbone.preprocessing:
+        entries |= {
+            "channel_order": backbone.preprocessing.channel_order,
+            "pixel_mean": ",".join(map(str, backbone.preprocessing.mean)),
+            "pixel_std": ",".join(map(str, backbone.preprocessing.std)),
+            "stride_in_1x1": str(backbone.preprocessing.stride_in_1x1).lower(),
+        }
+    return entries
+
+
+def _write_backbone(dest: Path, backbone: Backbone) -> None:
+    if backbone.preprocessing is None:
+        raise InputError(
+            f"{backbone.path}: layout {backbone.layout} does not say what the network was trained "
+            "with, which a backbone file must. Convert with --to detectron2 or torchvision, or "
+            "name the --layout whose preprocessing it is."
+        )
+    own = {"format": FORMAT, "format_version": FORMAT_VERSION}
+    write_safetensors(dest, backbone.tensors, {**_metadata(backbone), **own})
+
+
+def _write_detectron2(dest: Path, backbone: Backbone) -> None:
+    content = {
+        "model": {
+            translate(name, TORCHVISION, DETECTRON2): tensor.numpy()
+            for name, tensor in backbone.tensors.items()
+        },
+        # Stock detectron2 looks for this key: without it the file is taken for Caffe2's, and the
+        # running statistics are left behind; and without the other no name matches.
+        "__author__": "VirTex-D2",
+        "matching_heuristics": True,
+        "virtex_d2": _metadata(backbone),
+    }
+    with atomic_path(dest) as temporary, open(temporary, "wb") as file:
+        pickle.dump(content, file, protocol=4)
+
+
+def _write_torchvision(dest: Path, backbone: Backbone) -> None:
+    if dest.suffix == ".safetensors":
+        entries = {k: v for k, v in _metadata(backbone).items() if not k.startswith("format")}
+        write_safetensors(dest, backbone.tensors, entries)
+        return
+    with atomic_path(dest) as temporary:
+        torch.save(dict(backbone.tensors), temporary)
+
+
+_WRITERS: dict[str, Callable[[Path, Backbone], None]] = {
+    "backbone": _write_backbone,
+    "detectron2": _write_detectron2,
+    "torchvision": _write_torchvision,
+    "timm": _write_torchvision,
+}
+
+
+def _stock_detector(backbone: Backbone, preprocessing: Preprocessing) -> torch.nn.Module:
+    cfg = get_cfg()
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.RESNETS.NORM = "BN"
+    cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.FPN.OUT_CHANNELS = 8
+    cfg.MODEL.RPN.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32], [64], [128], [256], [512]]
+    for key, value in {**backbone.architecture.config(), **preprocessing.config()}.items():
+        cfg.merge_from_list([key, value])
+    return build_model(cfg)
