@@ -150,7 +150,7 @@ def _cut_safetensors(folder, backbone):
         (lambda folder, _: folder / "none.safetensors", "none.safetensors: expected a file"),
         (
             _cut_safetensors,
-            "cut.safetensors: expected a whole safetensors file, but it is damaged or cut short",
+            "cut.safetensors: expected a whole checkpoint file, but it is damaged or cut short",
         ),
         (lambda folder, _: _no_resnet(folder), "no ResNet found among the 52 tensors"),
     ],
