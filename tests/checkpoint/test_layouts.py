@@ -5,6 +5,7 @@ import torch
 from detectron2.modeling import build_model
 
 from tests.checkpoint.layout_files import DETECTORS, EXAMPLES, FULL, THIN, random_resnet, write
+from virtex_d2.checkpoint.architecture import ResNet
 from virtex_d2.checkpoint.naming import DETECTRON2, TORCHVISION, translate
 from virtex_d2.checkpoint.probe import TOLERANCE
 from virtex_d2.checkpoint.source import read_backbone
@@ -87,6 +88,29 @@ def test_a_full_size_resnet_50_is_loaded(name, tmp_path, detector_config):
     assert max(report.probe.values()) <= TOLERANCE
     back = extract_backbone(model)
     assert all(torch.equal(back[key], networks[0][key]) for key in back)
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        ResNet(18, res2_channels=64),
+        ResNet(34, res2_channels=64),
+        ResNet(101, stem_channels=8, res2_channels=16, group_width=4),
+        ResNet(152, stem_channels=8, res2_channels=16, group_width=4),
+        ResNet(50, stem_channels=8, res2_channels=16, groups=4, group_width=2),
+        ResNet(50, stem_channels=8, res2_channels=16, group_width=16),
+    ],
+    ids=["R-18", "R-34", "R-101", "R-152", "ResNeXt", "wide"],
+)
+def test_every_depth_and_width_computes_what_the_source_does(
+    architecture, tmp_path, detector_config
+):
+    tensors = random_resnet(architecture, seed=1)
+    path = write(tmp_path / "resnet.pth", {"state_dict": tensors})
+    cfg = detector_config("FPN", *resnet_options(architecture))
+    report = load_backbone(build_model(cfg), str(path), cfg)
+    assert len(report.loaded) == len(architecture.shapes())
+    assert max(report.probe.values()) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", DETECTORS)
