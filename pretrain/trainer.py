@@ -27,6 +27,7 @@ from virtex_d2.runtime.launch import wrap_ddp
 
 from .augment import EvalTransform, TrainTransform, normalize
 from .captions import CaptionRecord, load_records
+from .export import export_backbone
 from .hooks import BackboneExport, LearningRate, PretrainMetricPrinter, SkippedImages
 from .loader import CaptionDataset, build_eval_loader, build_train_loader, unigram_entropy
 from .objectives import build_objective
@@ -130,7 +131,7 @@ class PretrainTrainer(TrainerBase):
                 BackboneExport(
                     self.objective.visual,
                     cfg,
-                    os.path.join(cfg.OUTPUT_DIR, "backbone.safetensors"),
+                    self._backbone_path(),
                     cfg.SOLVER.CHECKPOINT_PERIOD,
                 ),
             ]
@@ -144,6 +145,9 @@ class PretrainTrainer(TrainerBase):
             ]
             built.append(hooks.PeriodicWriter(writers, cfg.LOG_PERIOD))
         return built
+
+    def _backbone_path(self) -> str:
+        return os.path.join(self.cfg.OUTPUT_DIR, "backbone.safetensors")
 
     def resume_or_load(self, resume: bool) -> None:
         """Continue from OUTPUT_DIR's last checkpoint, or start from MODEL.WEIGHTS or at random.
@@ -175,7 +179,14 @@ class PretrainTrainer(TrainerBase):
         load_weights(self.objective, path)
 
     def train(self) -> None:
-        """Train from `start_iter` to SOLVER.MAX_ITER."""
+        """Train from `start_iter` to SOLVER.MAX_ITER; a run that is finished is left as it is."""
+        if self.start_iter >= self.max_iter:
+            logger.info("All %d iterations are done: there is nothing to train.", self.max_iter)
+            if comm.is_main_process():
+                # A stop between the last checkpoint and the export has left an older one.
+                path = self._backbone_path()
+                export_backbone(self.objective.visual, self.cfg, self.start_iter, path)
+            return
         loader = build_train_loader(
             self.train_data,
             self.cfg.SOLVER.IMS_PER_BATCH,

@@ -37,6 +37,7 @@ def main() -> None:
         args.max_objects,
         args.overwrite,
     )
+    print(f"{args.output}: split {args.split}, {args.num_images} images, {', '.join(args.format)}")
     if args.contact_sheet:
         from virtex_d2.data.shapes_sheet import draw_contact_sheet  # imports matplotlib: slow
 

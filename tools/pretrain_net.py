@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Pretrain a ResNet on captions; writes OUTPUT_DIR/backbone.safetensors.
 
-python tools/pretrain_net.py --config-file configs/pretrain/bicaptioning_R_50_L1_H1024.yaml \
+python tools/pretrain_net.py --config-file configs/pretrain/bicaptioning_R_50_L1_H1024.yaml \\
     DATA.TRAIN_CAPTIONS captions.json DATA.TRAIN_IMAGES images OUTPUT_DIR output
 """
 

@@ -27,7 +27,7 @@ from virtex_d2.trainer import DetectionTrainer
 
 def main(args: argparse.Namespace) -> None:
     cfg = load_config(get_virtex_cfg(), args.config_file, args.opts)
-    changes = [] if args.eval_only else apply_preprocessing(cfg, args.resume)
+    changes = apply_preprocessing(cfg, args.resume)
     datasets = register_datasets(cfg, args.eval_only)
     setup_run(cfg, args)
     for line in changes:

@@ -20,7 +20,7 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from virtex_d2.checkpoint.detector import DetectorCheckpointer
-from virtex_d2.checkpoint.transfer import is_backbone, load_backbone
+from virtex_d2.checkpoint.transfer import config_preprocessing, is_backbone, load_backbone
 from virtex_d2.data.loader import TestLoader, TrainLoader, build_train_loader
 from virtex_d2.evaluation import build_evaluator
 from virtex_d2.runtime.errors import InputError
@@ -67,6 +67,7 @@ class DetectionTrainer(DefaultTrainer):
             self.model,
             cfg.OUTPUT_DIR,
             save_to_disk=comm.is_main_process(),
+            preprocessing=config_preprocessing(cfg),
             trainer=weakref.proxy(self),
         )
         self.start_iter = 0

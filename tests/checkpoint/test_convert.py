@@ -124,6 +124,16 @@ def test_inspection_says_what_a_file_is(networks, tmp_path):
     assert found["beside"] == ["args", "dino_loss", "optimizer", "student"]
 
 
+def test_a_conversion_says_how_its_result_must_be_fed(networks, tmp_path):
+    source = str(EXAMPLES["msra"].write(tmp_path, *networks))
+    notes = " ".join(convert(source, str(tmp_path / "a.pkl"), "detectron2").notes)
+    assert "feed it with INPUT.FORMAT BGR" in notes
+    assert "detectron2's own defaults are others" in notes
+    notes = " ".join(convert(source, str(tmp_path / "a.pth"), "torchvision").notes)
+    assert "readers will take it for RGB" in notes
+    assert "no classifier" in notes
+
+
 def test_the_tool_inspects_converts_and_verifies(networks, tmp_path, run_python):
     source = EXAMPLES["moco v2"].write(tmp_path, *networks)
     result = run_python(TOOL, source, "--inspect")

@@ -123,19 +123,6 @@ def test_preprocessing_is_applied_on_demand(resnet, tmp_path, thin_config):
     assert max(report.probe.values()) <= TOLERANCE
 
 
-def test_a_resumed_run_takes_the_preprocessing_of_its_start(resnet, tmp_path, thin_config):
-    path = EXAMPLES["msra"].write(tmp_path, resnet, resnet)
-    opts = ("MODEL.WEIGHTS", path, "VIRTEX.PREPROCESSING", "auto", "OUTPUT_DIR", tmp_path)
-    started = thin_config(*opts)
-    apply_preprocessing(started)
-    load(path, started)[1].write(str(tmp_path))
-    path.unlink()
-    resumed = thin_config(*opts)
-    apply_preprocessing(resumed, resume=True)
-    assert resumed.INPUT.FORMAT == started.INPUT.FORMAT == "BGR"
-    assert resumed.MODEL.PIXEL_MEAN == started.MODEL.PIXEL_MEAN
-
-
 def test_an_unknown_way_with_preprocessing_is_refused(thin_config):
     with pytest.raises(InputError, match="expected one of check, auto, config"):
         apply_preprocessing(thin_config("VIRTEX.PREPROCESSING", "maybe"))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,6 +166,24 @@ def test_a_killed_run_resumes_to_bit_identical_weights(
     assert whole.keys() == resumed.keys()
     for name in whole:
         assert torch.equal(whole[name], resumed[name]), name
+
+
+def test_a_finished_run_that_is_resumed_ends_well_with_its_backbone(
+    captioned_images, finished_run, tmp_path
+):
+    """The last job of a chain must not fail."""
+    output = Path(shutil.copytree(finished_run, tmp_path / "output"))
+    before = (output / "metrics.json").read_bytes()
+    backbone = output / "backbone.safetensors"
+    whole, _ = read_safetensors(backbone)
+    backbone.unlink()
+    done = run("--resume", *options(captioned_images, output))
+    assert done.returncode == 0, done.stderr
+    assert "there is nothing to train" in (output / "log.txt").read_text()
+    written, _ = read_safetensors(backbone)
+    assert written.keys() == whole.keys()
+    assert all(torch.equal(written[name], whole[name]) for name in whole)
+    assert (output / "metrics.json").read_bytes() == before
 
 
 def test_evaluation_alone_repeats_the_last_validation(captioned_images, finished_run, tmp_path):

@@ -216,3 +216,11 @@ def test_sha256_is_that_of_the_bytes(tmp_path):
     content = os.urandom(3 << 20)
     (tmp_path / "file").write_bytes(content)
     assert sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+def test_a_file_can_be_read_by_those_who_can_read_any_other(tmp_path):
+    """safetensors writes for its user alone; a backbone file is for colleagues."""
+    (tmp_path / "any").touch()
+    write_safetensors(tmp_path / "a.safetensors", {"a": torch.ones(1)}, {})
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1

@@ -13,6 +13,8 @@ from tests.checkpoint.layout_files import (
     write,
 )
 from virtex_d2.checkpoint.architecture import ResNet
+from virtex_d2.checkpoint.layouts import IMAGENET_RGB
+from virtex_d2.checkpoint.source import read_backbone
 
 RESNET = ResNet(18, res2_channels=64)
 BRIEF = ("SOLVER.MAX_ITER", 1, "DATASETS.TEST", "()")
@@ -96,3 +98,43 @@ def test_two_networks_in_one_file_need_a_choice(resnet, tool, tmp_path, capsys):
     assert tool("MODEL.WEIGHTS", path, *BRIEF) == 2
     assert "fits several layouts" in capsys.readouterr().err
     assert tool("MODEL.WEIGHTS", path, "VIRTEX.LAYOUT", "moco", *BRIEF) == 0
+
+
+OTHER_PIXELS = ("INPUT.FORMAT", "BGR", "MODEL.PIXEL_STD", "[1.0,1.0,1.0]")
+
+
+def test_a_detector_is_evaluated_resumed_and_fine_tuned_with_the_pixels_it_was_trained_with(
+    resnet, tool, make_tool, tmp_path, capsys
+):
+    """A config that was mended at the start must not feed the result other pixels later."""
+    auto = (*OTHER_PIXELS, "VIRTEX.PREPROCESSING", "auto")
+    backbone = as_torchvision(tmp_path, resnet)
+    assert tool("MODEL.WEIGHTS", backbone, *auto, *BRIEF) == 0
+    backbone.unlink()
+    final = tool.output / "model_final.pth"
+
+    assert tool("--eval-only", "MODEL.WEIGHTS", final, *OTHER_PIXELS) == 2
+    error = capsys.readouterr().err
+    assert "trained with other pixels" in error
+    assert "INPUT.FORMAT is BGR, not RGB" in error
+    assert tool("--eval-only", "MODEL.WEIGHTS", final) == 0
+    for arguments in (
+        ("--eval-only", "MODEL.WEIGHTS", final),
+        ("--eval-only", "--resume"),
+        ("--resume", "MODEL.WEIGHTS", backbone),
+    ):
+        before = tool.log().count("INPUT.FORMAT: BGR -> RGB")
+        assert tool(*arguments, *auto, *BRIEF[:2]) == 0, capsys.readouterr().err
+        assert tool.log().count("INPUT.FORMAT: BGR -> RGB") == before + 1
+    second = make_tool(folder="second")
+    assert second("MODEL.WEIGHTS", final, *OTHER_PIXELS, *BRIEF) == 2
+    assert second("MODEL.WEIGHTS", final, *auto, *BRIEF) == 0
+    assert "INPUT.FORMAT: BGR -> RGB" in second.log()
+    believed = (*OTHER_PIXELS, "VIRTEX.PREPROCESSING", "config")
+    assert tool("--eval-only", "MODEL.WEIGHTS", final, *believed) == 0
+
+
+def test_the_backbone_of_a_detector_knows_how_it_was_trained(resnet, tool, tmp_path):
+    assert tool("MODEL.WEIGHTS", as_torchvision(tmp_path, resnet), *BRIEF) == 0
+    backbone = read_backbone(str(tool.output / "model_final.pth"))
+    assert backbone.preprocessing == IMAGENET_RGB

@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ import virtex_d2
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import atomic_path, write_safetensors
 
-from .layouts import Preprocessing
+from .layouts import IMAGENET_RGB, Preprocessing
 from .naming import DETECTRON2, TORCHVISION, translate
 from .probe import TOLERANCE, ProbeResult, probe
 from .source import FORMAT, FORMAT_VERSION, Backbone, find_layouts, read_backbone
@@ -61,7 +62,26 @@ def convert(
         _WRITERS[to](Path(dest), backbone)
     except OSError as error:
         raise InputError(f"{dest}: cannot be written: {error.strerror}.") from error
-    return backbone
+    return replace(backbone, notes=(*backbone.notes, *_notes(to, backbone)))
+
+
+def _notes(to: str, backbone: Backbone) -> list[str]:
+    """What the reader of a file must do that the file cannot make it do."""
+    if to == "backbone":
+        return []
+    notes = []
+    if backbone.preprocessing is None:
+        notes.append("the source does not say what its network was trained with")
+    else:
+        keys = backbone.preprocessing.config().items()
+        notes.append("feed it with " + ", ".join(f"{key} {value}" for key, value in keys))
+    if to == "detectron2":
+        notes.append("detectron2's own defaults are others")
+    else:
+        notes.append("there is no classifier: load_state_dict(..., strict=False)")
+        if backbone.preprocessing != IMAGENET_RGB:
+            notes.append("readers will take it for RGB with ImageNet's mean and std")
+    return notes
 
 
 def verify(path: str, original: Backbone) -> ProbeResult:
@@ -161,12 +181,7 @@ def _metadata(backbone: Backbone) -> dict[str, str]:
         "virtex_d2_version": virtex_d2.__version__,
     }
     if backbone.preprocessing:
-        entries |= {
-            "channel_order": backbone.preprocessing.channel_order,
-            "pixel_mean": ",".join(map(str, backbone.preprocessing.mean)),
-            "pixel_std": ",".join(map(str, backbone.preprocessing.std)),
-            "stride_in_1x1": str(backbone.preprocessing.stride_in_1x1).lower(),
-        }
+        entries |= backbone.preprocessing.metadata()
     return entries
 
 
@@ -174,8 +189,8 @@ def _write_backbone(dest: Path, backbone: Backbone) -> None:
     if backbone.preprocessing is None:
         raise InputError(
             f"{backbone.path}: layout {backbone.layout} does not say what the network was trained "
-            "with, which a backbone file must. Convert with --to detectron2 or torchvision, or "
-            "name the --layout whose preprocessing it is."
+            "with, which a backbone file must. Convert with --to detectron2, and "
+            "set the four keys where it is used."
         )
     own = {"format": FORMAT, "format_version": FORMAT_VERSION}
     write_safetensors(dest, backbone.tensors, {**_metadata(backbone), **own})

@@ -5,6 +5,7 @@ from typing import Any
 from virtex_d2.runtime.checkpointer import AtomicDetectionCheckpointer
 from virtex_d2.runtime.errors import InputError
 
+from .layouts import Preprocessing
 from .transfer import backbone_names
 
 
@@ -18,11 +19,27 @@ class DetectorCheckpointer(AtomicDetectionCheckpointer):
     Args:
         model, save_dir, **kwargs: of `DetectionCheckpointer`.
         whole: whether every file must hold the whole detector.
+        preprocessing: what the detector is trained with; goes into every file.
     """
 
-    def __init__(self, model: Any, save_dir: str = "", *, whole: bool = False, **kwargs: Any):
+    def __init__(
+        self,
+        model: Any,
+        save_dir: str = "",
+        *,
+        whole: bool = False,
+        preprocessing: Preprocessing | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(model, save_dir, **kwargs)
         self._whole = whole
+        self._preprocessing = preprocessing
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """As detectron2's, with the preprocessing beside the tensors."""
+        if self._preprocessing:
+            kwargs = {"virtex_d2": self._preprocessing.metadata(), **kwargs}
+        super().save(name, **kwargs)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """As detectron2's; `checkpointables` is None on resuming.

@@ -36,6 +36,15 @@ class Preprocessing:
             "MODEL.RESNETS.STRIDE_IN_1X1": self.stride_in_1x1,
         }
 
+    def metadata(self) -> dict[str, str]:
+        """The same as strings, for files."""
+        return {
+            "channel_order": self.channel_order,
+            "pixel_mean": ",".join(map(str, self.mean)),
+            "pixel_std": ",".join(map(str, self.std)),
+            "stride_in_1x1": str(self.stride_in_1x1).lower(),
+        }
+
 
 # ImageNet's statistics as torchvision gives them (0.485, 0.456, 0.406; 0.229, 0.224, 0.225), x 255.
 IMAGENET_RGB = Preprocessing("RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375), False)

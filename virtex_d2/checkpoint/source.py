@@ -350,12 +350,21 @@ def _beside(content: Any, container: str) -> list[str]:
 
 
 def _embedded_preprocessing(path: str, content: Any) -> Preprocessing | None:
-    """What tools/convert_checkpoint.py wrote beside the tensors of a detectron2 file."""
+    """What tools/convert_checkpoint.py or a detector's training wrote beside the tensors."""
     entries = content.get("virtex_d2") if isinstance(content, Mapping) else None
     if not isinstance(entries, Mapping) or "pixel_mean" not in entries:
         return None
     texts = {str(key): str(value) for key, value in entries.items()}
-    return _own_preprocessing(path, {**texts, "format_version": FORMAT_VERSION})
+    return _own_preprocessing(path, {"architecture": "", **texts, "format_version": FORMAT_VERSION})
+
+
+def detector_preprocessing(path: str) -> Preprocessing | None:
+    """What a detector's checkpoint was trained with; None where it does not say.
+
+    Raises:
+        InputError: the file cannot be read safely.
+    """
+    return _embedded_preprocessing(path, read_tensors(path).content)
 
 
 def _own_preprocessing(path: str, metadata: Mapping[str, str]) -> Preprocessing:

@@ -15,17 +15,18 @@ from torch import nn
 
 import virtex_d2
 from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.files import atomic_path, read_json
+from virtex_d2.runtime.files import atomic_path
 
 from .layouts import IMAGENET_RGB, Preprocessing
 from .naming import DETECTRON2, TORCHVISION, is_counter, translate
 from .probe import TOLERANCE, ProbeResult, probe
-from .source import Backbone, holds_detector, read_backbone
+from .source import Backbone, detector_preprocessing, holds_detector, read_backbone
 
 logger = logging.getLogger(__name__)
 
 REPORT_NAME = "transfer_report.json"
 MODES = ("check", "auto", "config")  # of VIRTEX.PREPROCESSING
+_OTHER_WAYS = "(VIRTEX.PREPROCESSING auto sets them; config believes the config.)"
 
 # Where detectors keep their ResNet: FPN; C4 and others without FPN; res5 of C4's ROI heads.
 BACKBONE_PREFIXES = ("backbone.bottom_up.", "backbone.", "roi_heads.")
@@ -101,38 +102,53 @@ def is_backbone(weights: str) -> bool:
 
 
 def apply_preprocessing(cfg: CfgNode, resume: bool = False) -> list[str]:
-    """With VIRTEX.PREPROCESSING "auto", set the config's preprocessing to the backbone's, in place.
+    """Bring the preprocessing of config and weights together, before a detector is built.
 
-    To be called before the detector is built. A run that is resumed takes what its first start
-    wrote into transfer_report.json, so that the backbone's file may be gone by then.
+    With VIRTEX.PREPROCESSING "auto", the config's keys are set to those of the backbone or the
+    whole detector in MODEL.WEIGHTS, in place. With "check", a whole detector's are compared
+    (a backbone's at its load). A run that is resumed goes by its last checkpoint, so that the file
+    that it started from may be gone by then. Checkpoints of other programs do not say what they
+    were trained with, and are left to the config.
 
     Returns:
         A line for the log about each key that was changed; there is no log yet at that time.
 
     Raises:
-        InputError: VIRTEX.PREPROCESSING is none of `MODES`; the file cannot be used.
+        InputError: VIRTEX.PREPROCESSING is none of `MODES`; the file cannot be used; with "check",
+            the config feeds a trained detector other pixels than it was trained with.
     """
     if cfg.VIRTEX.PREPROCESSING not in MODES:
         raise InputError(
             f"VIRTEX.PREPROCESSING is '{cfg.VIRTEX.PREPROCESSING}'; expected one of "
             f"{', '.join(MODES)}."
         )
-    if cfg.VIRTEX.PREPROCESSING != "auto":
+    mode, weights = cfg.VIRTEX.PREPROCESSING, cfg.MODEL.WEIGHTS
+    last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
+    if resume and os.path.isfile(last):
+        with open(last, encoding="utf-8") as file:
+            weights = os.path.join(cfg.OUTPUT_DIR, file.read().strip())
+    if mode == "config" or not weights:
         return []
-    written = os.path.join(cfg.OUTPUT_DIR, REPORT_NAME)
-    if resume and os.path.isfile(written):
-        source, wanted = written, read_json(written)["preprocessing"]
-    elif is_backbone(cfg.MODEL.WEIGHTS):
-        backbone = _read(cfg)
-        source, wanted = backbone.path, _known_preprocessing(backbone).config()
+    path = local_path(weights)
+    if holds_detector(path):
+        trained = detector_preprocessing(path)
+    elif mode == "auto":
+        trained = _known_preprocessing(_read(cfg, path))
     else:
+        trained = None
+    if trained is None:
         return []
-    changes = []
-    for key, value in wanted.items():
-        if not _same(value, _get(cfg, key)):
-            changes.append(f"{key}: {_get(cfg, key)} -> {value}, as {source} says")
-            _set(cfg, key, value)
-    return changes
+    found = {key: _get(cfg, key) for key in trained.config()}
+    other = {key: v for key, v in trained.config().items() if not _same(v, found[key])}
+    if mode == "check" and other:
+        told = "; ".join(f"{key} is {found[key]}, not {value}" for key, value in other.items())
+        raise InputError(
+            f"{path}: this detector was trained with other pixels than the config feeds it: {told}."
+            f" {_OTHER_WAYS} Use:\n{_yaml(other)}"
+        )
+    for key, value in other.items():
+        _set(cfg, key, value)
+    return [f"{key}: {found[key]} -> {value}, as {path} says" for key, value in other.items()]
 
 
 def load_backbone(model: nn.Module, path: str, cfg: CfgNode) -> TransferReport:
@@ -176,7 +192,7 @@ def load_backbone(model: nn.Module, path: str, cfg: CfgNode) -> TransferReport:
         for name, target in wanted.items():
             state[target].copy_(given[name])
 
-    used = _of_config(cfg) if vouched else _known_preprocessing(backbone)
+    used = config_preprocessing(cfg) if vouched else _known_preprocessing(backbone)
     result = ProbeResult({})
     if cfg.VIRTEX.PROBE:
         result = probe(model, backbone, used, cfg.INPUT.FORMAT)
@@ -249,7 +265,8 @@ def _known_preprocessing(backbone: Backbone) -> Preprocessing:
     return backbone.preprocessing
 
 
-def _of_config(cfg: CfgNode) -> Preprocessing:
+def config_preprocessing(cfg: CfgNode) -> Preprocessing:
+    """What a detector of this config is fed."""
     return Preprocessing(
         cfg.INPUT.FORMAT,
         tuple(map(float, cfg.MODEL.PIXEL_MEAN)),
@@ -266,7 +283,7 @@ def _check_config(backbone: Backbone, expected: dict[str, object], cfg: CfgNode)
         told = "; ".join(f"{key} is {found[key]}, the file says {expected[key]}" for key in wrong)
         raise InputError(
             f"{backbone.path} ({backbone.architecture.name}, layout {backbone.layout}): the config "
-            f"does not fit this backbone, and nothing was loaded: {told}. Use:\n"
+            f"does not fit this backbone, and nothing was loaded: {told}. {_OTHER_WAYS} Use:\n"
             f"{_yaml({key: expected[key] for key in wrong})}"
         )
 
@@ -296,7 +313,7 @@ def _problems(
 
 
 def _log(report: TransferReport, backbone: Backbone, cfg: CfgNode, unused: list[str]) -> None:
-    modules = sorted({".".join(name.split(".")[:2]) for name in report.new})
+    modules = _modules(report.new, report.loaded)
     rows = {
         "source": f"{report.source} (sha256 {report.sha256[:12]})",
         "layout": f"{report.layout}, {report.copy}: {report.architecture}",
@@ -332,6 +349,13 @@ def _log(report: TransferReport, backbone: Backbone, cfg: CfgNode, unused: list[
             cfg.MODEL.RESNETS.NORM,
             cfg.MODEL.BACKBONE.FREEZE_AT,
         )
+
+
+def _modules(names: Iterable[str], others: Iterable[str]) -> list[str]:
+    """The modules of tensors, to two levels, or three where the two are of `others` as well."""
+    shared = {tuple(name.split(".")[:2]) for name in others}
+    parts = [name.split(".") for name in names]
+    return sorted({".".join(p[: 3 if tuple(p[:2]) in shared else 2]) for p in parts})
 
 
 def _some(names: tuple[str, ...]) -> str:

@@ -21,6 +21,11 @@ from .errors import InputError
 TEMPORARY_PREFIX = ".tmp-"
 
 
+# Can only be read by setting it, which is for the whole process: once, before there are threads.
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)
+
+
 @contextlib.contextmanager
 def atomic_path(dest: str | os.PathLike, overwrite: bool = True) -> Iterator[Path]:
     """Write a file so that `dest` is either the old file or the whole new one, also after a kill.
@@ -40,6 +45,7 @@ def atomic_path(dest: str | os.PathLike, overwrite: bool = True) -> Iterator[Pat
     temporary = dest.with_name(f"{TEMPORARY_PREFIX}{dest.stem}-{token}{dest.suffix}")
     try:
         yield temporary
+        os.chmod(temporary, 0o666 & ~_UMASK)  # some libraries write for their user alone
         _fsync(temporary)
         _refuse_existing(dest, overwrite)
         os.replace(temporary, dest)
