@@ -43,6 +43,22 @@ _C.MODEL.TEXTUAL.NORM = "post"
 # Tokens of a caption, [SOS] and [EOS] included; also the number of position embeddings.
 _C.MODEL.TEXTUAL.MAX_LENGTH = 30
 
+# Additions to a captioning objective, none of them VirTex's; 0 is without.
+_C.MODEL.CAPTIONING = CN()
+# Share of a target's probability that is spread over the vocabulary.
+_C.MODEL.CAPTIONING.LABEL_SMOOTHING = 0.0
+# Share of the samples whose words are all predicted at once, from the image alone (CapPa).
+_C.MODEL.CAPTIONING.PARALLEL_SHARE = 0.0
+# Weight of a token classification loss beside the captioning losses.
+_C.MODEL.CAPTIONING.CLASSIFICATION_WEIGHT = 0.0
+
+# Masked language modelling: share of a caption's pieces that are chosen (rounded up), and what
+# becomes of them: [MASK], a random piece, or for the rest nothing.
+_C.MODEL.MASKED_LM = CN()
+_C.MODEL.MASKED_LM.SHARE = 0.15
+_C.MODEL.MASKED_LM.MASK_PROB = 0.85
+_C.MODEL.MASKED_LM.RANDOM_PROB = 0.1
+
 _C.DATA = CN()
 # Annotation format: a name in `pretrain.captions.FORMATS`.
 _C.DATA.FORMAT = "coco"
@@ -51,6 +67,9 @@ _C.DATA.TRAIN_IMAGES = ""
 # Empty: no validation.
 _C.DATA.VAL_CAPTIONS = ""
 _C.DATA.VAL_IMAGES = ""
+# COCO instances files whose classes multilabel_classification learns; images are matched by name.
+_C.DATA.TRAIN_LABELS = ""
+_C.DATA.VAL_LABELS = ""
 # A SentencePiece model. Empty: trained on the captions, as OUTPUT_DIR/tokenizer.model.
 _C.DATA.TOKENIZER = ""
 # Pieces of a tokenizer that is trained here; a given tokenizer brings its own number.
@@ -104,6 +123,11 @@ _C.TEST = CN()
 # Iterations between validations; 0 validates at the end only.
 _C.TEST.EVAL_PERIOD = 2000
 _C.TEST.IMS_PER_BATCH = 256
+# A validation result, e.g. "val/loss": the checkpoint at which it was lowest is kept as
+# model_best.pth and backbone_best.safetensors. Empty: the last one alone counts.
+_C.TEST.BEST_METRIC = ""
+# Validation images that are captioned greedily and drawn into TensorBoard at each validation.
+_C.TEST.NUM_CAPTIONS = 8
 
 # Iterations between log lines.
 _C.LOG_PERIOD = 20

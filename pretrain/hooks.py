@@ -2,18 +2,16 @@
 
 import datetime
 import logging
+import math
 import resource
+from collections.abc import Callable
 
 import torch
-from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, get_event_storage
-from torch import nn
 
-from virtex_d2.runtime.errors import InputError
-
-from .export import export_backbone
+from virtex_d2.runtime.errors import InputError, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -68,22 +66,86 @@ class SkippedImages(HookBase):
         self._files = set(state["files"])
 
 
-class BackboneExport(HookBase):
-    """Writes the backbone file whenever a checkpoint is written, and at the end."""
+class Validation(HookBase):
+    """Evaluates every `period` iterations (0: never) and after the last one.
 
-    def __init__(self, visual: nn.Module, cfg: CfgNode, path: str, period: int):
-        self._visual = visual
-        self._cfg = cfg
-        self._path = path
+    Unlike detectron2's `EvalHook` it does the last one inside the last iteration, before the final
+    checkpoint is written: a run that is stopped there and resumed validates again.
+
+    Args:
+        period: in iterations.
+        evaluate: () -> results by name, recorded as "val/<name>"; called in every process.
+    """
+
+    def __init__(self, period: int, evaluate: Callable[[], dict[str, float]]):
+        self._period = period
+        self._evaluate = evaluate
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done == self.trainer.max_iter or (self._period > 0 and done % self._period == 0):
+            for name, value in self._evaluate().items():
+                self.trainer.storage.put_scalar(f"val/{name}", value, smoothing_hint=False)
+            comm.synchronize()
+
+
+class BestCheckpoint(HookBase):
+    """Keeps the model whose validation was best so far. Stands behind `Validation`.
+
+    Args:
+        metric: a recorded value, "val/loss"; the lowest is the best.
+        keep: (iterations done) -> None, writes the model; called in every process.
+    """
+
+    def __init__(self, metric: str, keep: Callable[[int], None]):
+        self._metric = metric
+        self._keep = keep
+        self._best = math.inf
+        self._best_iteration = -1
+
+    def after_step(self) -> None:
+        latest = self.trainer.storage.latest()
+        validations = {n for n, (_, when) in latest.items() if when == self.trainer.iter}
+        validations = {name for name in validations if name.startswith("val/")}
+        if not validations:
+            return
+        if self._metric not in validations:
+            raise InputError(
+                f"TEST.BEST_METRIC: {self._metric!r} is none of the validation's results: "
+                f"{', '.join(sorted(validations))}." + nearest(self._metric, validations)
+            )
+        value = latest[self._metric][0]
+        if value < self._best:
+            self._best, self._best_iteration = value, self.trainer.iter + 1
+            self._keep(self._best_iteration)
+            logger.info("Best %s so far: %.4g; kept as model_best.pth.", self._metric, value)
+
+    def state_dict(self) -> dict:
+        return {"best": self._best, "iteration": self._best_iteration}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._best, self._best_iteration = state["best"], state["iteration"]
+
+
+class BackboneExport(HookBase):
+    """Writes the backbone file whenever a checkpoint is written, and at the end.
+
+    Args:
+        export: (iterations done) -> path of the file it wrote.
+        period: in iterations; 0 writes at the end only.
+    """
+
+    def __init__(self, export: Callable[[int], str], period: int):
+        self._export = export
         self._period = period
 
     def after_step(self) -> None:
         iteration = self.trainer.iter + 1
         last = iteration == self.trainer.max_iter
         if last or (self._period > 0 and iteration % self._period == 0):
-            export_backbone(self._visual, self._cfg, iteration, self._path)
+            path = self._export(iteration)
             if last:
-                logger.info("The backbone is in %s.", self._path)
+                logger.info("The backbone is in %s.", path)
 
 
 class PretrainMetricPrinter(EventWriter):

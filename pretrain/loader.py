@@ -8,8 +8,7 @@ i * batch on, and process r of W every W-th of them.
 
 import logging
 import signal
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -21,12 +20,16 @@ from virtex_d2.runtime.errors import InputError
 
 from .augment import EvalTransform, TrainTransform, read_image
 from .captions import CaptionRecord
+from .targets import SampleTarget
 from .tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 # How many images in a row may fail to decode before the data is given up.
 MAX_REPLACEMENTS = 100
+
+# Of what targets add: what stands behind the shorter rows of a batch.
+_PADDING = {"masked_tokens": Tokenizer.pad_id, "masked_labels": Tokenizer.pad_id, "labels": -1}
 
 # Path and reason of images that could not be decoded.
 Failures = list[tuple[str, str]]
@@ -42,6 +45,7 @@ class CaptionDataset(Dataset):
         image_id        of the record
         position        as asked for
         failures        (path, reason) of images that could not be decoded on the way
+    and what `targets` add.
 
     An image that cannot be decoded is replaced by the next one of the epoch's order, and that by
     its next: batches keep their size, and the sample stays a function of the position. Where
@@ -53,6 +57,7 @@ class CaptionDataset(Dataset):
         transform: makes the pixels.
         max_length: tokens of a caption, [SOS] and [EOS] included.
         seed: not negative.
+        targets: what the objective wants besides (`pretrain.targets`).
 
     Raises:
         InputError: `max_length` leaves no room for a piece.
@@ -65,6 +70,7 @@ class CaptionDataset(Dataset):
         transform: TrainTransform | EvalTransform,
         max_length: int = 30,
         seed: int = 0,
+        targets: Sequence[SampleTarget] = (),
     ):
         if max_length < 3:
             raise InputError(
@@ -76,6 +82,7 @@ class CaptionDataset(Dataset):
         self.transform = transform
         self.max_length = max_length
         self.seed = seed
+        self.targets = targets
         self._orders: dict[int, np.ndarray] = {}
         self._named: set[str] = set()
 
@@ -85,19 +92,30 @@ class CaptionDataset(Dataset):
         rng = np.random.default_rng([self.seed, 1, position])
         failures: Failures = []
         for step in range(min(MAX_REPLACEMENTS, len(order))):
-            record = self.records[order[(place + step) % len(order)]]
+            index = int(order[(place + step) % len(order)])
+            record = self.records[index]
             image = self.read(record, failures)
             if image is not None:
                 caption = record.captions[rng.integers(len(record.captions))]
                 pixels, caption = self.transform(image, caption, rng)
-                return {
-                    "image": pixels,
-                    "caption_tokens": torch.tensor(self.encode(caption)),
-                    "image_id": record.image_id,
-                    "position": position,
-                    "failures": failures,
-                }
+                return self.sample(index, position, pixels, caption, failures)
         return {"failures": failures}
+
+    def sample(
+        self, index: int, position: int, pixels: torch.Tensor, caption: str, failures: Failures
+    ) -> dict:
+        """The sample of record `index`, with what the targets draw for this position."""
+        sample = {
+            "image": pixels,
+            "caption_tokens": torch.tensor(self.encode(caption)),
+            "image_id": self.records[index].image_id,
+            "position": position,
+            "failures": failures,
+        }
+        for target in self.targets:
+            rng = np.random.default_rng([self.seed, target.stream, position])
+            target.extend(sample, index, rng)
+        return sample
 
     def _order(self, epoch: int) -> np.ndarray:
         """The epoch's permutation of the records; the last two are kept: a batch may span both."""
@@ -128,17 +146,17 @@ class CaptionDataset(Dataset):
 
 
 class EveryCaption(Dataset):
-    """Validation samples: every caption of every image once, in order.
+    """Validation samples: every caption of every image once (or its first one alone), in order.
 
     An image that cannot be decoded is in `failures` of its first caption, and no sample has it.
     """
 
-    def __init__(self, dataset: CaptionDataset):
+    def __init__(self, dataset: CaptionDataset, one_caption: bool = False):
         self._dataset = dataset
         self._captions = [
             (index, number)
             for index, record in enumerate(dataset.records)
-            for number in range(len(record.captions))
+            for number in range(1 if one_caption else len(record.captions))
         ]
         # the image decoded last: its captions follow each other
         self._index = -1
@@ -158,13 +176,8 @@ class EveryCaption(Dataset):
         failures = self._failures if number == 0 else []
         if self._pixels is None:
             return {"failures": failures}
-        return {
-            "image": self._pixels,
-            "caption_tokens": torch.tensor(self._dataset.encode(record.captions[number])),
-            "image_id": record.image_id,
-            "position": position,
-            "failures": failures,
-        }
+        caption = record.captions[number]
+        return self._dataset.sample(index, position, self._pixels, caption, failures)
 
 
 def collate(samples: list[dict]) -> dict:
@@ -173,13 +186,22 @@ def collate(samples: list[dict]) -> dict:
     Returns:
         image (N, 3, S, S) uint8; caption_tokens (N, T) int64, padded with 0 to the longest;
         caption_lengths (N,) int64; position (N,) int64; image_id, a list of N; skipped_files and
-        skipped_reasons, lists of equal length; num_skipped, that length. N leaves out samples that
-        are nothing but failures.
+        skipped_reasons, lists of equal length; num_skipped, that length; and of what targets add,
+        rows padded to the longest. N leaves out samples that are nothing but failures.
     """
     failures = [failure for sample in samples for failure in sample["failures"]]
     samples = [sample for sample in samples if "image" in sample]
     images = [sample["image"] for sample in samples]
     tokens = [sample["caption_tokens"] for sample in samples]
+    added = {
+        key: torch.nn.utils.rnn.pad_sequence(
+            [sample[key] for sample in samples], batch_first=True, padding_value=padding
+        )
+        for key, padding in _PADDING.items()
+        if samples and key in samples[0]
+    }
+    if samples and "parallel" in samples[0]:
+        added["parallel"] = torch.stack([sample["parallel"] for sample in samples])
     return {
         "image": torch.stack(images) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8),
         "caption_tokens": torch.nn.utils.rnn.pad_sequence(
@@ -193,6 +215,7 @@ def collate(samples: list[dict]) -> dict:
         "skipped_files": [path for path, _ in failures],
         "skipped_reasons": [reason for _, reason in failures],
         "num_skipped": len(failures),
+        **added,
     }
 
 
@@ -266,14 +289,14 @@ def build_train_loader(
 
 
 def build_eval_loader(
-    dataset: CaptionDataset, batch_size: int, num_workers: int = 0
+    dataset: CaptionDataset, batch_size: int, num_workers: int = 0, one_caption: bool = False
 ) -> CaptionLoader:
     """Every caption of every image once over all processes, in batches of `batch_size` each.
 
     Each process takes a stretch of neighbours, so that an image is decoded once and not for each
-    of its captions.
+    of its captions. With `one_caption` the first one of each image stands for all.
     """
-    captions = EveryCaption(dataset)
+    captions = EveryCaption(dataset, one_caption)
     share, extra = divmod(len(captions), comm.get_world_size())
     rank = comm.get_rank()
     first = rank * share + min(rank, extra)
@@ -284,17 +307,6 @@ def build_eval_loader(
         named_by=dataset,
         **_loader_options(num_workers),
     )
-
-
-def unigram_entropy(dataset: CaptionDataset) -> float:
-    """Entropy in nats of the tokens that are predicted (all but [SOS]): the scale of a loss."""
-    counts: Counter[int] = Counter()
-    for record in dataset.records:
-        for caption in record.captions:
-            counts.update(dataset.encode(caption)[1:])
-    counts.pop(dataset.tokenizer.pad_id, None)  # <unk> is padding: the loss passes over it
-    share = np.array(list(counts.values())) / counts.total()
-    return float(-(share * np.log(share)).sum())
 
 
 def _loader_options(num_workers: int) -> dict:

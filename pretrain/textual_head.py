@@ -84,14 +84,27 @@ class TextualHead(nn.Module):
         """Feature map (N, C, h, w) -> visual tokens (N, S = h * w, H)."""
         return self.visual_projection(features.flatten(2).transpose(1, 2))
 
-    def hidden_states(self, visual_tokens: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def hidden_states(
+        self,
+        visual_tokens: torch.Tensor,
+        tokens: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Visual tokens (N, S, H) and caption tokens (N, T) -> (N, T, H).
 
-        Position t sees the tokens up to t. Padding follows the last token, so that the causal
-        mask alone keeps it from every position whose output is used.
+        Without `lengths` position t sees the tokens up to t. Padding follows the last token, so
+        that the causal mask alone keeps it from every position whose output is used.
+
+        With `lengths` (N,) every position sees each row's first `lengths` tokens, before and behind
+        it.
         """
         x = self.embedding(tokens)  # (N, T, H)
-        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1], device=x.device)
+        size = tokens.shape[1]
+        if lengths is not None:
+            steps = torch.arange(size, device=tokens.device)
+            hidden = steps >= lengths.unsqueeze(1)  # (N, T)
+            return self.transformer(x, visual_tokens, tgt_key_padding_mask=hidden)
+        mask = nn.Transformer.generate_square_subsequent_mask(size, device=x.device)
         return self.transformer(x, visual_tokens, tgt_mask=mask, tgt_is_causal=True)
 
 

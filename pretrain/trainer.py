@@ -7,7 +7,6 @@ it had not stopped.
 """
 
 import logging
-import math
 import os
 import time
 import weakref
@@ -22,18 +21,24 @@ from torch import nn
 
 from virtex_d2.runtime.checkpointer import AtomicCheckpointer
 from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.files import read_checkpoint
 from virtex_d2.runtime.launch import wrap_ddp
 
-from .augment import EvalTransform, TrainTransform, normalize
-from .captions import CaptionRecord, load_records
+from .augment import normalize
+from .data import PretrainData, build_data
 from .export import export_backbone
-from .hooks import BackboneExport, LearningRate, PretrainMetricPrinter, SkippedImages
-from .loader import CaptionDataset, build_eval_loader, build_train_loader, unigram_entropy
-from .objectives import build_objective
+from .hooks import (
+    BackboneExport,
+    BestCheckpoint,
+    LearningRate,
+    PretrainMetricPrinter,
+    SkippedImages,
+    Validation,
+)
+from .loader import build_train_loader
+from .objectives import build_objective, check_objective
 from .optim import Lookahead, build_lr_scheduler, build_optimizer
-from .textual_head import PADDING
-from .tokenizer import Tokenizer, train_tokenizer
+from .validation import validate
+from .weights import load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -61,35 +66,10 @@ class PretrainTrainer(TrainerBase):
         self.device = torch.device(cfg.MODEL.DEVICE)
         self.max_iter = cfg.SOLVER.MAX_ITER
         _check_sizes(cfg)
-
-        train_records = _records(cfg, "TRAIN") if with_training_data else []
-        val_records = _records(cfg, "VAL") if cfg.DATA.VAL_CAPTIONS else []
-        self.tokenizer = load_or_train_tokenizer(cfg, train_records)
-        self.train_data = (
-            CaptionDataset(
-                train_records,
-                self.tokenizer,
-                _train_transform(cfg),
-                cfg.MODEL.TEXTUAL.MAX_LENGTH,
-                cfg.SEED,
-            )
-            if with_training_data
-            else None
-        )
-        self.val_data = (
-            CaptionDataset(
-                val_records,
-                self.tokenizer,
-                EvalTransform(cfg.DATA.IMAGE_SIZE),
-                cfg.MODEL.TEXTUAL.MAX_LENGTH,
-                cfg.SEED,
-            )
-            if val_records
-            else None
-        )
-
+        check_objective(cfg)
+        self.data = build_data(cfg, with_training_data)
         torch.manual_seed(cfg.SEED)
-        self.objective = build_objective(cfg, self.tokenizer.vocab_size).to(self.device)
+        self.objective = build_objective(cfg, self.data.num_outputs).to(self.device)
         self.model = wrap_ddp(self.objective)
         self.optimizer = build_optimizer(cfg, self.objective)
         self.scheduler = build_lr_scheduler(cfg, self.optimizer)
@@ -111,7 +91,7 @@ class PretrainTrainer(TrainerBase):
             **state,
         )
         self.register_hooks(self._build_hooks())
-        _log_model(self.objective, self.tokenizer)
+        _log_model(self.objective, self.data)
 
     def _build_hooks(self) -> list:
         cfg = self.cfg
@@ -120,23 +100,21 @@ class PretrainTrainer(TrainerBase):
             hooks.IterationTimer(),
             LearningRate(self.scheduler),
             SkippedImages(
-                len(self.train_data.records) if self.train_data else 0,
+                len(self.data.train.records) if self.data.train else 0,
                 cfg.DATA.MAX_SKIPPED_SHARE,
                 cfg.LOG_PERIOD,
             ),
         ]
+        if self.data.val is not None:
+            # before the checkpoint: what it says about validations is then complete
+            built.append(Validation(cfg.TEST.EVAL_PERIOD, self.evaluate))
+            if cfg.TEST.BEST_METRIC:
+                built.append(BestCheckpoint(cfg.TEST.BEST_METRIC, self._keep_best))
         if main:
             built += [
                 hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
-                BackboneExport(
-                    self.objective.visual,
-                    cfg,
-                    self._backbone_path(),
-                    cfg.SOLVER.CHECKPOINT_PERIOD,
-                ),
+                BackboneExport(self._export, cfg.SOLVER.CHECKPOINT_PERIOD),
             ]
-        if self.val_data is not None:
-            built.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self.evaluate))
         if main:
             writers = [
                 PretrainMetricPrinter(self.max_iter, cfg.SOLVER.IMS_PER_BATCH),
@@ -146,8 +124,17 @@ class PretrainTrainer(TrainerBase):
             built.append(hooks.PeriodicWriter(writers, cfg.LOG_PERIOD))
         return built
 
-    def _backbone_path(self) -> str:
-        return os.path.join(self.cfg.OUTPUT_DIR, "backbone.safetensors")
+    def _export(self, iteration: int, name: str = "backbone") -> str:
+        """Write OUTPUT_DIR/<name>.safetensors, the backbone after so many iterations."""
+        path = os.path.join(self.cfg.OUTPUT_DIR, f"{name}.safetensors")
+        export_backbone(self.objective.visual, self.cfg, iteration, path)
+        return path
+
+    def _keep_best(self, iteration: int) -> None:
+        """Write the present model beside the periodic checkpoints, which stay the last ones."""
+        if comm.is_main_process():
+            self.checkpointer.save_beside("model_best", iteration=iteration - 1)
+            self._export(iteration, "backbone_best")
 
     def resume_or_load(self, resume: bool) -> None:
         """Continue from OUTPUT_DIR's last checkpoint, or start from MODEL.WEIGHTS or at random.
@@ -184,11 +171,10 @@ class PretrainTrainer(TrainerBase):
             logger.info("All %d iterations are done: there is nothing to train.", self.max_iter)
             if comm.is_main_process():
                 # A stop between the last checkpoint and the export has left an older one.
-                path = self._backbone_path()
-                export_backbone(self.objective.visual, self.cfg, self.start_iter, path)
+                self._export(self.start_iter)
             return
         loader = build_train_loader(
-            self.train_data,
+            self.data.train,
             self.cfg.SOLVER.IMS_PER_BATCH,
             start_iteration=self.start_iter,
             num_workers=self.cfg.DATA.NUM_WORKERS,
@@ -236,137 +222,20 @@ class PretrainTrainer(TrainerBase):
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.cfg.SOLVER.AMP.ENABLED):
             return self.model(on_device)
 
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, dict[str, float]]:
-        """Mean loss (nats a predicted token) and perplexity on the validation captions.
+    def evaluate(self) -> dict[str, float]:
+        """Validate on DATA.VAL_CAPTIONS and log it; what `pretrain.validation.validate` returns.
 
-        Returns:
-            {"val": {"loss", "loss_<direction>", "perplexity_<direction>", "unigram_entropy",
-            "images_skipped"}}; the unigram entropy of the same captions is what a model that knows
-            the words' frequencies and nothing else would reach.
+        Raises:
+            InputError: there is no validation data, or nothing of it can be used.
         """
-        if self.val_data is None:
+        if self.data.val is None:
             raise InputError("DATA.VAL_CAPTIONS is empty: there is nothing to evaluate on.")
-        training = self.model.training
-        self.model.eval()
-        sums: dict[str, float] = {}
-        predicted = skipped = 0
-        loader = build_eval_loader(
-            self.val_data, self.cfg.TEST.IMS_PER_BATCH, self.cfg.DATA.NUM_WORKERS
-        )
-        for batch in loader:
-            skipped += int(batch["num_skipped"])
-            count = int((batch["caption_tokens"][:, 1:] != PADDING).sum())
-            if not count:
-                continue
-            for name, loss in self._losses(batch).items():
-                sums[name] = sums.get(name, 0.0) + loss.item() * count
-            predicted += count
-        self.model.train(training)
-
-        gathered = comm.all_gather((sums, predicted, skipped))
-        predicted = sum(part[1] for part in gathered)
-        if not predicted:
-            raise InputError(
-                f"{self.cfg.DATA.VAL_CAPTIONS}: none of its images in {self.cfg.DATA.VAL_IMAGES} "
-                "can be decoded, so that there is nothing to validate on. Replace them."
-            )
-        names = dict.fromkeys(name for part in gathered for name in part[0])
-        losses = {
-            name: sum(part[0].get(name, 0.0) for part in gathered) / predicted for name in names
-        }
-        results = {"loss": sum(losses.values()), **losses}
-        for name, loss in losses.items():
-            results[name.replace("loss", "perplexity", 1)] = math.exp(min(loss, 50.0))
-        results["unigram_entropy"] = unigram_entropy(self.val_data)
-        results["images_skipped"] = sum(part[2] for part in gathered)
+        results = validate(self.objective, self._losses, self.data, self.cfg)
         if comm.is_main_process():
             logger.info(
                 "Validation: %s", "  ".join(f"{name}: {v:.4g}" for name, v in results.items())
             )
-        return {"val": results}
-
-
-def load_or_train_tokenizer(cfg: CfgNode, records: list[CaptionRecord]) -> Tokenizer:
-    """DATA.TOKENIZER, else that of OUTPUT_DIR's checkpoint, else one trained on the captions.
-
-    Raises:
-        InputError: there is neither a tokenizer nor captions to train one, or the captions are too
-            few for DATA.VOCAB_SIZE.
-    """
-    if cfg.DATA.TOKENIZER:
-        return Tokenizer(cfg.DATA.TOKENIZER)
-    path = os.path.join(cfg.OUTPUT_DIR, "tokenizer.model")
-    has_checkpoint = os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
-    if not (has_checkpoint and os.path.isfile(path)):
-        if not records:
-            raise InputError(
-                f"{path}: expected the tokenizer of a checkpoint in this folder, found none. Give "
-                "the one that the model was trained with as DATA.TOKENIZER."
-            )
-        if comm.is_main_process():  # also where a run that never saved left one behind
-            captions = (caption for record in records for caption in record.captions)
-            train_tokenizer(captions, cfg.DATA.VOCAB_SIZE, path)
-        comm.synchronize()
-    return Tokenizer(path)
-
-
-def load_weights(objective: nn.Module, path: str) -> None:
-    """Every tensor of a pretraining checkpoint (ours or VirTex's) into the objective.
-
-    Raises:
-        InputError: the file is missing or unreadable, or a tensor is missing, left over or of
-            another shape.
-    """
-    checkpoint = read_checkpoint(path)
-    state = checkpoint.get("model", checkpoint)
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    own = objective.state_dict()
-    problems = [f"{name} is missing" for name in own if name not in state]
-    problems += [f"{name} is not in the model" for name in state if name not in own]
-    problems += [
-        f"{name} has shape {tuple(state[name].shape)}, the model wants {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    if problems:
-        raise InputError(
-            f"MODEL.WEIGHTS {path} is not of this model (MODEL.OBJECTIVE "
-            f"{type(objective).__name__}): {len(problems)} tensors differ: "
-            f"{'; '.join(problems[:5])}. Nothing was loaded. MODEL.VISUAL.NAME, MODEL.TEXTUAL.* "
-            "and the tokenizer must be those of the checkpoint."
-        )
-    objective.load_state_dict(state)
-    logger.info("Loaded all %d tensors of %s.", len(own), path)
-
-
-def _records(cfg: CfgNode, split: str) -> list[CaptionRecord]:
-    captions, images = cfg.DATA[f"{split}_CAPTIONS"], cfg.DATA[f"{split}_IMAGES"]
-    if not captions:
-        raise InputError(
-            f"DATA.{split}_CAPTIONS is empty: name the annotation file, and DATA.{split}_IMAGES "
-            "its folder of images."
-        )
-    records = load_records(cfg.DATA.FORMAT, captions, images)
-    logger.info(
-        "%s: %d images, %d captions.",
-        captions,
-        len(records),
-        sum(len(record.captions) for record in records),
-    )
-    return records
-
-
-def _train_transform(cfg: CfgNode) -> TrainTransform:
-    data = cfg.DATA
-    return TrainTransform(
-        data.IMAGE_SIZE,
-        scale=tuple(data.CROP_SCALE),
-        ratio=tuple(data.CROP_RATIO),
-        flip=data.FLIP_PROB,
-        jitter=tuple(data.COLOR_JITTER),
-        jitter_prob=data.COLOR_JITTER_PROB,
-    )
+        return results
 
 
 def _check_sizes(cfg: CfgNode) -> None:
@@ -395,14 +264,14 @@ def _seed(seed: int, iteration: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, iteration, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _log_model(objective: nn.Module, tokenizer: Tokenizer) -> None:
+def _log_model(objective: nn.Module, data: PretrainData) -> None:
     parameters = {
         name: sum(p.numel() for p in module.parameters()) / 1e6
         for name, module in objective.named_children()
     }
     logger.info(
-        "Objective %s with %d pieces; parameters in millions (shared ones in each): %s",
+        "Objective %s with %d outputs; parameters in millions (shared ones in each): %s",
         type(objective).__name__,
-        tokenizer.vocab_size,
+        data.num_outputs,
         ", ".join(f"{name} {count:.2f}" for name, count in parameters.items()),
     )

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from pretrain.config import get_pretrain_cfg
-from pretrain.objectives import OBJECTIVES, build_objective
+from pretrain.objectives import build_objective
+from pretrain.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = Path(os.environ.get("PARITY_CASES", ROOT.parent / "shared" / "parity"))
@@ -22,7 +23,8 @@ def _objective_config(overrides: list) -> object:
     cfg = get_pretrain_cfg()
     for key, value in zip(overrides[0::2], overrides[1::2], strict=True):
         if key == "MODEL.NAME":
-            cfg.MODEL.OBJECTIVE = value
+            # "virtex" is the first releases' name of bicaptioning
+            cfg.MODEL.OBJECTIVE = {"virtex": "bicaptioning"}.get(value, value)
         elif key == "MODEL.VISUAL.NAME":
             cfg.MODEL.VISUAL.NAME = value.removeprefix("torchvision::")
         elif key == "MODEL.TEXTUAL.NAME" and value != "none":
@@ -54,27 +56,36 @@ def test_cases_are_there(parity_cases):
     assert FILES, f"no *.json in {parity_cases}"
 
 
-def test_loss_logits_and_features_match_the_reference(case):
+def _batch(case: dict, weights) -> dict[str, torch.Tensor]:
+    """The case's batch, with what its objective wants besides."""
+    # the case's seed is the generator's for the batch, too
+    arrays = weights.batch(**case["batch"], seed=case["seed"])
+    batch = {key: torch.from_numpy(array) for key, array in arrays.items()}
+    tokens = batch["caption_tokens"]
+    if "masking" in case["expected"]:
+        place = re.match(r"position (\d+) of every caption replaced", case["expected"]["masking"])
+        assert place, f"{case['name']}: a masking that this test does not know"
+        column = int(place[1])
+        batch["masked_tokens"], batch["masked_labels"] = tokens.clone(), torch.zeros_like(tokens)
+        batch["masked_tokens"][:, column] = Tokenizer.mask_id
+        batch["masked_labels"][:, column] = tokens[:, column]
+    rows = [torch.unique(row[row > Tokenizer.mask_id]) for row in tokens]
+    batch["labels"] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+    return batch
+
+
+def test_losses_logits_and_features_match_the_reference(case):
     cfg = _objective_config(case["overrides"])
-    if cfg.MODEL.OBJECTIVE not in OBJECTIVES:
-        pytest.skip(f"the objective {cfg.MODEL.OBJECTIVE} is not implemented")
     weights = _weights_module()
     expected = case["expected"]
-    vocab_size = case["shapes"]["textual.output.weight"][0]
-    model = build_objective(cfg, vocab_size).eval()
+    model = build_objective(cfg, case["shapes"]["textual.output.weight"][0]).eval()
     state = weights.state_dict(case["shapes"], case["ties"], case["seed"])
     model.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()}, strict=True)
-    # the case's seed is the generator's for the batch, too
-    batch = {
-        k: torch.from_numpy(v) for k, v in weights.batch(**case["batch"], seed=case["seed"]).items()
-    }
+    batch = _batch(case, weights)
 
     with torch.no_grad():
         losses = {k.removeprefix("loss_"): v.item() for k, v in model(batch).items()}
         features = model.visual(batch["image"])
-        tokens = batch["caption_tokens"]
-        hidden = model.textual.hidden_states(model.textual.project(features), tokens)
-        logits = model.textual.output(hidden)[0, 1, :8]
 
     assert list(features.shape) == expected["features_shape"]
     assert features.norm().item() == pytest.approx(expected["features_norm"], rel=RELATIVE)
@@ -83,6 +94,11 @@ def test_loss_logits_and_features_match_the_reference(case):
     )
     assert losses == pytest.approx(expected["loss_components"], rel=RELATIVE)
     assert sum(losses.values()) == pytest.approx(expected["loss"], rel=RELATIVE)
-    torch.testing.assert_close(
-        logits, torch.tensor(expected["logits_head"]), rtol=RELATIVE, atol=1e-5
-    )
+    if "logits_head" in expected:
+        with torch.no_grad():
+            visual_tokens = model.textual.project(features)
+            hidden = model.textual.hidden_states(visual_tokens, batch["caption_tokens"])
+            logits = model.textual.output(hidden)[0, 1, :8]
+        torch.testing.assert_close(
+            logits, torch.tensor(expected["logits_head"]), rtol=RELATIVE, atol=1e-5
+        )

@@ -17,13 +17,13 @@ from PIL import Image
 
 from pretrain import loader as loader_module
 from pretrain.augment import EvalTransform, TrainTransform, swap_sides
+from pretrain.baselines import unigram_entropy
 from pretrain.captions import CaptionRecord, load_coco_captions
 from pretrain.loader import (
     CaptionDataset,
     build_eval_loader,
     build_train_loader,
     collate,
-    unigram_entropy,
 )
 from pretrain.tokenizer import Tokenizer, train_tokenizer
 from virtex_d2.runtime.errors import InputError

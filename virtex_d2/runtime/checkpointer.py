@@ -20,8 +20,12 @@ class _AtomicMixin:
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write `<save_dir>/<name>.pth` (model, checkpointables, `kwargs`), then tag it as last."""
-        if not self.save_dir or not self.save_to_disk:
-            return
+        if self.save_dir and self.save_to_disk:
+            self.save_beside(name, **kwargs)
+            self.tag_last_checkpoint(f"{name}.pth")
+
+    def save_beside(self, name: str, **kwargs: Any) -> None:
+        """As `save`, in the process that may write, without becoming the last checkpoint."""
         path = Path(self.save_dir) / f"{name}.pth"
         for leftover in path.parent.glob(f"{TEMPORARY_PREFIX}*.pth"):
             leftover.unlink(missing_ok=True)  # of a killed save; one process saves at a time
@@ -29,7 +33,6 @@ class _AtomicMixin:
         self.logger.info("Saving checkpoint to %s", path)
         with atomic_path(path) as temporary:
             torch.save({"model": self.model.state_dict(), **states, **kwargs}, temporary)
-        self.tag_last_checkpoint(path.name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Let `last_checkpoint` name a file of the same folder."""

@@ -1,0 +1,152 @@
+"""What a run trains and validates on, as its config says."""
+
+import logging
+import os
+from dataclasses import dataclass
+
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+from virtex_d2.runtime.errors import InputError
+
+from .augment import EvalTransform, TrainTransform
+from .captions import CaptionRecord, load_records
+from .labels import ImageLabels, check_same_classes
+from .loader import CaptionDataset
+from .targets import sample_targets
+from .tokenizer import Tokenizer, train_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PretrainData:
+    """Data sets of a run.
+
+    Attributes:
+        tokenizer: of both data sets.
+        train, val: None where there is none.
+        val_labels: classes of the validation images, for an objective on labels.
+        num_outputs: what an objective predicts among: pieces, or classes.
+    """
+
+    tokenizer: Tokenizer
+    train: CaptionDataset | None
+    val: CaptionDataset | None
+    val_labels: ImageLabels | None
+    num_outputs: int
+
+
+def build_data(cfg: CfgNode, with_training_data: bool = True) -> PretrainData:
+    """Open what the config names; a tokenizer is trained where there is none.
+
+    Args:
+        cfg: of `pretrain.config.get_pretrain_cfg`.
+        with_training_data: False to evaluate only; then DATA.TRAIN_CAPTIONS is not opened.
+
+    Raises:
+        InputError: the data cannot be used; the message names the key or the record.
+    """
+    train = _records(cfg, "TRAIN") if with_training_data else []
+    val = _records(cfg, "VAL") if cfg.DATA.VAL_CAPTIONS or not with_training_data else []
+    tokenizer = load_or_train_tokenizer(cfg, train)
+    num_outputs = tokenizer.vocab_size
+    train_labels = val_labels = None
+    if cfg.MODEL.OBJECTIVE == "multilabel_classification":
+        train_labels = _labels(cfg, "TRAIN", train) if train else None
+        val_labels = _labels(cfg, "VAL", val) if val else None
+        if train_labels and val_labels:
+            check_same_classes(train_labels, val_labels, cfg.DATA.VAL_LABELS)
+        num_outputs = len((train_labels or val_labels).class_names)
+
+    def dataset(records, transform, labels) -> CaptionDataset | None:
+        if not records:
+            return None
+        return CaptionDataset(
+            records,
+            tokenizer,
+            transform,
+            cfg.MODEL.TEXTUAL.MAX_LENGTH,
+            cfg.SEED,
+            sample_targets(cfg, tokenizer.vocab_size, labels),
+        )
+
+    return PretrainData(
+        tokenizer,
+        dataset(train, _train_transform(cfg), train_labels),
+        dataset(val, EvalTransform(cfg.DATA.IMAGE_SIZE), val_labels),
+        val_labels,
+        num_outputs,
+    )
+
+
+def load_or_train_tokenizer(cfg: CfgNode, records: list[CaptionRecord]) -> Tokenizer:
+    """DATA.TOKENIZER, else that of OUTPUT_DIR's checkpoint, else one trained on the captions.
+
+    Raises:
+        InputError: there is neither a tokenizer nor captions to train one, or the captions are too
+            few for DATA.VOCAB_SIZE.
+    """
+    if cfg.DATA.TOKENIZER:
+        return Tokenizer(cfg.DATA.TOKENIZER)
+    path = os.path.join(cfg.OUTPUT_DIR, "tokenizer.model")
+    has_checkpoint = os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+    if not (has_checkpoint and os.path.isfile(path)):
+        if not records:
+            raise InputError(
+                f"{path}: expected the tokenizer of a checkpoint in this folder, found none. Give "
+                "the one that the model was trained with as DATA.TOKENIZER."
+            )
+        if comm.is_main_process():  # also where a run that never saved left one behind
+            captions = (caption for record in records for caption in record.captions)
+            train_tokenizer(captions, cfg.DATA.VOCAB_SIZE, path)
+        comm.synchronize()
+    return Tokenizer(path)
+
+
+def _records(cfg: CfgNode, split: str) -> list[CaptionRecord]:
+    captions, images = cfg.DATA[f"{split}_CAPTIONS"], cfg.DATA[f"{split}_IMAGES"]
+    if not captions:
+        raise InputError(
+            f"DATA.{split}_CAPTIONS is empty: name the annotation file, and DATA.{split}_IMAGES "
+            "its folder of images."
+        )
+    records = load_records(cfg.DATA.FORMAT, captions, images)
+    logger.info(
+        "%s: %d images, %d captions.",
+        captions,
+        len(records),
+        sum(len(record.captions) for record in records),
+    )
+    return records
+
+
+def _labels(cfg: CfgNode, split: str, records: list[CaptionRecord]) -> ImageLabels:
+    path = cfg.DATA[f"{split}_LABELS"]
+    if not path:
+        raise InputError(
+            f"DATA.{split}_LABELS is empty: multilabel_classification learns the classes of a COCO "
+            f"instances file of the images of DATA.{split}_CAPTIONS."
+        )
+    labels = ImageLabels(path, (record.file_name for record in records))
+    logger.info(
+        "%s: %d classes; %d of %d images have no label, %d of these are not in the file.",
+        path,
+        len(labels.class_names),
+        labels.num_unlabelled,
+        len(labels),
+        labels.num_unlisted,
+    )
+    return labels
+
+
+def _train_transform(cfg: CfgNode) -> TrainTransform:
+    data = cfg.DATA
+    return TrainTransform(
+        data.IMAGE_SIZE,
+        scale=tuple(data.CROP_SCALE),
+        ratio=tuple(data.CROP_RATIO),
+        flip=data.FLIP_PROB,
+        jitter=tuple(data.COLOR_JITTER),
+        jitter_prob=data.COLOR_JITTER_PROB,
+    )
