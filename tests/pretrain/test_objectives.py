@@ -6,7 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.config import get_pretrain_cfg
-from pretrain.objectives import build_objective, reverse_captions
+from pretrain.objectives import (
+    _mixed_states,
+    build_objective,
+    label_loss,
+    reverse_captions,
+    token_labels,
+)
 from virtex_d2.runtime.errors import InputError
 
 VOCAB = 40
@@ -119,5 +125,169 @@ def test_a_captioner_learns_to_tell_two_images_apart():
 def test_a_config_that_cannot_be_built_is_refused_by_key(key, value, message):
     cfg = small_config()
     cfg.merge_from_list([key, value])
+    with pytest.raises(InputError, match=message):
+        build_objective(cfg, VOCAB)
+
+
+# The other tasks
+
+
+def masked_batch(captions: list[list[int]], hidden: int = 2, length: int = 12) -> dict:
+    """Word `hidden` of every caption is [MASK]."""
+    batch = caption_batch(captions, length)
+    batch["masked_tokens"] = batch["caption_tokens"].clone()
+    batch["masked_labels"] = torch.zeros_like(batch["caption_tokens"])
+    batch["masked_tokens"][:, hidden] = 3
+    batch["masked_labels"][:, hidden] = batch["caption_tokens"][:, hidden]
+    return batch
+
+
+@pytest.fixture(scope="module")
+def masked_model():
+    torch.manual_seed(0)
+    return build_objective(small_config("masked_lm"), VOCAB).eval()
+
+
+def test_masked_words_are_predicted_from_both_sides_and_not_from_themselves(masked_model):
+    def loss(*caption: int, length: int = 12, tokens: list[int] | None = None) -> float:
+        batch = masked_batch([list(caption)], length=length)
+        if tokens is not None:
+            batch["masked_tokens"][0, : len(tokens)] = torch.tensor(tokens)
+        with torch.no_grad():
+            return masked_model(batch)["loss_masked_lm"].item()
+
+    whole = loss(5, 6, 7, 8)
+    assert loss(5, 6, 7, 8, length=9) == pytest.approx(whole, rel=1e-5), "padding is read"
+    assert loss(9, 6, 7, 8) != pytest.approx(whole, rel=1e-5), "the words before are not read"
+    assert loss(5, 6, 7, 9) != pytest.approx(whole, rel=1e-5), "the words behind are not read"
+
+
+def test_captions_with_nothing_to_hide_cost_nothing(masked_model):
+    batch = masked_batch([[5, 6, 7]])
+    batch["masked_labels"].zero_()
+    loss = masked_model(batch)["loss_masked_lm"]
+    assert loss.item() == 0
+    assert masked_model.num_predictions(batch) == 0
+    loss.backward()  # one process of many may have such a batch
+
+
+def test_label_loss_is_the_mean_over_labels_then_over_labelled_rows():
+    logits = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0], [4.0, 4.0, 4.0]])
+    labels = torch.tensor([[True, False, True], [False, True, False], [False] * 3])
+    log_probs = logits.log_softmax(1)
+    expected = -((log_probs[0, 0] + log_probs[0, 2]) / 2 + log_probs[1, 1]) / 2
+    torch.testing.assert_close(label_loss(logits, labels), expected)
+    assert label_loss(logits, torch.zeros_like(labels)).item() == 0
+
+
+def test_token_labels_are_the_words_once_and_no_special_piece():
+    batch = caption_batch([[5, 6, 5], [7]])
+    labels = token_labels(batch["caption_tokens"], VOCAB)
+    assert [row.nonzero()[:, 0].tolist() for row in labels] == [[5, 6], [7]]
+
+
+def test_multilabel_classification_reads_the_labels_and_counts_labelled_images():
+    torch.manual_seed(0)
+    model = build_objective(small_config("multilabel_classification"), 3).eval()
+    batch = caption_batch([[5], [6], [7]])
+    batch["labels"] = torch.tensor([[0, 2], [1, -1], [-1, -1]])
+    logits = model.textual(model.visual(batch["image"]))
+    expected = label_loss(
+        logits, torch.tensor([[True, False, True], [False, True, False], [False] * 3])
+    )
+    torch.testing.assert_close(model(batch)["loss_classification"], expected)
+    assert model.num_predictions(batch) == 2
+
+
+def test_backward_captioning_is_the_backward_half_of_bicaptioning(bicaptioner):
+    model = build_objective(small_config("backward_captioning"), VOCAB).eval()
+    state = bicaptioner.state_dict()
+    own = {
+        name: state[name.replace("textual.", "backward_textual.", 1)]
+        if name.startswith("textual.")
+        else state[name]
+        for name in model.state_dict()
+    }
+    model.load_state_dict(own)
+    batch = caption_batch([[5, 6, 7], [8, 9, 10, 11]])
+    losses = model(batch)
+    assert list(losses) == ["loss_captioning_backward"]
+    both = bicaptioner(batch)["loss_captioning_backward"]
+    torch.testing.assert_close(losses["loss_captioning_backward"], both)
+
+
+# Additions to captioning
+
+
+def test_a_caption_that_is_predicted_at_once_sees_none_of_its_words():
+    """With every row in parallel the hidden states depend on the length alone."""
+    cfg = small_config("captioning")
+    cfg.MODEL.TEXTUAL.DROPOUT = 0.0
+    torch.manual_seed(0)
+    head = build_objective(cfg, VOCAB).textual
+    batch = caption_batch([[5, 6, 7], [8, 9, 10], [8, 9]])
+    visual_tokens = torch.randn(1, 4, 64).expand(3, 4, 64)
+    mixed = _mixed_states(
+        head,
+        visual_tokens,
+        batch["caption_tokens"],
+        batch["caption_lengths"],
+        torch.tensor([True, True, False]),
+    )
+    order, states = mixed
+    assert order.tolist() == [2, 0, 1]
+    torch.testing.assert_close(states[1], states[2])
+    plain = head.hidden_states(visual_tokens[:1], batch["caption_tokens"][2:, :-1])
+    torch.testing.assert_close(states[:1], plain)
+
+
+@pytest.mark.parametrize("parallel", [[False, False], [True, True], [True, False]])
+def test_any_share_of_a_batch_may_be_predicted_at_once(parallel):
+    cfg = small_config()
+    cfg.MODEL.TEXTUAL.DROPOUT = 0.0
+    torch.manual_seed(0)
+    model = build_objective(cfg, VOCAB).train()
+    batch = {**caption_batch([[5, 6, 7], [8, 9, 10]]), "parallel": torch.tensor(parallel)}
+    losses = model(batch)
+    plain = model({key: value for key, value in batch.items() if key != "parallel"})
+    for name in plain:
+        same = losses[name].item() == pytest.approx(plain[name].item(), rel=1e-4)
+        assert same == (not any(parallel)), name
+    model.eval()  # validation asks for the next word whatever the mode
+    evaluated = model(batch)
+    del batch["parallel"]
+    assert evaluated == model(batch)
+
+
+def test_additions_change_training_and_leave_validation_comparable():
+    batch = caption_batch([[5, 6, 7], [8, 9, 10]])
+    losses = {}
+    for weight, smoothing in ((0.0, 0.0), (0.5, 0.0), (0.0, 0.2)):
+        cfg = small_config()
+        cfg.MODEL.TEXTUAL.DROPOUT = 0.0
+        cfg.MODEL.CAPTIONING.CLASSIFICATION_WEIGHT = weight
+        cfg.MODEL.CAPTIONING.LABEL_SMOOTHING = smoothing
+        torch.manual_seed(0)
+        model = build_objective(cfg, VOCAB)
+        losses[weight, smoothing] = (model.train()(batch), model.eval()(batch))
+    plain, with_labels, smoothed = losses.values()
+    assert set(with_labels[0]) - set(plain[0]) == {"loss_classification"}
+    assert smoothed[0]["loss_captioning_forward"] != plain[0]["loss_captioning_forward"]
+    assert plain[1].keys() == with_labels[1].keys()
+    for name, value in plain[1].items():
+        torch.testing.assert_close(smoothed[1][name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("objective", "key", "value", "message"),
+    [
+        ("masked_lm", "PARALLEL_SHARE", 0.5, "is for captioning"),
+        ("bicaptioning", "PARALLEL_SHARE", 1.5, "PARALLEL_SHARE 1.5"),
+        ("bicaptioning", "LABEL_SMOOTHING", -0.1, "LABEL_SMOOTHING -0.1"),
+    ],
+)
+def test_additions_that_cannot_be_are_refused(objective, key, value, message):
+    cfg = small_config(objective)
+    cfg.MODEL.CAPTIONING[key] = value
     with pytest.raises(InputError, match=message):
         build_objective(cfg, VOCAB)
