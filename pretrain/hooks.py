@@ -11,7 +11,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, get_event_storage
 
-from virtex_d2.runtime.errors import InputError, nearest
+from virtex_d2.runtime.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -104,17 +104,9 @@ class BestCheckpoint(HookBase):
         self._best_iteration = -1
 
     def after_step(self) -> None:
-        latest = self.trainer.storage.latest()
-        validations = {n for n, (_, when) in latest.items() if when == self.trainer.iter}
-        validations = {name for name in validations if name.startswith("val/")}
-        if not validations:
+        value, when = self.trainer.storage.latest().get(self._metric, (math.inf, -1))
+        if when != self.trainer.iter:
             return
-        if self._metric not in validations:
-            raise InputError(
-                f"TEST.BEST_METRIC: {self._metric!r} is none of the validation's results: "
-                f"{', '.join(sorted(validations))}." + nearest(self._metric, validations)
-            )
-        value = latest[self._metric][0]
         if value < self._best:
             self._best, self._best_iteration = value, self.trainer.iter + 1
             self._keep(self._best_iteration)

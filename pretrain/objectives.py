@@ -13,8 +13,9 @@ and what the objective's `inputs` name (`pretrain.targets` makes it):
     batch["labels"]           (N, K) int64: classes of an image, behind them -1
     batch["parallel"]         (N,) bool: whose caption is predicted all at once
 
-A loss is a mean in nats; `num_predictions(batch)` says over how many items, so that means of
-batches can be averaged. In evaluation mode a loss is the plain cross entropy, without smoothing.
+`losses` names what validation gets. A loss is a mean in nats; `num_predictions(batch)` says over how
+many items, so that means of batches can be averaged. In evaluation mode a loss is the plain cross
+entropy, without smoothing.
 """
 
 import torch
@@ -75,6 +76,7 @@ class Captioning(nn.Module):
         super().__init__()
         self.visual = visual
         self.directions = directions
+        self.losses = tuple(f"loss_captioning_{direction}" for direction in directions)
         self.label_smoothing = label_smoothing
         self.classification_weight = classification_weight
         self.textual = TextualHead(visual.feature_size, vocab_size, **head)
@@ -160,6 +162,7 @@ class MaskedLanguageModel(nn.Module):
     the chosen words.
     """
 
+    losses = ("loss_masked_lm",)
     baseline = "unigram_entropy"
 
     def __init__(self, visual: VisualBackbone, vocab_size: int, **head):
@@ -210,6 +213,7 @@ class Classification(nn.Module):
             `batch["labels"]`.
     """
 
+    losses = ("loss_classification",)
     baseline = "label_entropy"
 
     def __init__(self, visual: VisualBackbone, num_outputs: int, of_tokens: bool):

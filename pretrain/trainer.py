@@ -37,7 +37,7 @@ from .hooks import (
 from .loader import build_train_loader
 from .objectives import build_objective, check_objective
 from .optim import Lookahead, build_lr_scheduler, build_optimizer
-from .validation import validate
+from .validation import check_metric, validate
 from .weights import load_weights
 
 logger = logging.getLogger(__name__)
@@ -105,10 +105,13 @@ class PretrainTrainer(TrainerBase):
                 cfg.LOG_PERIOD,
             ),
         ]
+        if self.data.val is None and cfg.TEST.BEST_METRIC:
+            raise InputError("TEST.BEST_METRIC needs validation: DATA.VAL_CAPTIONS is empty.")
         if self.data.val is not None:
             # before the checkpoint: what it says about validations is then complete
             built.append(Validation(cfg.TEST.EVAL_PERIOD, self.evaluate))
             if cfg.TEST.BEST_METRIC:
+                check_metric(cfg.TEST.BEST_METRIC, self.objective)
                 built.append(BestCheckpoint(cfg.TEST.BEST_METRIC, self._keep_best))
         if main:
             built += [

@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import nn
 
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.runtime.errors import InputError, nearest
 
 from .baselines import label_entropy, unigram_entropy
 from .data import PretrainData
@@ -17,6 +17,18 @@ from .loader import build_eval_loader
 
 # Losses of which a perplexity can be told: those that predict a word.
 _OF_WORDS = ("loss_captioning", "loss_masked_lm")
+
+
+def check_metric(metric: str, objective: nn.Module) -> None:
+    """Raises:
+    InputError: TEST.BEST_METRIC is none of the losses that validation records for the objective.
+    """
+    possible = [f"val/{name}" for name in ("loss", *objective.losses)]
+    if metric not in possible:
+        raise InputError(
+            f"TEST.BEST_METRIC: {metric!r} is none of what is validated: {', '.join(possible)}."
+            + nearest(metric, possible)
+        )
 
 
 @torch.no_grad()
@@ -73,8 +85,10 @@ def validate(
             f"and has something to predict ({sum(part[2] for part in gathered)} of "
             f"{len(data.val.records)} cannot be decoded). Replace them."
         )
-    names = dict.fromkeys(name for part in gathered for name in part[0])
-    losses = {n: sum(part[0].get(n, 0.0) for part in gathered) / predicted for n in names}
+    losses = {
+        name: sum(part[0].get(name, 0.0) for part in gathered) / predicted
+        for name in objective.losses
+    }
     results = {"loss": sum(losses.values()), **losses}
     for name, loss in losses.items():
         if name.startswith(_OF_WORDS):

@@ -195,6 +195,33 @@ def test_evaluation_alone_repeats_the_last_validation(captioned_images, finished
     assert before == {path: path.stat().st_mtime_ns for path in finished_run.glob("*.pth")}
 
 
+def test_the_best_checkpoint_is_that_of_the_lowest_validation_also_after_a_resume(
+    captioned_images, tmp_path
+):
+    """A learning rate that ruins the second half: the best is not the last."""
+    output = tmp_path / "output"
+    arguments = options(
+        *(captioned_images, output, "TEST.BEST_METRIC", "val/loss", "TEST.EVAL_PERIOD", 2),
+        *("SOLVER.WARMUP_ITERS", 11, "SOLVER.BASE_LR", 3.0, "SOLVER.LOOKAHEAD.ENABLED", False),
+    )
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    losses = {m["iteration"]: m["val/loss"] for m in metrics(output) if "val/loss" in m}
+    best = min(losses, key=losses.get)
+    assert best < max(losses), losses
+    assert torch.load(output / "model_best.pth", weights_only=True)["iteration"] == best
+    assert read_safetensors(output / "backbone_best.safetensors")[1]["iteration"] == str(best + 1)
+    assert (output / "last_checkpoint").read_text() == "model_final.pth"
+
+    # as if stopped after iteration 8, whose checkpoint knows of a better one before it
+    for name in ("model_final.pth", "model_best.pth"):
+        (output / name).unlink()
+    (output / "last_checkpoint").write_text("model_0000007.pth")
+    done = run("--resume", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert (output / "model_best.pth").exists() == (best > 7)
+
+
 def test_evaluation_without_weights_is_refused(captioned_images, finished_run, tmp_path):
     done = run(
         "--eval-only",
@@ -268,6 +295,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name(captioned_images, tmp_p
         (("DATA.TRAIN_CAPTIONS", ""), "DATA.TRAIN_CAPTIONS"),
         (("DATA.TRAIN_CAPTIONS", "absent.json"), "absent.json"),
         (("MODEL.WEIGHTS", "absent.pth"), "absent.pth"),
+        (("TEST.BEST_METRIC", "val/los"), "'val/loss'"),
+        (("MODEL.OBJECTIVE", "multilabel_classification"), "DATA.TRAIN_LABELS"),
     ],
 )
 def test_bad_input_is_one_clear_line(captioned_images, tmp_path, changes, message):

@@ -1,0 +1,207 @@
+"""Pretraining that is killed at random moments ends as if it had not been: bit-identical weights.
+
+    pytest tests/e2e/test_kill_and_resume.py -s
+
+prints the table of all cases. KILL_SEED changes the moments.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.e2e.captioned_world import write_world
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+SEED = int(os.environ.get("KILL_SEED", "1"))
+ITERATIONS = 24
+KILLS = 2  # of each case
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run: its task, the format of its data, its loader workers and its processes."""
+
+    task: str
+    data: str
+    workers: int
+    processes: int
+    more: tuple = field(default=())
+
+    def __str__(self) -> str:
+        return f"{self.task}-{self.data}-{self.workers}w-{self.processes}p"
+
+
+MIXES = (
+    *("MODEL.CAPTIONING.PARALLEL_SHARE", 0.5),
+    *("MODEL.CAPTIONING.CLASSIFICATION_WEIGHT", 0.5),
+    *("MODEL.CAPTIONING.LABEL_SMOOTHING", 0.1),
+)
+CASES = [
+    Case("bicaptioning", "coco", 0, 1),
+    Case("masked_lm", "tsv", 1, 1),
+    Case("token_classification", "folder", 3, 1),
+    Case("multilabel_classification", "coco", 1, 1),
+    Case("captioning", "webdataset", 3, 1),
+    Case("bicaptioning", "pipe", 1, 1),
+    Case("bicaptioning", "mixed", 0, 2, MIXES),
+    Case("masked_lm", "pipe", 3, 2),
+    Case("backward_captioning", "karpathy", 1, 2),
+    Case("bicaptioning", "coco", 3, 2, ("SOLVER.OPTIMIZER", "adamw", "DATA.FRACTION", 0.5)),
+]
+TABLE: list[str] = []
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder, 24)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _print_table():
+    yield
+    print("\n| case | killed in iteration | resumed from | final weights |\n|---|---|---|---|")
+    print("\n".join(TABLE))
+
+
+def command(case: Case, world: Path, output: Path, *flags: str) -> list[str]:
+    options = {
+        "OUTPUT_DIR": output,
+        "MODEL.DEVICE": "cpu",
+        "MODEL.OBJECTIVE": case.task,
+        "MODEL.VISUAL.NAME": "resnet18",
+        "MODEL.TEXTUAL.HIDDEN_SIZE": 64,
+        "DATA.VOCAB_SIZE": 48,
+        "DATA.IMAGE_SIZE": 32,
+        "DATA.NUM_WORKERS": case.workers,
+        "DATA.STREAM_BLOCK": 3,
+        "SOLVER.IMS_PER_BATCH": 4,
+        "SOLVER.MAX_ITER": ITERATIONS,
+        "SOLVER.WARMUP_ITERS": 2,
+        "SOLVER.CHECKPOINT_PERIOD": 3,
+        "TEST.EVAL_PERIOD": 8,
+        "TEST.IMS_PER_BATCH": 8,
+        "TEST.BEST_METRIC": "val/loss",
+        "LOG_PERIOD": 1,
+        **json.loads((world / f"{case.data}.options.json").read_text()),
+    }
+    pairs = [str(part) for pair in options.items() for part in pair]
+    start = [sys.executable]
+    if case.processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone"]
+        start += [f"--nproc-per-node={case.processes}"]
+    tool = str(ROOT / "tools" / "pretrain_net.py")
+    return [*start, tool, *flags, *pairs, *map(str, case.more)]
+
+
+def start(arguments: list[str], log: Path) -> subprocess.Popen:
+    with open(log, "ab") as file:
+        return subprocess.Popen(
+            arguments,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that all of its processes can be killed at once
+        )
+
+
+def iterations_seen(output: Path) -> list[int]:
+    try:
+        lines = (output / "metrics.json").read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    # a kill may leave the last line unfinished
+    return [json.loads(line)["iteration"] for line in lines if line.endswith("\n")]
+
+
+def kill_in_iteration(arguments: list[str], output: Path, iteration: int, delay: float) -> None:
+    """Start the run and kill -9 all of it, `delay` seconds after that iteration was logged."""
+    seen = len(iterations_seen(output))
+    process = start(arguments, output.with_suffix(".log"))
+    deadline = time.monotonic() + 200
+    while not any(done >= iteration for done in iterations_seen(output)[seen:]):
+        assert process.poll() is None, output.with_suffix(".log").read_text()[-3000:]
+        assert time.monotonic() < deadline, "it never got there"
+        time.sleep(0.02)
+    time.sleep(delay)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def finish(arguments: list[str], output: Path) -> None:
+    log = output.with_suffix(".log")
+    assert start(arguments, log).wait(timeout=300) == 0, log.read_text()[-3000:]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_run_that_is_killed_ends_with_the_weights_of_one_that_is_not(case, world, tmp_path):
+    rng = random.Random(f"{SEED} {case}")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    undisturbed = threading.Thread(target=finish, args=(command(case, world, whole), whole))
+    undisturbed.start()  # beside the other: two cores
+
+    moments = sorted(rng.sample(range(1, ITERATIONS - 2), KILLS))
+    resumed = command(case, world, killed, "--resume")
+    for moment in moments:
+        kill_in_iteration(resumed, killed, moment, rng.uniform(0, 0.15))
+    finish(resumed, killed)
+    undisturbed.join()
+
+    one, other = (
+        torch.load(folder / "model_final.pth", weights_only=True) for folder in (whole, killed)
+    )
+    differing = list(differences(one, other))
+    log = (killed / "log.txt").read_text()
+    places = [line.split()[-1].rstrip(".") for line in log.splitlines() if "Resumed after" in line]
+    TABLE.append(
+        f"| {case} | {', '.join(map(str, moments))} | {', '.join(places) or 'start'} | "
+        f"{'identical' if not differing else 'DIFFERENT'} |"
+    )
+    assert not differing, differing[:10]
+    assert losses_by_iteration(whole) == losses_by_iteration(killed)
+    best = [torch.load(f / "model_best.pth", weights_only=True) for f in (whole, killed)]
+    assert not list(differences(best[0]["model"], best[1]["model"]))
+
+
+def differences(one: object, other: object, name: str = ""):
+    """Names of what is not identical in two checkpoints: model, optimizer, schedule, Lookahead."""
+    if isinstance(one, dict):
+        if one.keys() != other.keys():
+            yield f"{name}: keys"
+        for key in one.keys() & other.keys():
+            yield from differences(one[key], other[key], f"{name}.{key}")
+    elif isinstance(one, list | tuple):
+        if len(one) != len(other):
+            yield f"{name}: length"
+        for index, (a, b) in enumerate(zip(one, other)):
+            yield from differences(a, b, f"{name}.{index}")
+    elif isinstance(one, torch.Tensor):
+        if not torch.equal(one, other):
+            yield name
+    elif one != other:
+        yield f"{name}: {one} and {other}"
+
+
+def losses_by_iteration(output: Path) -> dict[tuple[int, str], float]:
+    """What was logged last of each iteration: a repeated iteration repeats its losses."""
+    lines = (output / "metrics.json").read_text().splitlines(keepends=True)
+    lines = [json.loads(line) for line in lines if line.endswith("\n")]
+    return {
+        (line["iteration"], key): value
+        for line in lines
+        for key, value in line.items()
+        if "loss" in key
+    }
