@@ -7,6 +7,7 @@ is passed in, so that a sample can be made again.
 
 import math
 import re
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -31,20 +32,24 @@ _SIDES = {"left": "right", "right": "left"}
 _SIDE_WORD = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 
-def read_image(path: str, smallest_side: int = 0) -> Image.Image:
+def read_image(file: str | BinaryIO, smallest_side: int = 0) -> Image.Image:
     """Decode an image as RGB, upright as its EXIF orientation says.
 
     Args:
-        path: the file.
+        file: its path, or its bytes as a stream.
         smallest_side: JPEGs may be decoded at 1/2, 1/4 or 1/8 scale as long as no side falls below.
 
     Raises:
-        OSError: the file is missing, cut short or not an image.
+        OSError: the file is missing, cut short, not an image, or larger than
+            `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             if smallest_side:
                 image.draft("RGB", (smallest_side, smallest_side))
+            # Pillow refuses twice as many and warns of these; they would take 270 MB and more
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise OSError(f"{image.width} x {image.height} pixels are too many to decode")
             decoded = _as_rgb(image)
             # after decoding, because Pillow itself turns TIFFs upright while it decodes them
             turn = _UPRIGHT.get(_orientation(image))
@@ -57,9 +62,12 @@ def read_image(path: str, smallest_side: int = 0) -> Image.Image:
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey at 255: scale it
-        grey = np.asarray(image, np.uint16) >> 8
+    # Pillow would clip 16-bit grey at 255: scale it. Before version 11.3, PNGs of it have mode I.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        grey = np.asarray(image).astype(np.uint16) >> 8
         image = Image.fromarray(grey.astype(np.uint8))
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")  # or Pillow warns
     return image.convert("RGB")
 
 

@@ -60,16 +60,39 @@ _C.MODEL.MASKED_LM.MASK_PROB = 0.85
 _C.MODEL.MASKED_LM.RANDOM_PROB = 0.1
 
 _C.DATA = CN()
-# Annotation format: a name in `pretrain.captions.FORMATS`.
+# Annotation format: a name in `pretrain.captions.FORMATS`; docs/pretraining-data.md has examples.
 _C.DATA.FORMAT = "coco"
+# The annotation file; for "folder" the folder of texts; for "webdataset" tar shards: a pattern as
+# shards/{00000..00099}.tar, a folder, a .txt list, or pipes as "pipe:curl -s URL/{0..9}.tar".
 _C.DATA.TRAIN_CAPTIONS = ""
+# The folder that the annotations' image paths are relative to.
 _C.DATA.TRAIN_IMAGES = ""
+# "karpathy": splits joined by "+"; "flickr": a text file of images' names, "" for all.
+_C.DATA.TRAIN_SPLIT = ""
+# Sources to mix: [weight, format, captions, images], and a split where it is not TRAIN_SPLIT. Not
+# empty, they replace TRAIN_CAPTIONS and TRAIN_IMAGES, and FORMAT for training.
+_C.DATA.TRAIN_SOURCES = []
 # Empty: no validation.
 _C.DATA.VAL_CAPTIONS = ""
 _C.DATA.VAL_IMAGES = ""
+_C.DATA.VAL_SPLIT = ""
+# Empty: FORMAT.
+_C.DATA.VAL_FORMAT = ""
 # COCO instances files whose classes multilabel_classification learns; images are matched by name.
 _C.DATA.TRAIN_LABELS = ""
 _C.DATA.VAL_LABELS = ""
+# Where indices of tar shards are kept. Empty: OUTPUT_DIR.
+_C.DATA.INDEX_DIR = ""
+# The share of each source's training images to use, and how many captions of each (0: all). Subsets
+# of one SUBSET_SEED are nested, whatever SEED is.
+_C.DATA.FRACTION = 1.0
+_C.DATA.CAPTIONS_PER_IMAGE = 0
+_C.DATA.SUBSET_SEED = 0
+# Pipes are read by so many lanes in turn: a multiple of the number of processes, and the same for a
+# run's whole life. No more than there are shards are used.
+_C.DATA.STREAM_LANES = 64
+# Encoded samples that each lane holds and shuffles.
+_C.DATA.STREAM_BLOCK = 100
 # A SentencePiece model. Empty: trained on the captions, as OUTPUT_DIR/tokenizer.model.
 _C.DATA.TOKENIZER = ""
 # Pieces of a tokenizer that is trained here; a given tokenizer brings its own number.
@@ -85,7 +108,8 @@ _C.DATA.FLIP_PROB = 0.5
 _C.DATA.COLOR_JITTER = (0.4, 0.4, 0.4, 0.1)
 _C.DATA.COLOR_JITTER_PROB = 0.8
 _C.DATA.NUM_WORKERS = 4
-# The run stops when more than this fraction of the training images cannot be decoded.
+# The run stops when more than this fraction of the training images cannot be decoded, or of tar
+# shards' samples cannot be used.
 _C.DATA.MAX_SKIPPED_SHARE = 0.01
 
 _C.SOLVER = CN()

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from detectron2.config import CfgNode
@@ -10,9 +11,10 @@ from detectron2.utils import comm
 from virtex_d2.runtime.errors import InputError
 
 from .augment import EvalTransform, TrainTransform
-from .captions import CaptionRecord, load_records
+from .captions import CaptionRecord
 from .labels import ImageLabels, check_same_classes
 from .loader import CaptionDataset
+from .sources import training_records, validation_records
 from .targets import sample_targets
 from .tokenizer import Tokenizer, train_tokenizer
 
@@ -47,8 +49,8 @@ def build_data(cfg: CfgNode, with_training_data: bool = True) -> PretrainData:
     Raises:
         InputError: the data cannot be used; the message names the key or the record.
     """
-    train = _records(cfg, "TRAIN") if with_training_data else []
-    val = _records(cfg, "VAL") if cfg.DATA.VAL_CAPTIONS or not with_training_data else []
+    train = training_records(cfg) if with_training_data else []
+    val = validation_records(cfg) if cfg.DATA.VAL_CAPTIONS or not with_training_data else []
     tokenizer = load_or_train_tokenizer(cfg, train)
     num_outputs = tokenizer.vocab_size
     train_labels = val_labels = None
@@ -80,7 +82,7 @@ def build_data(cfg: CfgNode, with_training_data: bool = True) -> PretrainData:
     )
 
 
-def load_or_train_tokenizer(cfg: CfgNode, records: list[CaptionRecord]) -> Tokenizer:
+def load_or_train_tokenizer(cfg: CfgNode, records: Sequence[CaptionRecord]) -> Tokenizer:
     """DATA.TOKENIZER, else that of OUTPUT_DIR's checkpoint, else one trained on the captions.
 
     Raises:
@@ -104,24 +106,7 @@ def load_or_train_tokenizer(cfg: CfgNode, records: list[CaptionRecord]) -> Token
     return Tokenizer(path)
 
 
-def _records(cfg: CfgNode, split: str) -> list[CaptionRecord]:
-    captions, images = cfg.DATA[f"{split}_CAPTIONS"], cfg.DATA[f"{split}_IMAGES"]
-    if not captions:
-        raise InputError(
-            f"DATA.{split}_CAPTIONS is empty: name the annotation file, and DATA.{split}_IMAGES "
-            "its folder of images."
-        )
-    records = load_records(cfg.DATA.FORMAT, captions, images)
-    logger.info(
-        "%s: %d images, %d captions.",
-        captions,
-        len(records),
-        sum(len(record.captions) for record in records),
-    )
-    return records
-
-
-def _labels(cfg: CfgNode, split: str, records: list[CaptionRecord]) -> ImageLabels:
+def _labels(cfg: CfgNode, split: str, records: Sequence[CaptionRecord]) -> ImageLabels:
     path = cfg.DATA[f"{split}_LABELS"]
     if not path:
         raise InputError(

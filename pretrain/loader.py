@@ -1,14 +1,15 @@
 """Samples and batches. A sample is a pure function of (seed, position).
 
-Position p of the endless training stream is image p % len of epoch p // len, in that epoch's order.
-The order and everything random in a sample follow from (seed, epoch) and (seed, position) alone:
-not from the number of workers, processes or restarts. Iteration i takes the positions from
-i * batch on, and process r of W every W-th of them.
+Position p of the endless training stream is image p % len of epoch p // len, in that epoch's order;
+`pretrain.order` says which, and mixes several sources. The order and everything random in a sample
+follow from (seed, epoch) and (seed, position) alone: not from the number of workers, processes or
+restarts. Iteration i takes the positions from i * batch on, and process r of W every W-th of them.
 """
 
+import itertools
 import logging
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -19,7 +20,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from virtex_d2.runtime.errors import InputError
 
 from .augment import EvalTransform, TrainTransform, read_image
-from .captions import CaptionRecord
+from .captions import CaptionRecord, caption_counts
+from .captions.records import offsets
+from .order import order_of
 from .targets import SampleTarget
 from .tokenizer import Tokenizer
 
@@ -52,7 +55,7 @@ class CaptionDataset(Dataset):
     `MAX_REPLACEMENTS` in a row (or all) fail, `failures` is all there is.
 
     Args:
-        records: at least one.
+        records: at least one; `MixedRecords` are drawn by their weights.
         tokenizer: makes the tokens.
         transform: makes the pixels.
         max_length: tokens of a caption, [SOS] and [EOS] included.
@@ -65,7 +68,7 @@ class CaptionDataset(Dataset):
 
     def __init__(
         self,
-        records: list[CaptionRecord],
+        records: Sequence[CaptionRecord],
         tokenizer: Tokenizer,
         transform: TrainTransform | EvalTransform,
         max_length: int = 30,
@@ -83,32 +86,49 @@ class CaptionDataset(Dataset):
         self.max_length = max_length
         self.seed = seed
         self.targets = targets
-        self._orders: dict[int, np.ndarray] = {}
+        self.order = order_of(records, seed)
         self._named: set[str] = set()
 
     def __getitem__(self, position: int) -> dict:
-        epoch, place = divmod(position, len(self.records))
-        order = self._order(epoch)
+        candidates = ((i, self.records[i]) for i in self.order.candidates(position))
+        return self.first_usable(position, candidates, [])
+
+    def first_usable(
+        self,
+        position: int,
+        candidates: Iterable[tuple[int | None, CaptionRecord]],
+        failures: Failures,
+    ) -> dict:
+        """The sample of a position, from the first candidate whose image can be decoded.
+
+        Args:
+            position: in the stream; with the seed, all that is random follows from it.
+            candidates: index and record of this position's image, then of its replacements.
+            failures: becomes the sample's; images that cannot be decoded are added.
+        """
         rng = np.random.default_rng([self.seed, 1, position])
-        failures: Failures = []
-        for step in range(min(MAX_REPLACEMENTS, len(order))):
-            index = int(order[(place + step) % len(order)])
-            record = self.records[index]
+        for index, record in itertools.islice(candidates, MAX_REPLACEMENTS):
             image = self.read(record, failures)
             if image is not None:
                 caption = record.captions[rng.integers(len(record.captions))]
                 pixels, caption = self.transform(image, caption, rng)
-                return self.sample(index, position, pixels, caption, failures)
+                return self.sample(index, record.image_id, position, pixels, caption, failures)
         return {"failures": failures}
 
     def sample(
-        self, index: int, position: int, pixels: torch.Tensor, caption: str, failures: Failures
+        self,
+        index: int | None,
+        image_id: int | str,
+        position: int,
+        pixels: torch.Tensor,
+        caption: str,
+        failures: Failures,
     ) -> dict:
-        """The sample of record `index`, with what the targets draw for this position."""
+        """The sample of record `index` (None: of a stream), with what targets draw for it."""
         sample = {
             "image": pixels,
             "caption_tokens": torch.tensor(self.encode(caption)),
-            "image_id": self.records[index].image_id,
+            "image_id": image_id,
             "position": position,
             "failures": failures,
         }
@@ -117,18 +137,10 @@ class CaptionDataset(Dataset):
             target.extend(sample, index, rng)
         return sample
 
-    def _order(self, epoch: int) -> np.ndarray:
-        """The epoch's permutation of the records; the last two are kept: a batch may span both."""
-        if epoch not in self._orders:
-            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
-            rng = np.random.default_rng([self.seed, 0, epoch])
-            self._orders[epoch] = rng.permutation(len(self.records))
-        return self._orders[epoch]
-
     def read(self, record: CaptionRecord, failures: Failures) -> Image.Image | None:
         """The record's image; None where it cannot be decoded, and a line more in `failures`."""
         try:
-            return read_image(record.file_name, self.transform.smallest_side)
+            return read_image(record.image_file(), self.transform.smallest_side)
         except OSError as error:
             failures.append((record.file_name, str(error)))
             return None
@@ -139,10 +151,10 @@ class CaptionDataset(Dataset):
         return [self.tokenizer.sos_id, *pieces, self.tokenizer.eos_id]
 
     def name_once(self, path: str, reason: str) -> None:
-        """Log a file that could not be decoded, the first time that it is met."""
+        """Log a file that could not be used, the first time that it is met."""
         if path not in self._named:
             self._named.add(path)
-            logger.warning("%s: cannot be decoded and is skipped: %s", path, reason)
+            logger.warning("%s: it cannot be used and is skipped: %s", path, reason)
 
 
 class EveryCaption(Dataset):
@@ -153,21 +165,21 @@ class EveryCaption(Dataset):
 
     def __init__(self, dataset: CaptionDataset, one_caption: bool = False):
         self._dataset = dataset
-        self._captions = [
-            (index, number)
-            for index, record in enumerate(dataset.records)
-            for number in range(1 if one_caption else len(record.captions))
-        ]
+        counts = caption_counts(dataset.records)
+        # (images + 1,) where each image's captions begin: an array, because workers would copy a
+        # list (see `pretrain.captions.records`)
+        self._firsts = offsets(np.minimum(counts, 1) if one_caption else counts)
         # the image decoded last: its captions follow each other
         self._index = -1
         self._pixels: torch.Tensor | None = None
         self._failures: Failures = []
 
     def __len__(self) -> int:
-        return len(self._captions)
+        return int(self._firsts[-1])
 
     def __getitem__(self, position: int) -> dict:
-        index, number = self._captions[position]
+        index = int(np.searchsorted(self._firsts, position, side="right")) - 1
+        number = position - int(self._firsts[index])
         record = self._dataset.records[index]
         if index != self._index:
             self._index, self._failures = index, []
@@ -177,7 +189,9 @@ class EveryCaption(Dataset):
         if self._pixels is None:
             return {"failures": failures}
         caption = record.captions[number]
-        return self._dataset.sample(index, position, self._pixels, caption, failures)
+        return self._dataset.sample(
+            index, record.image_id, position, self._pixels, caption, failures
+        )
 
 
 def collate(samples: list[dict]) -> dict:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.captions import CaptionRecord, load_coco_captions, load_records
+from pretrain.captions import CaptionRecord, Source, load_coco_captions, load_records
 from virtex_d2.runtime.errors import InputError
 
 
@@ -40,7 +40,7 @@ def write(folder: Path, what: object) -> Path:
 
 def test_records_keep_the_order_of_images_and_of_captions(tmp_path, images):
     records = load_coco_captions(write(tmp_path, content()), images)
-    assert records == [
+    assert list(records) == [
         CaptionRecord(7, str(images / "b.jpg"), ("A cat.",)),
         CaptionRecord(3, str(images / "more" / "a.jpg"), ("A dog.", "It sits.")),
     ]
@@ -48,7 +48,7 @@ def test_records_keep_the_order_of_images_and_of_captions(tmp_path, images):
 
 def test_a_relative_image_folder_gives_absolute_paths(tmp_path, images, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    records = load_records("coco", str(write(tmp_path, content())), "images")
+    records = load_records(Source("coco", str(write(tmp_path, content())), "images"))
     assert [record.file_name for record in records] == [
         str(images / "b.jpg"),
         str(images / "more" / "a.jpg"),
@@ -159,7 +159,7 @@ def test_braces_in_a_path_do_not_disturb_the_message(tmp_path, images):
 
 def test_an_unknown_format_is_refused_with_the_nearest_name(tmp_path):
     with pytest.raises(InputError, match=r"DATA\.FORMAT.*'coc'.*Did you mean 'coco'"):
-        load_records("coc", "captions.json", "images")
+        load_records(Source("coc", "captions.json", "images"))
 
 
 KEYS = st.sampled_from(["id", "image_id", "file_name", "caption", "other"])

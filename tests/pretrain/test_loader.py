@@ -179,8 +179,8 @@ def test_each_epoch_shows_every_image_once_in_its_own_order(records, tokenizer):
 def test_orders_of_epochs_past_do_not_pile_up(records, tokenizer):
     dataset = training(records, tokenizer)
     for epoch in range(6):
-        dataset._order(epoch)
-    assert list(dataset._orders) == [4, 5]
+        dataset.order.order(epoch)
+    assert list(dataset.order._orders) == [4, 5]
 
 
 def test_a_visit_draws_any_of_the_captions(records, tokenizer):
@@ -257,7 +257,7 @@ def test_a_damaged_image_is_replaced_by_the_next_of_its_epoch_and_named_once(
     whole = training(damaged_records, tokenizer)
     for position, image_id in enumerate(shown):
         epoch, place = divmod(position, NUM_IMAGES)
-        order = [damaged_records[i].image_id for i in whole._order(epoch)]
+        order = [damaged_records[i].image_id for i in whole.order.order(epoch)]
         while order[place % NUM_IMAGES] in damaged:
             place += 1
         assert image_id == order[place % NUM_IMAGES]

@@ -128,18 +128,40 @@ def read_numpy_pickle(path: str | os.PathLike) -> dict[str, Any]:
     return data
 
 
+def read_text(path: str | os.PathLike) -> str:
+    """Read a text file in UTF-8, with or without a byte order mark; line ends stay as they are.
+
+    Raises:
+        InputError: no such file, or not UTF-8; the message has the line.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read: {reason}. Check the path.") from error
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        nearby = error.object[max(0, error.start - 30) : error.start + 10]
+        raise InputError(
+            f"{path}, line {line}: expected UTF-8, found the byte 0x{error.object[error.start]:02x}"
+            f" in {nearby!r}. Save it as UTF-8, for example with iconv."
+        ) from error
+
+
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
     """Read an annotation file: a JSON object.
 
     Raises:
-        InputError: no such file, or it is cut short, not JSON, or not an object.
+        InputError: no such file, or it is cut short, not UTF-8, not JSON, or not an object.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
-    except ValueError as error:
+        content = json.loads(read_text(path))
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise InputError(
             f"{path}: expected JSON, but it is cut short or not JSON ({error}). Copy it again."
         ) from error

@@ -1,0 +1,67 @@
+"""What the readers of annotation files check alike, and how they say what is wrong."""
+
+import os
+from collections.abc import Iterable, Sequence
+
+from virtex_d2.runtime.errors import InputError
+
+# What files of images end in.
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+
+
+def refuse(path: str | os.PathLike, found: Iterable[str], what: str, what_to_do: str) -> None:
+    """Raise where anything was found; the message counts all of it and names the first ten."""
+    if found := list(found):
+        first = ", ".join(found[:10])
+        raise InputError(f"{path}: {len(found)} {what}; the first: {first}. {what_to_do}")
+
+
+def require_folder(folder: str | os.PathLike, of_what: str) -> None:
+    """Raises:
+    InputError: there is no folder; the message says what was expected in it.
+    """
+    if not os.path.isdir(folder):
+        found = "a file" if os.path.exists(folder) else "none"
+        raise InputError(f"'{folder}': expected the folder of {of_what}, found {found} there.")
+
+
+def refuse_absent(
+    names: Sequence[str], annotations: str | os.PathLike, root: str | os.PathLike
+) -> None:
+    """Raise where images are not on the disk.
+
+    One listing a folder, not one question an image: network file systems are slow to ask.
+
+    Raises:
+        InputError: images are absent, or a folder cannot be listed.
+    """
+    require_folder(root, f"the images of {annotations}")
+    root = os.path.abspath(root)
+    present: dict[str, set[str]] = {}
+    absent = []
+    for name in names:
+        folder, base = os.path.split(name)
+        if folder not in present:
+            present[folder] = _names_in(os.path.join(root, folder))
+        if base not in present[folder]:
+            absent.append(os.path.join(root, name))
+    refuse(
+        annotations,
+        absent,
+        f"of its {len(names)} images are not on the disk",
+        "Check the folder of images, or remove them from the file.",
+    )
+
+
+def _names_in(folder: str) -> set[str]:
+    """Names in a folder; none where there is no such folder.
+
+    Raises:
+        InputError: it cannot be listed.
+    """
+    try:
+        return set(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null byte in it
+        return set()
+    except OSError as error:
+        raise InputError(f"{folder}: the folder cannot be read: {error.strerror}.") from error

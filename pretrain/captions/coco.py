@@ -1,0 +1,135 @@
+"""COCO captions: one JSON file of `images` and `annotations`."""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any
+
+from virtex_d2.runtime.errors import InputError
+from virtex_d2.runtime.files import read_json
+
+from .checks import refuse, refuse_absent
+from .records import Records
+
+
+def load_coco_captions(json_path: str | os.PathLike, image_root: str | os.PathLike) -> Records:
+    """Read a COCO captions file: `images` (id, file_name) and `annotations` (image_id, caption).
+
+    Args:
+        json_path: the annotation file.
+        image_root: the folder that `file_name` is relative to.
+
+    Returns:
+        Records in the order of `images`, captions in the order of `annotations`.
+
+    Raises:
+        InputError: the file is missing or not COCO captions; a caption has no text or no image; an
+            image has no caption or is not on the disk. Whether images can be decoded is not
+            checked here: it would take as long as an epoch.
+    """
+    content = read_json(json_path)
+    images = list_of(content, "images", json_path)
+    annotations = list_of(content, "annotations", json_path)
+
+    refuse(
+        json_path,
+        elements("images", images, lambda image: not _is_image(image)),
+        "images lack an `id` (a number or text) or a `file_name` (text)",
+        "Remove them or fill them in.",
+    )
+    refuse(
+        json_path,
+        []
+        if _all_captions(annotations)
+        else elements("annotations", annotations, lambda each: not _is_caption(each)),
+        "annotations lack a text in `caption` or an `image_id`",
+        "Remove them or fill them in.",
+    )
+    names: dict[int | str, str] = {}
+    repeated = []
+    for image in images:
+        if image["id"] in names:
+            repeated.append(f"{image['id']} of {names[image['id']]} and {image['file_name']}")
+        names[image["id"]] = image["file_name"]
+    refuse(json_path, repeated, "image ids are given twice", "Give each image an id of its own.")
+
+    captions: dict[int | str, list[str]] = defaultdict(list)
+    for image_id, caption in map(itemgetter("image_id", "caption"), annotations):
+        captions[image_id].append(caption)
+    refuse(
+        json_path,
+        [str(image_id) for image_id in captions if image_id not in names],
+        "image ids of `annotations` are not in `images`",
+        "The file is cut short, or two files were mixed.",
+    )
+    refuse(
+        json_path,
+        [f"{name} (id {image_id})" for image_id, name in names.items() if image_id not in captions],
+        "images have no caption",
+        "Remove them from `images`.",
+    )
+    if not names:
+        raise InputError(f"{json_path}: it lists no images.")
+    refuse_absent(list(names.values()), json_path, image_root)
+    return Records.of_files(
+        list(names),
+        list(names.values()),
+        [captions[image_id] for image_id in names],
+        image_root,
+    )
+
+
+def list_of(content: dict, name: str, path: str | os.PathLike) -> list:
+    """The list under a name of a JSON object.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not isinstance(content.get(name), list):
+        raise InputError(
+            f"{path}: expected a list `{name}`, found the keys {sorted(content)[:10]}. Is it a "
+            "captions file?"
+        )
+    return content[name]
+
+
+def elements(name: str, elements: list, is_wrong: Callable[[Any], bool]) -> list[str]:
+    """Place and content of the elements that are wrong."""
+    return [
+        f"{name}[{index}] = {json.dumps(element)[:120]}"
+        for index, element in enumerate(elements)
+        if is_wrong(element)
+    ]
+
+
+def is_text(value: Any) -> bool:
+    """Whether it is a text with something in it."""
+    return isinstance(value, str) and value != "" and not value.isspace()
+
+
+def _is_image(image: Any) -> bool:
+    return (
+        isinstance(image, dict)
+        and isinstance(image.get("id"), int | str)
+        and isinstance(image.get("file_name"), str)
+        and image["file_name"] != ""
+    )
+
+
+def _is_caption(annotation: Any) -> bool:
+    return (
+        isinstance(annotation, dict)
+        and isinstance(annotation.get("image_id"), int | str)
+        and is_text(annotation.get("caption"))
+    )
+
+
+def _all_captions(annotations: list) -> bool:
+    """Whether `_is_caption` holds for all: in a tenth of the time that asking each takes."""
+    try:
+        ids = set(map(type, map(itemgetter("image_id"), annotations)))
+        return ids <= {int, str} and all(map(str.strip, map(itemgetter("caption"), annotations)))
+    except (KeyError, TypeError):
+        return False
