@@ -13,8 +13,9 @@ from virtex_d2.runtime.errors import InputError
 from .augment import EvalTransform, TrainTransform
 from .captions import CaptionRecord
 from .labels import ImageLabels, check_same_classes
-from .loader import CaptionDataset
-from .sources import training_records, validation_records
+from .loader import CaptionDataset, CaptionLoader, build_train_loader
+from .sources import stream_plan, training_records, validation_records
+from .stream import CaptionStream, StreamLoader
 from .targets import sample_targets
 from .tokenizer import Tokenizer, train_tokenizer
 
@@ -30,6 +31,7 @@ class PretrainData:
         train, val: None where there is none.
         val_labels: classes of the validation images, for an objective on labels.
         num_outputs: what an objective predicts among: pieces, or classes.
+        stream: where `train` gets its samples from, if it has no records.
     """
 
     tokenizer: Tokenizer
@@ -37,6 +39,14 @@ class PretrainData:
     val: CaptionDataset | None
     val_labels: ImageLabels | None
     num_outputs: int
+    stream: CaptionStream | None = None
+
+    def train_loader(self, cfg: CfgNode, start_iteration: int) -> CaptionLoader | StreamLoader:
+        """Endless training batches of this process, from an iteration on."""
+        sizes = (cfg.SOLVER.IMS_PER_BATCH, start_iteration, cfg.DATA.NUM_WORKERS)
+        if self.stream is not None:
+            return StreamLoader(self.train, self.stream, *sizes)
+        return build_train_loader(self.train, *sizes)
 
 
 def build_data(cfg: CfgNode, with_training_data: bool = True) -> PretrainData:
@@ -49,7 +59,8 @@ def build_data(cfg: CfgNode, with_training_data: bool = True) -> PretrainData:
     Raises:
         InputError: the data cannot be used; the message names the key or the record.
     """
-    train = training_records(cfg) if with_training_data else []
+    plan = stream_plan(cfg) if with_training_data else None
+    train = training_records(cfg) if with_training_data and plan is None else []
     val = validation_records(cfg) if cfg.DATA.VAL_CAPTIONS or not with_training_data else []
     tokenizer = load_or_train_tokenizer(cfg, train)
     num_outputs = tokenizer.vocab_size
@@ -61,9 +72,7 @@ def build_data(cfg: CfgNode, with_training_data: bool = True) -> PretrainData:
             check_same_classes(train_labels, val_labels, cfg.DATA.VAL_LABELS)
         num_outputs = len((train_labels or val_labels).class_names)
 
-    def dataset(records, transform, labels) -> CaptionDataset | None:
-        if not records:
-            return None
+    def dataset(records, transform, labels) -> CaptionDataset:
         return CaptionDataset(
             records,
             tokenizer,
@@ -75,10 +84,11 @@ def build_data(cfg: CfgNode, with_training_data: bool = True) -> PretrainData:
 
     return PretrainData(
         tokenizer,
-        dataset(train, _train_transform(cfg), train_labels),
-        dataset(val, EvalTransform(cfg.DATA.IMAGE_SIZE), val_labels),
+        dataset(train, _train_transform(cfg), train_labels) if with_training_data else None,
+        dataset(val, EvalTransform(cfg.DATA.IMAGE_SIZE), val_labels) if val else None,
         val_labels,
         num_outputs,
+        None if plan is None else CaptionStream(plan),
     )
 
 

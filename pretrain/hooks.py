@@ -13,6 +13,8 @@ from detectron2.utils.events import EventWriter, get_event_storage
 
 from virtex_d2.runtime.errors import InputError
 
+from .stream import CaptionStream
+
 logger = logging.getLogger(__name__)
 
 
@@ -64,6 +66,72 @@ class SkippedImages(HookBase):
 
     def load_state_dict(self, state: dict) -> None:
         self._files = set(state["files"])
+
+
+class SkippedSamples(HookBase):
+    """Counts what a stream passes over; stops the run when that is too much of what it gives.
+
+    Args:
+        images_per_batch: over all processes.
+        max_share: the fraction of samples that may be skipped; the first thousand are given a
+            thousand's allowance.
+        period: iterations between exchanges among processes.
+    """
+
+    def __init__(self, images_per_batch: int, max_share: float, period: int):
+        self._images_per_batch = images_per_batch
+        self._max_share = max_share
+        self._period = max(1, period)
+        self._skipped = 0
+        self._new: list[str] = []
+
+    def after_step(self) -> None:
+        self._new += self.trainer.skipped_files
+        next_iter = self.trainer.iter + 1
+        if next_iter % self._period and next_iter != self.trainer.max_iter:
+            return
+        new = [name for names in comm.all_gather(self._new) for name in names]
+        self._new = []
+        self._skipped += len(new)
+        self.trainer.storage.put_scalar("images_skipped", self._skipped, smoothing_hint=False)
+        total = next_iter * self._images_per_batch + self._skipped
+        if self._skipped > self._max_share * max(total, 1000):
+            raise InputError(
+                f"{self._skipped} of {total} samples cannot be used, more than "
+                f"DATA.MAX_SKIPPED_SHARE {self._max_share} allows; the last: "
+                f"{', '.join(new[-10:])}. The log has the reasons. Mend the shards, or raise "
+                "DATA.MAX_SKIPPED_SHARE."
+            )
+
+    def state_dict(self) -> dict:
+        return {"skipped": self._skipped}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._skipped = state["skipped"]
+
+
+class StreamCursors(HookBase):
+    """Keeps in the checkpoint how far a stream has been read; comes before the checkpointer.
+
+    Args:
+        stream: what is read.
+        period: iterations between checkpoints.
+    """
+
+    def __init__(self, stream: CaptionStream, period: int):
+        self._stream = stream
+        self._period = period
+
+    def after_step(self) -> None:
+        iteration = self.trainer.iter + 1
+        if iteration % self._period == 0 or iteration == self.trainer.max_iter:
+            self._stream.gather(iteration)
+
+    def state_dict(self) -> dict:
+        return self._stream.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self._stream.load_state_dict(state)
 
 
 class Validation(HookBase):

@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 # How many images in a row may fail to decode before the data is given up.
 MAX_REPLACEMENTS = 100
 
+# How many files are named in the log; what a stream skips has no end.
+MAX_NAMED = 10_000
+
 # Of what targets add: what stands behind the shorter rows of a batch.
 _PADDING = {"masked_tokens": Tokenizer.pad_id, "masked_labels": Tokenizer.pad_id, "labels": -1}
 
@@ -152,7 +155,7 @@ class CaptionDataset(Dataset):
 
     def name_once(self, path: str, reason: str) -> None:
         """Log a file that could not be used, the first time that it is met."""
-        if path not in self._named:
+        if path not in self._named and len(self._named) < MAX_NAMED:
             self._named.add(path)
             logger.warning("%s: it cannot be used and is skipped: %s", path, reason)
 
@@ -253,18 +256,25 @@ class CaptionLoader(DataLoader):
         self._full_size = full_size
 
     def __iter__(self) -> Iterator[dict]:
-        return map(self._checked, super().__iter__())
+        for batch in super().__iter__():
+            check_batch(batch, self._named_by, self._full_size)
+            yield batch
 
-    def _checked(self, batch: dict) -> dict:
-        for path, reason in zip(batch["skipped_files"], batch["skipped_reasons"]):
-            self._named_by.name_once(path, reason)
-        if len(batch["position"]) < self._full_size:
-            raise InputError(
-                f"{batch['skipped_files'][0]}: neither this image nor those after it in the "
-                f"epoch's order (at most {MAX_REPLACEMENTS} are tried) can be decoded: "
-                f"{batch['skipped_reasons'][0]}. Is the folder of images damaged?"
-            )
-        return batch
+
+def check_batch(batch: dict, named_by: CaptionDataset, full_size: int) -> None:
+    """Name what could not be used; arguments as of `CaptionLoader`.
+
+    Raises:
+        InputError: the batch has less than `full_size` samples.
+    """
+    for path, reason in zip(batch["skipped_files"], batch["skipped_reasons"]):
+        named_by.name_once(path, reason)
+    if len(batch["position"]) < full_size:
+        raise InputError(
+            f"{batch['skipped_files'][0]}: neither this image nor those after it in the order (at "
+            f"most {MAX_REPLACEMENTS} are tried) can be used: {batch['skipped_reasons'][0]}. Are "
+            "the images damaged?"
+        )
 
 
 class _Positions(Sampler):
@@ -298,7 +308,7 @@ def build_train_loader(
         batch_sampler=_Positions(batch_size_total, start_iteration, rank, world_size),
         named_by=dataset,
         full_size=len(range(rank, batch_size_total, world_size)),
-        **_loader_options(num_workers),
+        **loader_options(num_workers),
     )
 
 
@@ -319,11 +329,12 @@ def build_eval_loader(
         batch_size,
         sampler=range(first, first + share + (rank < extra)),
         named_by=dataset,
-        **_loader_options(num_workers),
+        **loader_options(num_workers),
     )
 
 
-def _loader_options(num_workers: int) -> dict:
+def loader_options(num_workers: int) -> dict:
+    """DataLoader's arguments wherever captioned images are loaded."""
     return {
         "collate_fn": collate,
         "num_workers": num_workers,

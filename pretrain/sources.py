@@ -18,7 +18,9 @@ from .captions import (
     load_records,
     take_fraction,
 )
-from .captions.tars import is_pipe
+from .captions.subset import check_subset
+from .captions.tars import is_pipe, list_shards
+from .lanes import Plan
 from .order import quotas
 
 logger = logging.getLogger(__name__)
@@ -31,18 +33,63 @@ def training_records(cfg: CfgNode) -> Sequence[CaptionRecord]:
         InputError: the keys or the files cannot be used.
     """
     weights, sources = training_sources(cfg)
-    for source in sources:
-        if is_pipe(source.captions) and source.format == "webdataset":
-            raise InputError(
-                f"{source.captions}: pipes cannot be mixed with other sources. Give them alone, as "
-                "DATA.TRAIN_CAPTIONS, or download the shards."
-            )
     parts = [_subset(cfg, source, _load(source, "DATA.FORMAT")) for source in sources]
     if len(parts) == 1:
         return parts[0]
     for source, quota in zip(sources, quotas(weights)):
         logger.info("%s: %.1f %% of the training samples.", source.captions, quota / 10)
     return MixedRecords(parts, weights)
+
+
+def stream_plan(cfg: CfgNode) -> Plan | None:
+    """How to read the training data, where it comes from pipes; None where it does not.
+
+    Raises:
+        InputError: pipes are mixed with other sources, or asked for what they cannot give.
+    """
+    data = cfg.DATA
+    _, sources = training_sources(cfg)
+    piped = [source for source in sources if source.format == "webdataset" and _piped(source)]
+    if not piped:
+        return None
+    name = piped[0].captions
+    if len(sources) > 1:
+        raise InputError(
+            f"DATA.TRAIN_SOURCES: {name} is read from pipes and cannot be mixed with other "
+            "sources. Give it alone, or download the shards."
+        )
+    if not data.TOKENIZER:
+        raise InputError(
+            f"DATA.TOKENIZER is empty: {name} is read from pipes, which have no end to train a "
+            "tokenizer on. Name one."
+        )
+    if cfg.MODEL.OBJECTIVE == "multilabel_classification":
+        raise InputError(
+            f"MODEL.OBJECTIVE multilabel_classification: {name} is read from pipes, for whose "
+            "images no labels are read. Download the shards."
+        )
+    if data.STREAM_LANES < 1 or data.STREAM_BLOCK < 1:
+        raise InputError(
+            f"DATA.STREAM_LANES {data.STREAM_LANES} and DATA.STREAM_BLOCK {data.STREAM_BLOCK} must "
+            "be 1 or more."
+        )
+    check_subset(data.FRACTION, data.CAPTIONS_PER_IMAGE)
+    shards = list_shards(name)
+    lanes = min(data.STREAM_LANES, len(shards))
+    logger.info("%s: %d shards, read in %d lanes.", name, len(shards), lanes)
+    return Plan(
+        tuple(shards),
+        lanes,
+        data.STREAM_BLOCK,
+        cfg.SEED,
+        data.FRACTION,
+        data.CAPTIONS_PER_IMAGE,
+        data.SUBSET_SEED,
+    )
+
+
+def _piped(source: Source) -> bool:
+    return is_pipe(list_shards(source.captions)[0])
 
 
 def validation_records(cfg: CfgNode) -> Sequence[CaptionRecord]:
@@ -56,11 +103,6 @@ def validation_records(cfg: CfgNode) -> Sequence[CaptionRecord]:
         raise InputError(
             "DATA.VAL_CAPTIONS is empty: name the annotation file, and DATA.VAL_IMAGES its folder "
             "of images."
-        )
-    if is_pipe(data.VAL_CAPTIONS):
-        raise InputError(
-            f"DATA.VAL_CAPTIONS {data.VAL_CAPTIONS}: validation counts every caption once, which a "
-            "pipe has no end for. Download the shards."
         )
     source_format = data.VAL_FORMAT or data.FORMAT
     source = _source(cfg, source_format, data.VAL_CAPTIONS, data.VAL_IMAGES, data.VAL_SPLIT)

@@ -32,9 +32,10 @@ from .hooks import (
     LearningRate,
     PretrainMetricPrinter,
     SkippedImages,
+    SkippedSamples,
+    StreamCursors,
     Validation,
 )
-from .loader import build_train_loader
 from .objectives import build_objective, check_objective
 from .optim import Lookahead, build_lr_scheduler, build_optimizer
 from .validation import check_metric, validate
@@ -99,12 +100,17 @@ class PretrainTrainer(TrainerBase):
         built = [
             hooks.IterationTimer(),
             LearningRate(self.scheduler),
-            SkippedImages(
-                len(self.data.train.records) if self.data.train else 0,
-                cfg.DATA.MAX_SKIPPED_SHARE,
-                cfg.LOG_PERIOD,
-            ),
         ]
+        if self.data.stream is None:
+            num_images = len(self.data.train.records) if self.data.train else 0
+            built.append(SkippedImages(num_images, cfg.DATA.MAX_SKIPPED_SHARE, cfg.LOG_PERIOD))
+        else:
+            built += [
+                SkippedSamples(
+                    cfg.SOLVER.IMS_PER_BATCH, cfg.DATA.MAX_SKIPPED_SHARE, cfg.LOG_PERIOD
+                ),
+                StreamCursors(self.data.stream, cfg.SOLVER.CHECKPOINT_PERIOD),
+            ]
         if self.data.val is None and cfg.TEST.BEST_METRIC:
             raise InputError("TEST.BEST_METRIC needs validation: DATA.VAL_CAPTIONS is empty.")
         if self.data.val is not None:
@@ -176,13 +182,7 @@ class PretrainTrainer(TrainerBase):
                 # A stop between the last checkpoint and the export has left an older one.
                 self._export(self.start_iter)
             return
-        loader = build_train_loader(
-            self.data.train,
-            self.cfg.SOLVER.IMS_PER_BATCH,
-            start_iteration=self.start_iter,
-            num_workers=self.cfg.DATA.NUM_WORKERS,
-        )
-        self._batches = iter(loader)
+        self._batches = iter(self.data.train_loader(self.cfg, self.start_iter))
         self.model.train()
         super().train(self.start_iter, self.max_iter)
 

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import read_safetensors, write_safetensors
 
 from .records import PackedText, Records, offsets, pack_ids
-from .tars import Unusable, captions_of, file_members, group, image_of, list_shards
+from .tars import Unusable, captions_of, file_members, group, image_of, is_pipe, list_shards
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,13 @@ def load_shards(captions: str, index_dir: str | os.PathLike, max_skipped_share: 
     Raises:
         InputError: there is no shard, one is missing, or more than that fraction is unusable.
     """
-    shards = [os.path.abspath(shard) for shard in list_shards(captions)]
+    shards = list_shards(captions)
+    if is_pipe(shards[0]):
+        raise InputError(
+            f"{captions}: pipes are for training alone; validation counts every caption once. "
+            "Download the shards."
+        )
+    shards = [os.path.abspath(shard) for shard in shards]
     repeated = [shard for shard, count in Counter(shards).items() if count > 1]
     if repeated:
         raise InputError(f"{captions}: the shard {repeated[0]} is named twice. Name it once.")
@@ -83,25 +90,13 @@ def _read_shards(shards: list[str]) -> tuple[Records, Skipped]:
     skipped: Skipped = []
     for number, shard in enumerate(shards):
         try:
-            with open(shard, "rb") as file:
-
-                def read(span: tuple[int, int], file=file) -> bytes:
-                    file.seek(span[0])
-                    return file.read(span[1])
-
-                for key, parts in group(file_members(shard)):
-                    try:
-                        suffix, span = image_of(parts)
-                        texts = captions_of(parts, read)
-                    except Unusable as error:
-                        skipped.append((f"{shard}/{key}", str(error)))
-                        continue
-                    ids.append(key)
-                    names.append(f"{key}.{suffix}")
-                    captions += texts
-                    counts.append(len(texts))
-                    root_of.append(number)
-                    spans.append(span)
+            for key, suffix, span, texts in _usable_samples(shard, skipped):
+                ids.append(key)
+                names.append(f"{key}.{suffix}")
+                captions += texts
+                counts.append(len(texts))
+                root_of.append(number)
+                spans.append(span)
         except Unusable as error:
             skipped.append((shard, str(error)))
         except OSError as error:
@@ -116,6 +111,30 @@ def _read_shards(shards: list[str]) -> tuple[Records, Skipped]:
         np.array(spans, np.int64).reshape(-1, 2),
     )
     return records, skipped
+
+
+def _usable_samples(
+    shard: str, skipped: Skipped
+) -> Iterator[tuple[str, str, tuple[int, int], list[str]]]:
+    """Key, image's suffix and span, and captions of samples; the others are added to `skipped`.
+
+    Raises:
+        Unusable: at the end: the shard is cut short.
+    """
+    with open(shard, "rb") as file:
+
+        def read(span: tuple[int, int]) -> bytes:
+            file.seek(span[0])
+            return file.read(span[1])
+
+        for key, parts in group(file_members(shard)):
+            try:
+                suffix, span = image_of(parts)
+                captions = captions_of(parts, read)
+            except Unusable as error:
+                skipped.append((f"{shard}/{key}", str(error)))
+            else:
+                yield key, suffix, span, captions
 
 
 def _report(captions: str, skipped: Skipped, num_usable: int, max_skipped_share: float) -> None:

@@ -24,12 +24,7 @@ def take_fraction(
     Raises:
         InputError: the fraction is not in (0, 1] or comes to no image; fewer than 0 captions.
     """
-    if not 0 < fraction <= 1:
-        raise InputError(f"DATA.FRACTION {fraction}: expected more than 0, up to 1 for all.")
-    if captions_per_image < 0:
-        raise InputError(
-            f"DATA.CAPTIONS_PER_IMAGE {captions_per_image}: expected 0 for all, or more."
-        )
+    check_subset(fraction, captions_per_image)
     if fraction == 1 and captions_per_image == 0:
         return records
     count = round(fraction * len(records))
@@ -43,6 +38,18 @@ def take_fraction(
     if captions_per_image:
         captions = _ranks_within(records, seed) < captions_per_image
     return records.select(images, captions)
+
+
+def check_subset(fraction: float, captions_per_image: int) -> None:
+    """Raises:
+    InputError: the fraction is not in (0, 1], or fewer than 0 captions are asked for.
+    """
+    if not 0 < fraction <= 1:
+        raise InputError(f"DATA.FRACTION {fraction}: expected more than 0, up to 1 for all.")
+    if captions_per_image < 0:
+        raise InputError(
+            f"DATA.CAPTIONS_PER_IMAGE {captions_per_image}: expected 0 for all, or more."
+        )
 
 
 def _ranks_within(records: Records, seed: int) -> np.ndarray:
