@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageEnhance, ImageOps
+from PIL import ExifTags, Image, ImageEnhance, ImageOps, UnidentifiedImageError
 
 # ImageNet's, RGB, on the scale 0-255: what torchvision's ResNets expect.
 PIXEL_MEAN = (123.675, 116.28, 103.53)
@@ -53,6 +53,8 @@ def read_image(file: str | BinaryIO, smallest_side: int = 0) -> Image.Image:
             decoded = _as_rgb(image)
             # after decoding, because Pillow itself turns TIFFs upright while it decodes them
             turn = _UPRIGHT.get(_orientation(image))
+    except UnidentifiedImageError as error:  # Pillow's words hold a memory address
+        raise OSError("it is no image, or cut short in its header") from error
     except OSError:
         raise
     except Exception as error:

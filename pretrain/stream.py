@@ -204,8 +204,13 @@ class _StreamParts(IterableDataset):
                 records = ((None, record) for record in lanes[number].records(failures))
                 positions.append(position)
                 samples.append(self._dataset.first_usable(position, records, failures))
+                if "image" not in samples[-1]:  # the batch will be refused: say so at once
+                    break
             cursors = {p % plan.lanes: lanes[p % plan.lanes].cursor for p in positions}
+            hopeless = bool(samples) and "image" not in samples[-1]
             yield positions, *_without_pixels(samples), cursors
+            if hopeless:
+                return
 
 
 def _without_pixels(samples: list[dict]) -> tuple[list[dict], torch.Tensor]:

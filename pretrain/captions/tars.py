@@ -11,7 +11,7 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-import webdataset.gopen
+from webdataset.gopen import gopen, set_options
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
@@ -169,10 +169,10 @@ def stream_members(shard: str) -> Iterator[tuple[str, bytes]]:
     Raises:
         Unusable: at the end: it is cut short, no tar, or its command has failed.
     """
-    pipe = webdataset.gopen.gopen(shard)
+    pipe = gopen(shard)
     # a command's failure is asked for after its last byte: earlier, it would depend on timing how
     # many samples were seen
-    webdataset.gopen.set_options(pipe, ignore_errors=True)
+    set_options(pipe, ignore_errors=True)
     tail = _Tail(pipe)
     try:
         with tarfile.open(fileobj=tail, mode="r|") as tar:
