@@ -3,7 +3,9 @@
 N images, B beams, T tokens of a caption, V words of the vocabulary, S = h * w visual tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -12,6 +14,9 @@ from virtex_d2.runtime.errors import InputError
 from .cached_decoder import CachedDecoder
 from .textual_head import TextualHead
 from .tokenizer import Tokenizer
+
+# Head and features (N, C, h, w) -> N captions.
+Decode = Callable[[TextualHead, torch.Tensor], "list[Decoded]"]
 
 NEVER_PRODUCED = [Tokenizer.pad_id, Tokenizer.sos_id, Tokenizer.mask_id]
 
@@ -133,6 +138,31 @@ def nucleus_sampling(
         if (words == Tokenizer.eos_id).all():
             break
     return _collect(steps, scores[:, 0], features.shape[2:])
+
+
+def build_decode(
+    method: str,
+    beam_size: int = 5,
+    top_p: float = 0.9,
+    temperature: float = 1.0,
+    seed: int = 0,
+    max_words: int | None = None,
+    with_attention: bool = False,
+) -> Decode:
+    """`beam_search` or `nucleus_sampling` with settings, by name: "beam", "greedy", "nucleus".
+
+    Raises:
+        InputError: no such method; or, when it is called, what the method raises.
+    """
+    common = {"max_words": max_words, "with_attention": with_attention}
+    if method == "nucleus":
+        generator = torch.Generator().manual_seed(seed)
+        return partial(
+            nucleus_sampling, generator=generator, top_p=top_p, temperature=temperature, **common
+        )
+    if method not in ("beam", "greedy"):
+        raise InputError(f"Decoding {method!r} is not one of beam, greedy, nucleus.")
+    return partial(beam_search, beam_size=beam_size if method == "beam" else 1, **common)
 
 
 def _drawn(logits: torch.Tensor, top_p: float, draw: torch.Tensor) -> torch.Tensor:

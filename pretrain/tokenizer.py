@@ -27,8 +27,8 @@ class Tokenizer:
     """A trained vocabulary. `<unk>` is piece 0 and also the padding.
 
     Raises:
-        InputError: the file is missing or not SentencePiece's, or its special pieces are not
-            `SPECIAL_PIECES` in this order.
+        InputError: the file is missing or not SentencePiece's, or its first four pieces are not
+            one for unknown text and three control pieces: `SPECIAL_PIECES`, under any names.
     """
 
     pad_id, sos_id, eos_id, mask_id = range(4)
@@ -42,8 +42,10 @@ class Tokenizer:
             raise InputError(
                 f"{model_file}: it is not a SentencePiece model, or cut short ({error})."
             ) from error
-        found = [self._model.id_to_piece(i) for i in range(min(4, self._model.vocab_size()))]
-        if tuple(found) != SPECIAL_PIECES:
+        found = self.pieces(range(min(4, self._model.vocab_size())))
+        # by kind, not by name: vocabularies of older models have other names in the same places
+        kinds = [self._model.is_unknown(0), *map(self._model.is_control, range(1, len(found)))]
+        if len(found) < 4 or not all(kinds):
             raise InputError(
                 f"{model_file}: expected the pieces {', '.join(SPECIAL_PIECES)} first, found "
                 f"{', '.join(found)}. It was made for another model."
@@ -57,6 +59,10 @@ class Tokenizer:
     def encode(self, caption: str) -> list[int]:
         """Piece ids of a caption, without [SOS] and [EOS]."""
         return self._model.encode(normalize_caption(caption))
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """The text of each piece; "\u2581" stands where a word begins."""
+        return self._model.id_to_piece(list(map(int, ids)))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of piece ids; special pieces leave nothing."""

@@ -157,6 +157,36 @@ def test_a_tokenizer_with_other_special_pieces_is_refused(tmp_path):
         Tokenizer(f"{prefix}.model")
 
 
+@pytest.mark.parametrize("names", [("[SOS]", "[EOS]", "[MASK]"), ("<start>", "<end>", "<hidden>")])
+def test_vocabularies_of_virtex_load_whatever_their_special_pieces_are_called(tmp_path, names):
+    """Trained as VirTex's own script does: <unk> 0, no <s>, </s> and padding, three controls."""
+    prefix = tmp_path / "coco_50"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CAPTIONS),
+        model_prefix=str(prefix),
+        vocab_size=90,
+        model_type="bpe",
+        character_coverage=1.0,
+        unk_id=0,
+        bos_id=-1,
+        eos_id=-1,
+        pad_id=-1,
+        control_symbols=list(names),
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    tokenizer = Tokenizer(f"{prefix}.model")
+    assert tokenizer.pieces(range(4)) == ["<unk>", *names]
+    ids = tokenizer.encode(CAPTIONS[0])
+    assert min(ids) > tokenizer.mask_id
+    assert tokenizer.decode([1, *ids, 2]) == normalize_caption(CAPTIONS[0])
+
+
+def test_pieces_say_where_words_begin(tokenizer):
+    pieces = tokenizer.pieces(tokenizer.encode("a horse"))
+    assert "".join(pieces) == "\u2581a\u2581horse"
+
+
 def test_it_travels_to_worker_processes(tokenizer):
     copy = pickle.loads(pickle.dumps(tokenizer))
     assert copy.encode(CAPTIONS[0]) == tokenizer.encode(CAPTIONS[0])
