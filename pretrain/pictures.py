@@ -42,7 +42,8 @@ def attention_picture(
     highest = max((float(weights.max()) for weights in maps), default=1.0)
     panels = [("photograph", _with_square(image))]
     panels += [(word, _heat(square, weights / highest)) for word, weights in zip(words, maps)]
-    columns = min(len(panels), 5 if len(panels) <= 15 else 6)
+    # as few empty places as possible
+    columns = min(len(panels), min((5, 6, 4), key=lambda count: -len(panels) % count))
     rows = -(-len(panels) // columns)
     width = _MARGIN + columns * (PANEL + _MARGIN)
     lines = _wrapped(caption or "(no words)", _font(18), width - 2 * _MARGIN)
@@ -181,7 +182,7 @@ def _heat(square: Image.Image, weights: np.ndarray) -> Image.Image:
     colours = matplotlib.colormaps["inferno"](heat[..., 0])[..., :3] * 255
     pixels = np.asarray(square, np.float32)
     grey = pixels.mean(-1, keepdims=True)
-    shaded = (0.45 + 0.4 * heat) * (0.5 * grey + 0.5 * pixels)
+    shaded = (0.55 + 0.4 * heat) * (0.5 * grey + 0.5 * pixels)
     mixed = (1 - 0.6 * heat) * shaded + 0.6 * heat * colours
     return Image.fromarray(np.clip(mixed, 0, 255).astype(np.uint8))
 
