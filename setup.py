@@ -35,7 +35,10 @@ setup(
     install_requires=[
         line for line in requirements("requirements.txt") if not line.startswith("opencv")
     ],
-    extras_require={"dev": requirements("requirements-dev.txt")},
+    extras_require={
+        "captions": requirements("requirements-captions.txt"),
+        "dev": requirements("requirements-dev.txt"),
+    },
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

@@ -20,7 +20,7 @@ from .config import get_pretrain_cfg
 from .decoding import Decode, Decoded
 from .objectives import Captioning, build_objective
 from .tokenizer import Tokenizer
-from .trainer import load_weights
+from .weights import load_weights
 
 # What counts as an image in a folder; a file that is named itself may be called anything.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -155,14 +155,19 @@ def load_captioner(
     return Captioner(objective, pieces, cfg.DATA.IMAGE_SIZE, torch.device(device))
 
 
+def can_caption(objective: nn.Module) -> bool:
+    """Whether its `textual` head predicts a caption's words one after the other, from the first."""
+    return isinstance(objective, Captioning) and objective.directions[0] == "forward"
+
+
 def build_captioning(cfg: CfgNode, vocab_size: int) -> Captioning:
     """The config's objective, of random weights.
 
     Raises:
         InputError: it cannot caption.
     """
-    objective: nn.Module = build_objective(cfg, vocab_size)
-    if not isinstance(objective, Captioning):
+    objective = build_objective(cfg, vocab_size)
+    if not can_caption(objective):
         raise InputError(
             f"MODEL.OBJECTIVE {cfg.MODEL.OBJECTIVE} cannot caption: it has no decoder that "
             "predicts the next word. Use a model of bicaptioning or captioning."

@@ -8,13 +8,14 @@ import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import nn
 
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import atomic_path
 
 from .augment import EvalTransform, normalize, read_image
+from .captioner import can_caption
 from .decoding import Decoded, beam_search
-from .objectives import Captioning
 from .tokenizer import Tokenizer
 
 PANEL = 224  # side of a photograph or an attention map, pixels
@@ -114,20 +115,20 @@ def join_pieces(tokenizer: Tokenizer, decoded: Decoded) -> tuple[list[str], list
 
 @torch.no_grad()
 def caption_pictures(
-    model: Captioning, tokenizer: Tokenizer, samples: Sequence[dict]
+    model: nn.Module, tokenizer: Tokenizer, samples: Sequence[dict]
 ) -> list[tuple[str, np.ndarray]]:
     """Photographs with their greedy caption and the reference written under them.
 
     Args:
-        model: its mode is restored.
+        model: an objective of `pretrain.objectives`; its mode is restored.
         tokenizer: of the model.
         samples: of `pretrain.loader`, read are image (3, S, S) uint8, caption_tokens and image_id.
 
     Returns:
         A pair for each sample: "caption/<image_id>", and (3, height, PANEL) uint8, as TensorBoard
-        takes it.
+        takes it. Nothing where the objective does not caption.
     """
-    if not samples:
+    if not samples or not can_caption(model):
         return []
     device = next(model.parameters()).device
     pixels = torch.stack([sample["image"] for sample in samples]).to(device)

@@ -10,6 +10,8 @@ use the internet. What cannot be computed is named.
 """
 
 import argparse
+import dataclasses
+import json
 import signal
 
 
@@ -33,9 +35,6 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     # after parsing: --help need not wait for torch
-    import dataclasses
-    import json
-
     from pretrain.caption_files import read_predictions, read_references
     from pretrain.caption_metrics import score_captions
     from virtex_d2.runtime.errors import exit_on_input_error

@@ -123,6 +123,7 @@ def environment(tmp_path_factory):
         "setup.py",
         "pyproject.toml",
         "requirements.txt",
+        "requirements-captions.txt",
         "requirements-dev.txt",
     ):
         shutil.copy(ROOT / name, environment.project)
