@@ -9,6 +9,7 @@ with a list of [candidate, [reference, ...]] of tokenized captions; the score is
 """
 
 import json
+import os
 import socket
 import sys
 import urllib.error
@@ -41,4 +42,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Exception as error:
+        reason = f"its Java program failed ({type(error).__name__}: {error})"
+        print(reason, file=sys.stderr, flush=True)
+        # at once: the destructor of Meteor waits for the lock that its failed call still holds
+        os._exit(1)

@@ -142,7 +142,7 @@ def caption_pictures(
     for sample, caption in zip(samples, decoded):
         texts = (
             (tokenizer.decode(caption.tokens) or "(no words)", _INK),
-            (tokenizer.decode(sample["caption_tokens"].tolist()), _FAINT),
+            (f"reference: {tokenizer.decode(sample['caption_tokens'].tolist())}", _FAINT),
         )
         image = Image.fromarray(sample["image"].numpy().transpose(1, 2, 0))
         picture = _with_texts(image.resize((PANEL, PANEL), Image.Resampling.BICUBIC), texts)
@@ -162,12 +162,13 @@ def _with_texts(image: Image.Image, texts: Sequence[tuple[str, tuple]]) -> Image
 
 
 def _with_square(image: Image.Image) -> Image.Image:
-    """The whole photograph in a panel, with a frame round the central square."""
+    """The whole photograph in a panel, pale outside the central square."""
     small = ImageOps.contain(image, (PANEL, PANEL), Image.Resampling.LANCZOS)
     side = min(small.size)
     x, y = (small.width - side) // 2, (small.height - side) // 2
-    if small.width != small.height:
-        ImageDraw.Draw(small).rectangle((x, y, x + side - 1, y + side - 1), outline=_PAPER, width=2)
+    square = small.crop((x, y, x + side, y + side))
+    small = Image.blend(small, Image.new("RGB", small.size, _PAPER), 0.6)
+    small.paste(square, (x, y))
     panel = Image.new("RGB", (PANEL, PANEL), _PAPER)
     panel.paste(small, ((PANEL - small.width) // 2, (PANEL - small.height) // 2))
     return panel

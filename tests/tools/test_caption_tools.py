@@ -1,0 +1,158 @@
+"""tools/caption_images.py, evaluate_captions.py and build_vocabulary.py as users call them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.pretrain.tiny_run import write_run
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = ROOT / "tools"
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("tools") / "run")
+
+
+@pytest.fixture
+def images(shapes_world, tmp_path):
+    """A folder with a photograph, one that cannot be decoded, and another one."""
+    folder = tmp_path / "images"
+    (folder / "c").mkdir(parents=True)
+    sources = sorted((shapes_world / "images" / "test").iterdir())
+    Image.open(sources[0]).save(folder / "a.png")
+    (folder / "b.jpg").write_bytes(b"no image")
+    Image.open(sources[1]).save(folder / "c" / "d.png")
+    return folder
+
+
+def test_a_folder_is_captioned_in_order_and_what_cannot_be_decoded_is_named(
+    run_python, run_folder, images
+):
+    result = run_python(TOOLS / "caption_images.py", run_folder, images)
+    assert result.returncode == 1
+    files = [line.split("\t")[0] for line in result.stdout.splitlines()]
+    assert files == [str(images / "a.png"), str(images / "c" / "d.png")]
+    assert all(line.split("\t")[1] for line in result.stdout.splitlines())
+    assert result.stderr.splitlines() == [
+        f"{images / 'b.jpg'}: cannot be decoded: cannot identify image file '{images / 'b.jpg'}'"
+    ]
+
+
+def test_paths_from_standard_input_give_json_lines_and_pictures(
+    run_python, run_folder, images, tmp_path
+):
+    files = [str(images / "c" / "d.png"), str(images / "a.png")]
+    result = run_python(
+        TOOLS / "caption_images.py",
+        *(run_folder / "model_final.pth", "-", "--format", "json", "--decode", "nucleus"),
+        *("--seed", 3, "--attention", tmp_path / "looks", "--max-words", 6, "--batch-size", 1),
+        input="\n".join(files),
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    entries = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [entry["file"] for entry in entries] == files
+    for entry, name in zip(entries, ("d.png", "a.png")):
+        assert list(entry) == ["file", "caption", "logprob", "tokens", "attention"]
+        assert entry["logprob"] < 0
+        assert 1 <= len(entry["tokens"]) <= 6
+        assert entry["attention"] == str(tmp_path / "looks" / name)
+        assert Image.open(entry["attention"]).format == "PNG"
+
+
+def test_a_model_that_is_not_there_is_one_line_and_code_2(run_python, images, tmp_path):
+    result = run_python(TOOLS / "caption_images.py", tmp_path / "absent.pth", images)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert "absent.pth: expected a file" in result.stderr
+
+
+def start(*arguments):
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_ctrl_c_ends_it_without_a_traceback(run_folder, images):
+    process = start(TOOLS / "caption_images.py", run_folder, "-", "--batch-size", 1)
+    process.stdin.write(f"{images / 'a.png'}\n")
+    process.stdin.flush()
+    assert process.stdout.readline()  # it is at work, and waits for more
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "")
+
+
+def test_a_reader_that_has_enough_ends_it_without_a_traceback(run_folder, images):
+    files = [str(images / "a.png")] * 40
+    process = start(TOOLS / "caption_images.py", run_folder, *files, "--batch-size", 1)
+    assert process.stdout.readline()
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert (process.wait(60), errors) == (-signal.SIGPIPE, "")
+
+
+@pytest.mark.parametrize("name", ["caption_images", "evaluate_captions", "build_vocabulary"])
+def test_help_does_not_wait_for_torch(run_python, name):
+    result = run_python("-X", "importtime", TOOLS / f"{name}.py", "--help")
+    assert result.returncode == 0
+    assert "usage:" in result.stdout
+    assert "argparse" in result.stderr
+    assert "torch" not in result.stderr
+
+
+def test_captions_are_scored_from_end_to_end(run_python, run_folder, shapes_world, tmp_path):
+    captioned = run_python(
+        TOOLS / "caption_images.py",
+        *(run_folder, shapes_world / "images" / "test", "--format", "json", "--decode", "greedy"),
+    )
+    (tmp_path / "captions.jsonl").write_text(captioned.stdout)
+    references = shapes_world / "annotations" / "captions_test.json"
+    result = run_python(
+        TOOLS / "evaluate_captions.py",
+        *(tmp_path / "captions.jsonl", references, "--format", "json"),
+        env={"PATH": str(tmp_path)},  # no Java
+    )
+    assert result.returncode == 0, result.stderr
+    scores = json.loads(result.stdout)
+    assert list(scores) == ["images", "tokenizer", "scores", "missing"]
+    assert scores["images"] == 3
+    assert 0 <= scores["scores"]["BLEU-1"] <= 1
+    first_line = captioned.stdout.splitlines()[0]
+    (tmp_path / "captions.jsonl").write_text(first_line)
+    result = run_python(TOOLS / "evaluate_captions.py", tmp_path / "captions.jsonl", references)
+    assert result.returncode == 2
+    assert "2 images of the references have no caption" in result.stderr
+
+
+def test_a_vocabulary_is_built_twice_alike_and_never_over_another(
+    run_python, shapes_world, tmp_path
+):
+    arguments = [
+        *(TOOLS / "build_vocabulary.py", "--images", shapes_world / "images" / "train"),
+        *("--captions", shapes_world / "annotations" / "captions_train.json"),
+        *("--vocab-size", 60, "--output"),
+    ]
+    first = run_python(*arguments, tmp_path / "one.model")
+    assert first.returncode == 0, first.stderr
+    assert "pieces                       60" in first.stdout
+    assert "warning: " in first.stderr  # a few captions, sixty pieces
+    again = run_python(*arguments, tmp_path / "one.model")
+    assert again.returncode == 2
+    assert "exists already" in again.stderr
+    summary = run_python(*arguments, tmp_path / "two.model", "--format", "json")
+    assert json.loads(summary.stdout)["pieces"] == 60
+    assert (tmp_path / "one.model").read_bytes() == (tmp_path / "two.model").read_bytes()
