@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Tokens a second of beam search with the key/value cache, beside recomputing every prefix.
 
-python benchmarks/decode_captions.py --images 8
+python benchmarks/decode_captions.py
 
 One thread, float32, random weights of the base recipe's textual head (H 1024, L 1, A 16, 10 000
 pieces), 7 x 7 visual tokens, beam 5, all captions 30 words long (the output layer's bias keeps
@@ -47,8 +47,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, nargs="+", default=[8], help="images at a time")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
+    parser.add_argument(
+        "--images", type=int, nargs="+", default=[8, 16], help="at a time; default 8 and 16"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each (default 3)")
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--heads", type=int, default=16)

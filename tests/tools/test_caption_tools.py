@@ -1,5 +1,6 @@
 """tools/caption_images.py, evaluate_captions.py and build_vocabulary.py as users call them."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -31,6 +32,24 @@ def images(shapes_world, tmp_path):
     (folder / "b.jpg").write_bytes(b"no image")
     Image.open(sources[1]).save(folder / "c" / "d.png")
     return folder
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """`call(name, *arguments)` -> exit code, stdout and stderr of a tool run in this process."""
+
+    def call(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        try:
+            code = module.main()
+        except SystemExit as error:
+            code = error.code
+        return code or 0, *capsys.readouterr()
+
+    return call
 
 
 def test_a_folder_is_captioned_in_order_and_what_cannot_be_decoded_is_named(
@@ -67,12 +86,12 @@ def test_paths_from_standard_input_give_json_lines_and_pictures(
         assert Image.open(entry["attention"]).format == "PNG"
 
 
-def test_a_model_that_is_not_there_is_one_line_and_code_2(run_python, images, tmp_path):
-    result = run_python(TOOLS / "caption_images.py", tmp_path / "absent.pth", images)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
-    assert "absent.pth: expected a file" in result.stderr
+def test_a_model_that_is_not_there_is_one_line_and_code_2(call, images, tmp_path):
+    code, output, errors = call("caption_images", tmp_path / "absent.pth", images)
+    assert (code, output) == (2, "")
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert "absent.pth: expected a file" in errors
 
 
 def start(*arguments):
@@ -114,13 +133,13 @@ def test_help_does_not_wait_for_torch(run_python, name):
     assert "torch" not in result.stderr
 
 
-def test_captions_are_scored_from_end_to_end(run_python, run_folder, shapes_world, tmp_path):
-    captioned = run_python(
-        TOOLS / "caption_images.py",
-        *(run_folder, shapes_world / "images" / "test", "--format", "json", "--decode", "greedy"),
+def test_captions_are_scored_from_end_to_end(call, run_python, run_folder, shapes_world, tmp_path):
+    images, references = (
+        shapes_world / "images" / "test",
+        shapes_world / "annotations" / "captions_test.json",
     )
-    (tmp_path / "captions.jsonl").write_text(captioned.stdout)
-    references = shapes_world / "annotations" / "captions_test.json"
+    _, lines, _ = call("caption_images", run_folder, images, "--format", "json")
+    (tmp_path / "captions.jsonl").write_text(lines)
     result = run_python(
         TOOLS / "evaluate_captions.py",
         *(tmp_path / "captions.jsonl", references, "--format", "json"),
@@ -131,28 +150,40 @@ def test_captions_are_scored_from_end_to_end(run_python, run_folder, shapes_worl
     assert list(scores) == ["images", "tokenizer", "scores", "missing"]
     assert scores["images"] == 3
     assert 0 <= scores["scores"]["BLEU-1"] <= 1
-    first_line = captioned.stdout.splitlines()[0]
-    (tmp_path / "captions.jsonl").write_text(first_line)
-    result = run_python(TOOLS / "evaluate_captions.py", tmp_path / "captions.jsonl", references)
-    assert result.returncode == 2
-    assert "2 images of the references have no caption" in result.stderr
+    (tmp_path / "captions.jsonl").write_text(lines.splitlines()[0])
+    code, _, errors = call("evaluate_captions", tmp_path / "captions.jsonl", references)
+    assert code == 2
+    assert "2 images of the references have no caption" in errors
+
+
+def test_scores_for_people_say_what_is_missing(call, shapes_world, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no Java
+    references = shapes_world / "annotations" / "captions_test.json"
+    annotations = json.loads(references.read_text())["annotations"]
+    results = {entry["image_id"]: entry["caption"] for entry in annotations}
+    entries = [{"image_id": key, "caption": caption} for key, caption in results.items()]
+    (tmp_path / "results.json").write_text(json.dumps(entries))
+    code, output, _ = call("evaluate_captions", tmp_path / "results.json", references)
+    assert code == 0
+    assert "NOT comparable with published figures" in output.splitlines()[0]
+    assert "BLEU-1   1.0000" in output
+    assert "SPICE    not computed: Java is not installed" in output
 
 
 def test_a_vocabulary_is_built_twice_alike_and_never_over_another(
-    run_python, shapes_world, tmp_path
+    call, run_python, shapes_world, tmp_path
 ):
     arguments = [
-        *(TOOLS / "build_vocabulary.py", "--images", shapes_world / "images" / "train"),
-        *("--captions", shapes_world / "annotations" / "captions_train.json"),
-        *("--vocab-size", 60, "--output"),
+        *("--images", shapes_world / "images" / "train", "--vocab-size", 60),
+        *("--captions", shapes_world / "annotations" / "captions_train.json", "--output"),
     ]
-    first = run_python(*arguments, tmp_path / "one.model")
+    first = run_python(TOOLS / "build_vocabulary.py", *arguments, tmp_path / "one.model")
     assert first.returncode == 0, first.stderr
     assert "pieces                       60" in first.stdout
     assert "warning: " in first.stderr  # a few captions, sixty pieces
-    again = run_python(*arguments, tmp_path / "one.model")
-    assert again.returncode == 2
-    assert "exists already" in again.stderr
-    summary = run_python(*arguments, tmp_path / "two.model", "--format", "json")
-    assert json.loads(summary.stdout)["pieces"] == 60
+    code, _, errors = call("build_vocabulary", *arguments, tmp_path / "one.model")
+    assert code == 2
+    assert "exists already" in errors
+    _, summary, _ = call("build_vocabulary", *arguments, tmp_path / "two.model", "--format", "json")
+    assert json.loads(summary)["pieces"] == 60
     assert (tmp_path / "one.model").read_bytes() == (tmp_path / "two.model").read_bytes()
