@@ -1,5 +1,6 @@
 """A pretrained captioning model and its tokenizer, put to use on image files."""
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -132,7 +133,8 @@ def load_captioner(
 
     Raises:
         InputError: a file is missing or cannot be read; the objective has no decoder that captions
-            forward; the vocabulary or the sizes are not those of the checkpoint.
+            forward; the vocabulary or the sizes are not those of the checkpoint; there is no such
+            device.
     """
     checkpoint = _checkpoint_in(model) if os.path.isdir(model) else model
     require_file(checkpoint)
@@ -151,6 +153,8 @@ def load_captioner(
         raise
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"Device {device}: no CUDA device is usable here. Use auto or cpu.")
     objective = objective.eval().to(device)
     return Captioner(objective, pieces, cfg.DATA.IMAGE_SIZE, torch.device(device))
 
@@ -178,11 +182,11 @@ def build_captioning(cfg: CfgNode, vocab_size: int) -> Captioning:
 def _checkpoint_in(folder: str) -> str:
     """The checkpoint that `last_checkpoint` names, else model_final.pth."""
     name = "model_final.pth"
-    try:
-        with open(os.path.join(folder, "last_checkpoint"), encoding="utf-8") as file:
-            name = file.read().strip()
-    except OSError:
-        pass
+    with (
+        contextlib.suppress(OSError),
+        open(os.path.join(folder, "last_checkpoint"), encoding="utf-8") as file,
+    ):
+        name = file.read().strip()
     path = os.path.join(folder, name)
     if not os.path.isfile(path):
         raise InputError(

@@ -22,6 +22,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--captions", required=True, help="as DATA.TRAIN_CAPTIONS")
     parser.add_argument("--images", default="", help="as DATA.TRAIN_IMAGES")
     parser.add_argument("--data-format", default="coco", help="as DATA.FORMAT; default coco")
+    parser.add_argument("--split", default="", help="as DATA.TRAIN_SPLIT")
     parser.add_argument("--output", required=True, help="the SentencePiece model to write")
     parser.add_argument("--vocab-size", type=int, default=10_000, help="pieces; default 10000")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
@@ -32,7 +33,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     # after parsing: --help need not wait for torch
-    from pretrain.captions import load_records
+    from pretrain.captions import Source, load_records
     from pretrain.tokenizer import Tokenizer, train_tokenizer
     from pretrain.vocabulary import summarise
     from virtex_d2.runtime.errors import InputError, exit_on_input_error
@@ -43,8 +44,14 @@ def main() -> None:
                 f"{args.output}: exists already, and a model may need it. Choose another name, or "
                 "--overwrite."
             )
-        records = load_records(args.data_format, args.captions, args.images)
-        captions = [caption for record in records for caption in record.captions]
+        source = Source(
+            args.data_format,
+            args.captions,
+            args.images,
+            args.split,
+            index_dir=os.path.dirname(args.output) or ".",
+        )
+        captions = load_records(source, "--data-format").captions
         train_tokenizer(captions, args.vocab_size, args.output)
         summary = summarise(Tokenizer(args.output), captions)
         if args.format == "json":

@@ -37,7 +37,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of nucleus sampling; default 0")
     parser.add_argument("--max-words", type=int, help="default: as many as the model can")
     parser.add_argument("--batch-size", type=int, default=16, help="images at a time; default 16")
-    parser.add_argument("--device", default="auto", help="default: CUDA where there is a device")
+    parser.add_argument(
+        "--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: CUDA if there is"
+    )
     return parser.parse_args()
 
 
@@ -85,6 +87,8 @@ def main() -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
+    for stream in (sys.stdin, sys.stdout):  # names of files need not be text
+        stream.reconfigure(errors="surrogateescape")
     try:
         code = main()
     except KeyboardInterrupt:

@@ -126,6 +126,12 @@ def test_a_checkpoint_that_is_not_there_or_holds_objects_is_refused(run, tmp_pat
         load_captioner(str(run), device="cpu")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_refused(run):
+    with pytest.raises(InputError, match="Device cuda: no CUDA device"):
+        load_captioner(str(run), device="cuda")
+
+
 def test_the_tokenizer_that_the_config_names_comes_before_the_folders(run, tmp_path):
     other = tmp_path / "given.model"
     shutil.move(run / "tokenizer.model", other)

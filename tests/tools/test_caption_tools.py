@@ -68,17 +68,20 @@ def test_a_folder_is_captioned_in_order_and_what_cannot_be_decoded_is_named(
 def test_paths_from_standard_input_give_json_lines_and_pictures(
     run_python, run_folder, images, tmp_path
 ):
-    files = [str(images / "c" / "d.png"), str(images / "a.png")]
+    odd = os.fsdecode(b"\xe9.png")  # no UTF-8, as old disks have it
+    os.rename(images / "a.png", images / odd)
+    files = [str(images / "c" / "d.png"), str(images / odd)]
     result = run_python(
         TOOLS / "caption_images.py",
         *(run_folder / "model_final.pth", "-", "--format", "json", "--decode", "nucleus"),
         *("--seed", 3, "--attention", tmp_path / "looks", "--max-words", 6, "--batch-size", 1),
         input="\n".join(files),
+        errors="surrogateescape",
     )
     assert (result.returncode, result.stderr) == (0, "")
     entries = [json.loads(line) for line in result.stdout.splitlines()]
     assert [entry["file"] for entry in entries] == files
-    for entry, name in zip(entries, ("d.png", "a.png")):
+    for entry, name in zip(entries, ("d.png", odd)):
         assert list(entry) == ["file", "caption", "logprob", "tokens", "attention"]
         assert entry["logprob"] < 0
         assert 1 <= len(entry["tokens"]) <= 6
