@@ -207,13 +207,14 @@ def _checked_length(head: TextualHead, max_words: int | None) -> int:
 
 def _collect(steps: list[_Step], scores: torch.Tensor, size: torch.Size) -> list[Decoded]:
     """Follow the best beams from the last step back to the first."""
-    beams = torch.zeros(len(scores), 1, dtype=torch.int64, device=scores.device)
+    images = torch.arange(len(scores), device=scores.device)
+    beams = torch.zeros_like(images).unsqueeze(1)  # (N, 1)
     words, attention = [], []
     for step in reversed(steps):
         words.append(step.words.gather(1, beams))
         beams = step.parents.gather(1, beams)
         if step.attention is not None:
-            attention.append(step.attention[torch.arange(len(beams)), beams[:, 0]])  # (N, S)
+            attention.append(step.attention[images, beams[:, 0]])  # (N, S)
     rows = torch.cat(words[::-1], dim=1).tolist()
     lengths = [
         row.index(Tokenizer.eos_id) + 1 if Tokenizer.eos_id in row else len(row) for row in rows

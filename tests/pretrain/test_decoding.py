@@ -166,6 +166,18 @@ def test_decoding_ignores_dropout_and_leaves_the_model_as_it_is():
     assert head.training
 
 
+def test_decoding_works_in_float32_and_under_autocast():
+    head, features = random_head().float(), random_features(3).float()
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            decoded = beam_search(head, features, with_attention=True)
+        for caption in decoded:
+            assert -1000 < caption.logprob < 0
+            assert caption.attention.dtype == torch.float32
+            sums = caption.attention.sum((1, 2))
+            torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=0.02)
+
+
 def test_no_images_give_no_captions():
     head = random_head()
     assert beam_search(head, random_features(0)) == []

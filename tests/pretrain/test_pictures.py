@@ -98,6 +98,17 @@ def test_files_of_one_name_in_two_folders_get_a_picture_each(captioner, tmp_path
     assert all(Image.open(path).height > PANEL for path in paths)
 
 
+def test_real_photographs_are_drawn(captioner, real_data, tmp_path):
+    photographs = sorted((real_data / "coco" / "val2017").glob("*.jpg"))[:3]
+    folder = PictureFolder(str(tmp_path))
+    decode = build_decode("beam", with_attention=True)
+    for result in captioner.caption_files(map(str, photographs), decode, 3):
+        path = folder.save(result.file, captioner.tokenizer, result.decoded, result.caption)
+        pixels = np.asarray(Image.open(path), float)
+        assert pixels.std() > 10
+        assert (pixels[:4] == 255).all()  # the margin stays white
+
+
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="no folder can be made"):
