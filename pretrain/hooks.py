@@ -6,8 +6,9 @@ import math
 import resource
 from collections.abc import Callable
 
+import numpy as np
 import torch
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, TrainerBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, get_event_storage
 
@@ -150,11 +151,34 @@ class Validation(HookBase):
         self._evaluate = evaluate
 
     def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        if done == self.trainer.max_iter or (self._period > 0 and done % self._period == 0):
+        if _is_due(self.trainer, self._period):
             for name, value in self._evaluate().items():
                 self.trainer.storage.put_scalar(f"val/{name}", value, smoothing_hint=False)
             comm.synchronize()
+
+
+class CaptionPictures(HookBase):
+    """Draws captions of some validation images into TensorBoard whenever it is validated.
+
+    Args:
+        period: of `Validation`.
+        draw: () -> (name, (3, H, W) uint8) of each picture; called in the first process alone.
+    """
+
+    def __init__(self, period: int, draw: Callable[[], list[tuple[str, np.ndarray]]]):
+        self._period = period
+        self._draw = draw
+
+    def after_step(self) -> None:
+        if _is_due(self.trainer, self._period):
+            for name, picture in self._draw():
+                self.trainer.storage.put_image(name, picture)
+
+
+def _is_due(trainer: TrainerBase, period: int) -> bool:
+    """Whether this iteration is the last one, or ends a period."""
+    done = trainer.iter + 1
+    return done == trainer.max_iter or (period > 0 and done % period == 0)
 
 
 class BestCheckpoint(HookBase):
@@ -200,11 +224,10 @@ class BackboneExport(HookBase):
         self._period = period
 
     def after_step(self) -> None:
-        iteration = self.trainer.iter + 1
-        last = iteration == self.trainer.max_iter
-        if last or (self._period > 0 and iteration % self._period == 0):
+        if _is_due(self.trainer, self._period):
+            iteration = self.trainer.iter + 1
             path = self._export(iteration)
-            if last:
+            if iteration == self.trainer.max_iter:
                 logger.info("The backbone is in %s.", path)
 
 

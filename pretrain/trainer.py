@@ -24,11 +24,13 @@ from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.launch import wrap_ddp
 
 from .augment import normalize
+from .captioner import can_caption
 from .data import PretrainData, build_data
 from .export import export_backbone
 from .hooks import (
     BackboneExport,
     BestCheckpoint,
+    CaptionPictures,
     LearningRate,
     PretrainMetricPrinter,
     SkippedImages,
@@ -36,8 +38,10 @@ from .hooks import (
     StreamCursors,
     Validation,
 )
+from .loader import EveryCaption
 from .objectives import build_objective, check_objective
 from .optim import Lookahead, build_lr_scheduler, build_optimizer
+from .pictures import caption_pictures
 from .validation import check_metric, validate
 from .weights import load_weights
 
@@ -119,6 +123,8 @@ class PretrainTrainer(TrainerBase):
             if cfg.TEST.BEST_METRIC:
                 check_metric(cfg.TEST.BEST_METRIC, self.objective)
                 built.append(BestCheckpoint(cfg.TEST.BEST_METRIC, self._keep_best))
+            if main and cfg.TEST.NUM_CAPTIONS > 0 and can_caption(self.objective):
+                built.append(CaptionPictures(cfg.TEST.EVAL_PERIOD, self._draw_captions))
         if main:
             built += [
                 hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
@@ -144,6 +150,13 @@ class PretrainTrainer(TrainerBase):
         if comm.is_main_process():
             self.checkpointer.save_beside("model_best", iteration=iteration - 1)
             self._export(iteration, "backbone_best")
+
+    def _draw_captions(self) -> list[tuple[str, np.ndarray]]:
+        """Pictures of TEST.NUM_CAPTIONS validation images, the same ones every time."""
+        images = EveryCaption(self.data.val, one_caption=True)
+        samples = (images[i] for i in range(min(self.cfg.TEST.NUM_CAPTIONS, len(images))))
+        decodable = [sample for sample in samples if "image" in sample]
+        return caption_pictures(self.objective, self.data.tokenizer, decodable)
 
     def resume_or_load(self, resume: bool) -> None:
         """Continue from OUTPUT_DIR's last checkpoint, or start from MODEL.WEIGHTS or at random.

@@ -1,5 +1,6 @@
 """The pretraining tool as users run it: train, stop, resume, evaluate, refuse."""
 
+import io
 import json
 import os
 import shutil
@@ -140,6 +141,19 @@ def test_a_run_leaves_what_the_next_step_needs(finished_run):
     assert "iter: 11" in log
     assert "images/s" in log
     assert "lr_cnn" in log
+
+
+def test_validation_draws_captions_for_tensorboard(finished_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished_run), size_guidance={"images": 0})
+    events.Reload()
+    tags = events.Tags()["images"]
+    assert len(tags) == 8
+    steps = [event.step for event in events.Images(tags[0])]
+    assert len(steps) == 2, "one picture each of the validations at 6 and at the end"
+    picture = Image.open(io.BytesIO(events.Images(tags[0])[0].encoded_image_string))
+    assert picture.width == 224
 
 
 @pytest.mark.parametrize("workers", [0, 1])
