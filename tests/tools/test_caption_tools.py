@@ -60,9 +60,8 @@ def test_a_folder_is_captioned_in_order_and_what_cannot_be_decoded_is_named(
     files = [line.split("\t")[0] for line in result.stdout.splitlines()]
     assert files == [str(images / "a.png"), str(images / "c" / "d.png")]
     assert all(line.split("\t")[1] for line in result.stdout.splitlines())
-    assert result.stderr.splitlines() == [
-        f"{images / 'b.jpg'}: cannot be decoded: cannot identify image file '{images / 'b.jpg'}'"
-    ]
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"{images / 'b.jpg'}: cannot be decoded: ")
 
 
 def test_paths_from_standard_input_give_json_lines_and_pictures(
