@@ -151,9 +151,8 @@ class StreamLoader:
         self._parts = DataLoader(parts, batch_size=None, **{**options, "collate_fn": None})
 
     def __iter__(self) -> Iterator[dict]:
-        parts = iter(self._parts)
-        while True:
-            received = [next(parts) for _ in range(self._num_parts)]
+        # no variable for the iterator: a traceback that is kept would keep its workers
+        for received in zip(*[iter(self._parts)] * self._num_parts):
             samples = {}
             for positions, part, pixels, _ in received:
                 samples.update(zip(positions, _with_pixels(part, pixels)))
