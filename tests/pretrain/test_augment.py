@@ -3,7 +3,10 @@
 import contextlib
 import io
 import re
+import resource
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +185,80 @@ def test_large_jpegs_are_decoded_small_but_never_below_the_side_asked_for(tmp_pa
     assert read_image(str(path), 300).size == (400, 300)
     assert read_image(str(path), 301).size == (800, 600)
     assert read_image(str(path)).size == (1600, 1200)
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG that claims this size and holds next to nothing."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        check = zlib.crc32(name + content)
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", check)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = chunk(b"IDAT", zlib.compress(b""))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("size", [(60_000, 60_000), (10_000, 10_000), (30_000, 3_000)])
+def test_a_decompression_bomb_is_refused_before_it_takes_memory(size):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(OSError, match=r"pixels"):
+        read_image(io.BytesIO(png_of(*size)))
+    grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown_kib < 50_000
+
+
+@pytest.mark.parametrize("size", [(30_000, 16), (16, 30_000), (1, 1), (1, 500)])
+@pytest.mark.parametrize("transform", [TrainTransform(32), EvalTransform(32)])
+def test_images_of_extreme_sizes_are_read(tmp_path, size, transform):
+    path = tmp_path / "extreme.png"
+    Image.new("RGB", size, (200, 100, 50)).save(path)
+    image = read_image(str(path), transform.smallest_side)
+    pixels, _ = transform(image, "", np.random.default_rng(0))
+    assert pixels.shape == (3, 32, 32)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("transparency", [0, bytes([0, 128, 255])])
+def test_a_palette_with_transparency_keeps_its_colours_without_a_warning(tmp_path, transparency):
+    path = tmp_path / "palette.png"
+    image = Image.new("P", (9, 9), 1)
+    image.putpalette([255, 0, 0, 0, 200, 0, 0, 0, 255])
+    image.save(path, transparency=transparency)
+    assert read_image(str(path)).getpixel((4, 4)) == (0, 200, 0)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+def test_an_animation_gives_its_first_frame(tmp_path, suffix):
+    path = tmp_path / f"moving.{suffix}"
+    frames = [Image.new("RGB", (24, 24), colour) for colour in ("red", "lime", "blue")]
+    options = {"lossless": True} if suffix == "webp" else {}
+    frames[0].save(path, save_all=True, append_images=frames[1:], **options)
+    assert getattr(Image.open(path), "n_frames", 1) == 3
+    assert distance(read_image(str(path)), frames[0]) < 2
+
+
+def test_sixteen_bits_of_grey_are_scaled_and_not_clipped(tmp_path):
+    path = tmp_path / "deep.png"
+    levels = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(levels).save(path)
+    found = np.asarray(read_image(str(path)))[..., 0].ravel()
+    assert np.abs(found.astype(int) - np.arange(256)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"text", b"<html></html>", b"%PDF-1.4", b"GIF89a", b"\xff\xd8\xff"]
+)
+def test_what_is_no_image_says_so_in_the_same_words_each_time(content):
+    """Guards against messages with a memory address, which differ between workers."""
+    messages = set()
+    for _ in range(2):
+        with pytest.raises(OSError) as caught:
+            read_image(io.BytesIO(content))
+        messages.add(str(caught.value))
+    assert len(messages) == 1
+    assert "0x" not in messages.pop()
 
 
 # Crops

@@ -1,5 +1,6 @@
 """Shards from pipes: batches are the same however many read them, and wherever they go on."""
 
+import contextlib
 import gc
 import itertools
 import os
@@ -21,6 +22,7 @@ from pretrain.loader import CaptionDataset
 from pretrain.sources import stream_plan
 from pretrain.stream import CaptionStream, StreamLoader
 from pretrain.tokenizer import Tokenizer, train_tokenizer
+from pretrain.trainer import PretrainTrainer
 from tests.pretrain.caption_files import write_images, write_shards, write_tar
 from virtex_d2.runtime.errors import InputError
 
@@ -58,10 +60,15 @@ def damaged(shards, tmp_path_factory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Tokenizer:
+def tokenizer_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     train_tokenizer(["image caption 0 1 2 3 4 5 6 7 8 9"], 30, path)
-    return Tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_file) -> Tokenizer:
+    return Tokenizer(tokenizer_file)
 
 
 def plan_of(paths: list[Path], lanes: int = 4, block: int = 3, **options) -> Plan:
@@ -350,3 +357,54 @@ def test_the_config_gives_the_plan():
 def test_what_a_stream_cannot_do_is_refused(changes, message):
     with pytest.raises(InputError, match=message):
         stream_plan(config("pipe:cat a.tar", **changes))
+
+
+# A whole run
+
+
+class StopError(Exception):
+    """Ends a run in the midst of it."""
+
+
+def run_of(
+    folder: Path, shards: list[Path], model: Path, stop_after: int = 6, **data
+) -> dict[int, tuple]:
+    """Train for at most six iterations; the batch of each."""
+    cfg = config(f"pipe:cat {shards[0].parent}/{{00000..00008}}.tar", TOKENIZER=str(model), **data)
+    folder.mkdir(exist_ok=True)
+    cfg.OUTPUT_DIR, cfg.MODEL.DEVICE, cfg.MODEL.VISUAL.NAME = str(folder), "cpu", "resnet18"
+    cfg.MODEL.TEXTUAL.HIDDEN_SIZE, cfg.DATA.IMAGE_SIZE, cfg.DATA.NUM_WORKERS = 64, 16, 0
+    cfg.DATA.STREAM_LANES, cfg.DATA.STREAM_BLOCK, cfg.LOG_PERIOD = 4, 3, 1
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER, cfg.SOLVER.WARMUP_ITERS = 4, 6, 1
+    cfg.SOLVER.CHECKPOINT_PERIOD = 2
+    trainer = PretrainTrainer(cfg)
+    trainer.resume_or_load(resume=True)
+    losses, seen = trainer._losses, {}
+
+    def watched(batch: dict) -> dict:
+        if trainer.iter == stop_after:
+            raise StopError
+        seen[trainer.iter] = rows(batch)
+        return losses(batch)
+
+    trainer._losses = watched
+    with contextlib.suppress(StopError):
+        trainer.train()
+    return seen
+
+
+def test_a_stopped_run_goes_on_with_the_batches_that_would_have_come(
+    shards, tokenizer_file, tmp_path
+):
+    whole = run_of(tmp_path / "whole", shards, tokenizer_file)
+    run_of(tmp_path / "stopped", shards, tokenizer_file, 5)  # a checkpoint after four
+    resumed = run_of(tmp_path / "stopped", shards, tokenizer_file)
+    assert list(whole) == list(range(6))
+    assert resumed == {iteration: whole[iteration] for iteration in (4, 5)}
+
+
+def test_a_run_whose_stream_is_mostly_of_no_use_ends_with_the_names(
+    damaged, tokenizer_file, tmp_path
+):
+    with pytest.raises(InputError, match=r"samples cannot be used.*DATA.MAX_SKIPPED_SHARE"):
+        run_of(tmp_path / "run", damaged, tokenizer_file, MAX_SKIPPED_SHARE=0.001)
