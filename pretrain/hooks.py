@@ -124,9 +124,8 @@ class StreamCursors(HookBase):
         self._period = period
 
     def after_step(self) -> None:
-        iteration = self.trainer.iter + 1
-        if iteration % self._period == 0 or iteration == self.trainer.max_iter:
-            self._stream.gather(iteration)
+        if _is_due(self.trainer, self._period):
+            self._stream.gather(self.trainer.iter + 1)
 
     def state_dict(self) -> dict:
         return self._stream.state_dict()
