@@ -32,7 +32,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for data and run")
-    parser.add_argument("--num-train", type=int, default=4000)
+    parser.add_argument("--num-train", type=int, default=12000)
     parser.add_argument("--num-test", type=int, default=300)
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     args = parser.parse_args()
