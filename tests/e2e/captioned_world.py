@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pretrain.tokenizer import train_tokenizer
+
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220)}
 
 
@@ -28,6 +30,8 @@ def write_world(folder: Path, num_images: int, shards: int = 4) -> None:
     _write_coco(folder, samples)
     _write_others(folder, samples)
     _write_shards(folder, samples, shards)
+    texts = (caption for _, captions, _ in samples for caption in captions)
+    train_tokenizer(texts, 48, folder / "tokenizer.model")
 
     captions, pattern = folder / "coco.json", folder / f"{{0..{shards - 1}}}.tar"
     common = {
