@@ -3,9 +3,9 @@
 python benchmarks/ablate_captioning.py --output output/ablation --seeds 3
 
 Each variant pretrains a ResNet-18 with each seed; then its frozen features are judged by a linear
-probe (which classes, colours and patterns does an image show?) on labelled images. Printed are the mean and standard
-deviation over the seeds of the validation losses and of the probe's mAP, and the paired
-difference to the plain objective. A run that is there already is not repeated.
+probe: which classes, colours and patterns does an image show? Printed are the mean and standard
+deviation over the seeds of the validation losses and of the probe's mAP, and the paired difference
+to the plain objective. A run that is there already is not repeated.
 """
 
 import argparse
