@@ -17,6 +17,7 @@ from pretrain.config import get_pretrain_cfg
 from pretrain.loader import CaptionDataset, build_train_loader
 from pretrain.order import BLOCK, Epochs, Mixture, quotas
 from pretrain.sources import training_records
+from pretrain.targets import MaskedWords, ParallelPrediction
 from pretrain.tokenizer import Tokenizer, train_tokenizer
 from tests.pretrain.caption_files import write_all
 from virtex_d2.runtime.errors import InputError
@@ -248,18 +249,26 @@ def tokenizer(tmp_path_factory, sources) -> Tokenizer:
 
 
 def batches(records, tokenizer, start: int = 0, workers: int = 0, count: int = 6) -> list[dict]:
-    dataset = CaptionDataset(records, tokenizer, TrainTransform(8), 30, 2)
+    targets = (MaskedWords(tokenizer.vocab_size, 0.3, 0.6, 0.3), ParallelPrediction(0.5))
+    dataset = CaptionDataset(records, tokenizer, TrainTransform(8), 30, 2, targets)
     loader = build_train_loader(dataset, 8, start, workers)
     return list(itertools.islice(loader, count - start))
 
 
 def rows(batch: dict) -> list[tuple]:
-    """A batch's samples, in an order of their own."""
+    """A batch's samples with all that is random in them, in an order of their own."""
     return sorted(
-        (position, pixels.numpy().tobytes(), tuple(t for t in tokens.tolist() if t), str(image_id))
-        for position, pixels, tokens, image_id in zip(
-            batch["position"].tolist(), batch["image"], batch["caption_tokens"], batch["image_id"]
+        (
+            batch["position"][row].item(),
+            batch["image"][row].numpy().tobytes(),
+            *(
+                tuple(batch[key][row][: batch["caption_lengths"][row]].tolist())
+                for key in ("caption_tokens", "masked_tokens", "masked_labels")
+            ),
+            batch["parallel"][row].item(),
+            str(batch["image_id"][row]),
         )
+        for row in range(len(batch["position"]))
     )
 
 
