@@ -33,7 +33,7 @@ class CaptionStream:
 
         stream = CaptionStream(plan)
         stream.load_state_dict(checkpoint)          # to go on
-        for batch in build_stream_loader(dataset, stream, 256): ...
+        for batch in StreamLoader(dataset, stream, 256): ...
         stream.gather(iteration)                    # in all processes
         checkpoint = stream.state_dict()
 

@@ -38,6 +38,7 @@ from .hooks import (
     StreamCursors,
     Validation,
 )
+from .identity import RunIdentity
 from .loader import EveryCaption
 from .objectives import build_objective, check_objective
 from .optim import Lookahead, build_lr_scheduler, build_optimizer
@@ -92,6 +93,7 @@ class PretrainTrainer(TrainerBase):
             self.objective,
             cfg.OUTPUT_DIR,
             save_to_disk=comm.is_main_process(),
+            run=RunIdentity(cfg, self.data),  # first: it refuses before others are confused
             trainer=weakref.proxy(self),
             **state,
         )

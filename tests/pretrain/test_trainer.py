@@ -182,6 +182,27 @@ def test_a_killed_run_resumes_to_bit_identical_weights(
         assert torch.equal(whole[name], resumed[name]), name
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            ("MODEL.OBJECTIVE", "captioning"),
+            "MODEL.OBJECTIVE was bicaptioning, now it is captioning",
+        ),
+        (("SOLVER.MAX_ITER", 24), "SOLVER.MAX_ITER was 12, now it is 24"),
+        (("DATA.FRACTION", 0.5), "training images was 24, now it is 12"),
+    ],
+)
+def test_a_run_is_not_resumed_as_another_one(
+    captioned_images, finished_run, tmp_path, changes, message
+):
+    output = Path(shutil.copytree(finished_run, tmp_path / "output"))
+    before = (output / "model_final.pth").read_bytes()
+    done = run("--resume", *options(captioned_images, output, *changes))
+    assert_refused(done, message)
+    assert (output / "model_final.pth").read_bytes() == before
+
+
 def test_a_finished_run_that_is_resumed_ends_well_with_its_backbone(
     captioned_images, finished_run, tmp_path
 ):
