@@ -124,8 +124,10 @@ def _labels(cfg: CfgNode, split: str, records: Sequence[CaptionRecord]) -> Image
             f"instances file of the images of DATA.{split}_CAPTIONS."
         )
     labels = ImageLabels(path, (record.file_name for record in records))
-    logger.info(
-        "%s: %d classes; %d of %d images have no label, %d of these are not in the file.",
+    logger.log(
+        logging.WARNING if labels.num_unlisted else logging.INFO,
+        "%s: %d classes; %d of %d images have no label, %d of these are not in the file. Images "
+        "without a label count for nothing in the loss.",
         path,
         len(labels.class_names),
         labels.num_unlabelled,

@@ -42,7 +42,7 @@ class SkippedImages(HookBase):
     """
 
     def __init__(self, num_images: int, max_share: float, period: int):
-        self._limit = max_share * num_images
+        self._max_share = max_share
         self._num_images = num_images
         self._period = max(1, period)
         self._files: set[str] = set()
@@ -54,11 +54,11 @@ class SkippedImages(HookBase):
             return
         self._files = set().union(*comm.all_gather(self._files))
         self.trainer.storage.put_scalar("images_skipped", len(self._files), smoothing_hint=False)
-        if len(self._files) > self._limit:
+        if len(self._files) > self._max_share * self._num_images:
             first = ", ".join(sorted(self._files)[:10])
             raise InputError(
-                f"{len(self._files)} of {self._num_images} training images cannot be decoded, more "
-                f"than DATA.MAX_SKIPPED_SHARE allows ({self._limit:.1f}); the first: {first}. "
+                f"{len(self._files)} of {self._num_images} training images cannot be decoded, a "
+                f"larger share than DATA.MAX_SKIPPED_SHARE {self._max_share}; the first: {first}. "
                 "Replace or remove them, or raise DATA.MAX_SKIPPED_SHARE."
             )
 
@@ -74,13 +74,16 @@ class SkippedSamples(HookBase):
 
     Args:
         images_per_batch: over all processes.
+        held: samples that have been read before the first is given: what is passed over among
+            them is reported with the first batches.
         max_share: the fraction of samples that may be skipped; the first thousand are given a
             thousand's allowance.
         period: iterations between exchanges among processes.
     """
 
-    def __init__(self, images_per_batch: int, max_share: float, period: int):
+    def __init__(self, images_per_batch: int, held: int, max_share: float, period: int):
         self._images_per_batch = images_per_batch
+        self._held = held
         self._max_share = max_share
         self._period = max(1, period)
         self._skipped = 0
@@ -95,10 +98,10 @@ class SkippedSamples(HookBase):
         self._new = []
         self._skipped += len(new)
         self.trainer.storage.put_scalar("images_skipped", self._skipped, smoothing_hint=False)
-        total = next_iter * self._images_per_batch + self._skipped
+        total = next_iter * self._images_per_batch + self._held + self._skipped
         if self._skipped > self._max_share * max(total, 1000):
             raise InputError(
-                f"{self._skipped} of {total} samples cannot be used, more than "
+                f"{self._skipped} of some {total} samples cannot be used, more than "
                 f"DATA.MAX_SKIPPED_SHARE {self._max_share} allows; the last: "
                 f"{', '.join(new[-10:])}. The log has the reasons. Mend the shards, or raise "
                 "DATA.MAX_SKIPPED_SHARE."
@@ -244,6 +247,8 @@ class PretrainMetricPrinter(EventWriter):
         if iteration == self._max_iter:  # the writers' last call, after training
             return
         histories = storage.histories()
+        if "lr" not in histories:  # the first iteration failed: what it raised says more
+            return
         parts = []
         if "time" in histories:  # not in the first iterations, which warm up
             seconds = histories["time"].median(1000)

@@ -37,7 +37,8 @@ _MAY_CHANGE = (
 class RunIdentity:
     """A checkpoint's part that refuses to go on as another run.
 
-    Data may have moved, so that not its paths are kept but how many images and captions there are.
+    Data may have moved, so that not its paths are kept but the vocabulary and how many images and
+    captions there are.
 
     Args:
         cfg: of the run.
@@ -46,7 +47,11 @@ class RunIdentity:
 
     def __init__(self, cfg: CfgNode, data: PretrainData):
         self._keys = dict(_flat(cfg))
-        self._data = {"pieces": data.tokenizer.vocab_size}
+        self._data = {
+            "the tokenizer's sha256": data.tokenizer.sha256[:12],
+            "outputs": data.num_outputs,
+            "read from pipes": data.stream is not None,
+        }
         if data.train is not None and data.stream is None:
             self._data["training images"] = len(data.train.records)
             self._data["training captions"] = int(caption_counts(data.train.records).sum())

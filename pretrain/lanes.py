@@ -63,6 +63,11 @@ class Plan:
     subset_seed: int = 0
     _orders: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
+    @property
+    def held(self) -> int:
+        """Samples that all lanes hold at most: read, and not given yet."""
+        return self.lanes * self.block
+
     def shard(self, ordinal: int) -> str:
         """A shard of the endless row."""
         cycle, place = divmod(ordinal, len(self.shards))

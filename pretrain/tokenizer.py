@@ -1,5 +1,6 @@
 """SentencePiece BPE as VirTex uses it: train, encode, decode."""
 
+import hashlib
 import io
 import os
 import re
@@ -55,6 +56,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of pieces, the four special ones included."""
         return self._model.vocab_size()
+
+    @property
+    def sha256(self) -> str:
+        """Of the model: what tells two vocabularies of one size apart."""
+        return hashlib.sha256(self._model.serialized_model_proto()).hexdigest()
 
     def encode(self, caption: str) -> list[int]:
         """Piece ids of a caption, without [SOS] and [EOS]."""

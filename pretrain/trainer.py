@@ -22,6 +22,7 @@ from torch import nn
 from virtex_d2.runtime.checkpointer import AtomicCheckpointer
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.launch import wrap_ddp
+from virtex_d2.runtime.setup import write_config
 
 from .augment import normalize
 from .captioner import can_caption
@@ -113,7 +114,10 @@ class PretrainTrainer(TrainerBase):
         else:
             built += [
                 SkippedSamples(
-                    cfg.SOLVER.IMS_PER_BATCH, cfg.DATA.MAX_SKIPPED_SHARE, cfg.LOG_PERIOD
+                    cfg.SOLVER.IMS_PER_BATCH,
+                    self.data.stream.plan.held,
+                    cfg.DATA.MAX_SKIPPED_SHARE,
+                    cfg.LOG_PERIOD,
                 ),
                 StreamCursors(self.data.stream, cfg.SOLVER.CHECKPOINT_PERIOD),
             ]
@@ -168,6 +172,7 @@ class PretrainTrainer(TrainerBase):
         """
         if resume and self.checkpointer.has_checkpoint():
             self.checkpointer.resume_or_load("", resume=True)
+            write_config(self.cfg)
             self.start_iter = self.iter + 1
             logger.info("Resumed after iteration %d.", self.iter)
         elif self.cfg.MODEL.WEIGHTS:
@@ -274,7 +279,7 @@ def _check_sizes(cfg: CfgNode) -> None:
     if cfg.SOLVER.MAX_ITER < 1 or cfg.SOLVER.WARMUP_ITERS >= cfg.SOLVER.MAX_ITER:
         raise InputError(
             f"SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER} must be positive and larger than "
-            f"SOLVER.WARMUP_ITERS {cfg.SOLVER.WARMUP_ITERS}."
+            f"SOLVER.WARMUP_ITERS {cfg.SOLVER.WARMUP_ITERS}: shorten the warm-up with the run."
         )
 
 

@@ -25,6 +25,7 @@ from virtex_d2.data.loader import TestLoader, TrainLoader, build_train_loader
 from virtex_d2.evaluation import build_evaluator
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.launch import wrap_ddp
+from virtex_d2.runtime.setup import write_config
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,8 @@ class DetectionTrainer(DefaultTrainer):
                 report.write(self.cfg.OUTPUT_DIR)
         else:
             super().resume_or_load(resume)
+        if resuming:
+            write_config(self.cfg)
 
     def train(self) -> dict | None:
         """Train to SOLVER.MAX_ITER.

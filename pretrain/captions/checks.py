@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Sequence
 
 from virtex_d2.runtime.errors import InputError
+from virtex_d2.runtime.files import read_json
 
 # What files of images end in.
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -16,10 +17,29 @@ def refuse(path: str | os.PathLike, found: Iterable[str], what: str, what_to_do:
         raise InputError(f"{path}: {len(found)} {what}; the first: {first}. {what_to_do}")
 
 
+def read_annotations(path: str | os.PathLike, source_format: str) -> dict:
+    """The JSON object of a file that is read as `source_format`.
+
+    Raises:
+        InputError: there is none; the message says which format was expected.
+    """
+    try:
+        return read_json(path)
+    except InputError as error:
+        raise InputError(
+            f"{error} It is read as DATA.FORMAT {source_format}; for tables that is csv or tsv."
+        ) from error
+
+
 def require_folder(folder: str | os.PathLike, of_what: str) -> None:
     """Raises:
     InputError: there is no folder; the message says what was expected in it.
     """
+    if not os.fspath(folder):
+        raise InputError(
+            f"No folder is given for {of_what}. Name it: DATA.TRAIN_IMAGES, DATA.VAL_IMAGES or "
+            "--images."
+        )
     if not os.path.isdir(folder):
         found = "a file" if os.path.exists(folder) else "none"
         raise InputError(f"'{folder}': expected the folder of {of_what}, found {found} there.")

@@ -8,9 +8,8 @@ from operator import itemgetter
 from typing import Any
 
 from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.files import read_json
 
-from .checks import refuse, refuse_absent
+from .checks import read_annotations, refuse, refuse_absent
 from .records import Records
 
 
@@ -29,7 +28,7 @@ def load_coco_captions(json_path: str | os.PathLike, image_root: str | os.PathLi
             image has no caption or is not on the disk. Whether images can be decoded is not
             checked here: it would take as long as an epoch.
     """
-    content = read_json(json_path)
+    content = read_annotations(json_path, "coco")
     images = list_of(content, "images", json_path)
     annotations = list_of(content, "annotations", json_path)
 

@@ -5,9 +5,8 @@ from collections import Counter
 from typing import Any
 
 from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.files import read_json
 
-from .checks import refuse, refuse_absent
+from .checks import read_annotations, refuse, refuse_absent
 from .coco import elements, is_text, list_of
 from .records import Records
 
@@ -29,7 +28,7 @@ def load_karpathy_captions(
         InputError: the file is missing or of another layout; a split has no images; an image is
             given twice, has no sentence or is not on the disk.
     """
-    images = list_of(read_json(json_path), "images", json_path)
+    images = list_of(read_annotations(json_path, "karpathy"), "images", json_path)
     refuse(
         json_path,
         elements("images", images, lambda image: not _is_image(image)),

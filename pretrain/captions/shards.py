@@ -143,11 +143,16 @@ def _report(captions: str, skipped: Skipped, num_usable: int, max_skipped_share:
     total = num_usable + len(skipped)
     if len(skipped) > max_skipped_share * total or not num_usable:
         first = "; ".join(f"{name}: {reason}" for name, reason in skipped[:10])
+        if num_usable:
+            limit = f", a larger share than DATA.MAX_SKIPPED_SHARE {max_skipped_share}"
+            advice = "Download or write the shards again, or raise DATA.MAX_SKIPPED_SHARE."
+        else:
+            limit = ""
+            advice = "Are these uncompressed tar shards? DATA.FORMAT or DATA.VAL_FORMAT says so."
         raise InputError(
-            f"{captions}: {len(skipped)} of {total} samples cannot be used, more than "
-            f"DATA.MAX_SKIPPED_SHARE allows ({max_skipped_share * total:.1f})"
+            f"{captions}: {len(skipped)} of {total} samples cannot be used{limit}"
             + (f"; the first: {first}" if skipped else "")
-            + ". Download or write the shards again, or raise DATA.MAX_SKIPPED_SHARE."
+            + f". {advice}"
         )
 
 

@@ -39,13 +39,15 @@ def load_csv_captions(path: str | os.PathLike, image_root: str | os.PathLike) ->
         InputError: the file or a row cannot be used, or an image is not on the disk; the message
             has the line.
     """
-    advice = "A caption with commas must be in double quotes."
+    advice = (
+        "A caption with commas must be in double quotes; columns parted by tabs are the format tsv."
+    )
     return _records(path, image_root, captions_of_table(path, comma_rows(path), advice))
 
 
 def load_tsv_captions(path: str | os.PathLike, image_root: str | os.PathLike) -> Records:
     """As `load_csv_captions`, separated by tabs; quotes are characters like all others."""
-    advice = "A caption cannot hold tabs: use the format csv for such."
+    advice = "A caption cannot hold tabs, and columns parted by commas are the format csv."
     return _records(path, image_root, captions_of_table(path, tab_rows(path), advice))
 
 

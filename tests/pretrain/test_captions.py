@@ -145,7 +145,7 @@ def test_absent_images_are_counted_and_the_first_ten_named(tmp_path, images):
 
 def test_an_absent_image_folder_is_refused_by_name(tmp_path):
     assert_refused(write(tmp_path, content()), tmp_path / "nowhere", "nowhere", "folder")
-    assert_refused(write(tmp_path, content()), "", "''", "folder")
+    assert_refused(write(tmp_path, content()), "", "DATA.TRAIN_IMAGES", "folder")
 
 
 def test_braces_in_a_path_do_not_disturb_the_message(tmp_path, images):

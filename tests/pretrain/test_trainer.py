@@ -198,9 +198,11 @@ def test_a_run_is_not_resumed_as_another_one(
 ):
     output = Path(shutil.copytree(finished_run, tmp_path / "output"))
     before = (output / "model_final.pth").read_bytes()
+    config = (output / "config.yaml").read_bytes()
     done = run("--resume", *options(captioned_images, output, *changes))
     assert_refused(done, message)
     assert (output / "model_final.pth").read_bytes() == before
+    assert (output / "config.yaml").read_bytes() == config
 
 
 def test_a_finished_run_that_is_resumed_ends_well_with_its_backbone(

@@ -46,7 +46,11 @@ def argument_parser(description: str | None = None) -> argparse.ArgumentParser:
         action="store_true",
         help="continue from OUTPUT_DIR/last_checkpoint; starts afresh where there is none",
     )
-    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS only")
+    parser.add_argument(
+        "--eval-only",
+        action="store_true",
+        help="only evaluate MODEL.WEIGHTS, or where that is empty OUTPUT_DIR's last checkpoint",
+    )
     parser.add_argument("--num-gpus", type=int, default=1, help="GPUs per machine (default 1)")
     parser.add_argument("--num-machines", type=int, default=1, help="machines (default 1)")
     parser.add_argument("--machine-rank", type=int, default=0, help="this machine's number, from 0")
@@ -73,7 +77,8 @@ def setup_run(cfg: CfgNode, args: argparse.Namespace, check_output: bool = True)
     In every process of the run: resolves MODEL.DEVICE "auto" to "cuda" or "cpu" and a negative
     SEED to a drawn one (the recorded one on --resume), both in `cfg` and in the log; logs to stdout
     (first process) and OUTPUT_DIR/log.txt; seeds Python, numpy and torch with SEED + rank. The
-    first process writes OUTPUT_DIR/config.yaml, except with --eval-only.
+    first process writes OUTPUT_DIR/config.yaml, except with --eval-only, and except where --resume
+    finds a checkpoint: then `write_config` is for after it has been loaded.
 
     Args:
         cfg: with OUTPUT_DIR, SEED and MODEL.DEVICE. Changed in place; frozen again if it was.
@@ -110,12 +115,20 @@ def setup_run(cfg: CfgNode, args: argparse.Namespace, check_output: bool = True)
         torch.backends.cudnn.benchmark = cfg.get("CUDNN_BENCHMARK", False)
 
     logger.info("Config:\n%s", cfg.dump())
-    if comm.is_main_process() and not eval_only:
-        with atomic_path(os.path.join(cfg.OUTPUT_DIR, "config.yaml")) as temporary:
-            temporary.write_text(cfg.dump(), encoding="utf-8")
+    # A run that goes on keeps its config until its checkpoint has agreed to the new one.
+    goes_on = resume and os.path.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+    if not eval_only and not goes_on:
+        write_config(cfg)
     if was_frozen:
         cfg.freeze()
     return cfg
+
+
+def write_config(cfg: CfgNode) -> None:
+    """Write OUTPUT_DIR/config.yaml, in the first process alone."""
+    if comm.is_main_process():
+        with atomic_path(os.path.join(cfg.OUTPUT_DIR, "config.yaml")) as temporary:
+            temporary.write_text(cfg.dump(), encoding="utf-8")
 
 
 def _is_not_about_input(record: logging.LogRecord) -> bool:
