@@ -4,7 +4,7 @@ python benchmarks/caption_shapes.py --output output/shapes_captioner
 
 Makes a world of images with one object each, pretrains on it, captions held-out images greedily,
 and counts the captions that name the object's class and its colour, and no other. A finished
-training is not repeated. Some 15 minutes on one core.
+training is not repeated. Some 40 minutes on one core.
 """
 
 import argparse
