@@ -373,7 +373,8 @@ def run_of(
     cfg = config(f"pipe:cat {shards[0].parent}/{{00000..00008}}.tar", TOKENIZER=str(model), **data)
     folder.mkdir(exist_ok=True)
     cfg.OUTPUT_DIR, cfg.MODEL.DEVICE, cfg.MODEL.VISUAL.NAME = str(folder), "cpu", "resnet18"
-    cfg.MODEL.TEXTUAL.HIDDEN_SIZE, cfg.DATA.IMAGE_SIZE, cfg.DATA.NUM_WORKERS = 64, 16, 0
+    cfg.MODEL.TEXTUAL.HIDDEN_SIZE, cfg.DATA.IMAGE_SIZE, cfg.DATA.NUM_WORKERS = 64, 32, 0
+    cfg.SOLVER.CNN_LR = 0.001  # the paper's rate makes batches of four diverge
     cfg.DATA.STREAM_LANES, cfg.DATA.STREAM_BLOCK, cfg.LOG_PERIOD = 4, 3, 1
     cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER, cfg.SOLVER.WARMUP_ITERS = 4, 6, 1
     cfg.SOLVER.CHECKPOINT_PERIOD = 2
