@@ -7,7 +7,7 @@ from typing import Any
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import read_json
 
-Captions = dict[int | str, list[str]]
+from .caption_metrics import Captions
 
 
 def read_references(path: str) -> tuple[Captions, dict[str, list[int | str]]]:

@@ -17,14 +17,12 @@ from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import read_checkpoint, require_file
 
 from .augment import EvalTransform, normalize, read_image
+from .captions.checks import IMAGE_SUFFIXES
 from .config import get_pretrain_cfg
 from .decoding import Decode, Decoded
 from .objectives import Captioning, build_objective
 from .tokenizer import Tokenizer
 from .weights import load_weights
-
-# What counts as an image in a folder; a file that is named itself may be called anything.
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +105,7 @@ def list_images(arguments: Iterable[str], stdin: TextIO) -> Iterator[str]:
                 os.path.join(folder, name)
                 for folder, _, names in os.walk(argument)
                 for name in names
-                if name.lower().endswith(IMAGE_SUFFIXES)
+                if name.rpartition(".")[2].lower() in IMAGE_SUFFIXES
             )
             if not found:
                 raise InputError(

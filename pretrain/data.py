@@ -1,5 +1,6 @@
 """What a run trains and validates on, as its config says."""
 
+import functools
 import logging
 import os
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from detectron2.utils import comm
 from virtex_d2.runtime.errors import InputError
 
 from .augment import EvalTransform, TrainTransform
+from .baselines import label_entropy, unigram_entropy
 from .captions import CaptionRecord
 from .labels import ImageLabels, check_same_classes
 from .loader import CaptionDataset, CaptionLoader, build_train_loader
@@ -40,6 +42,16 @@ class PretrainData:
     val_labels: ImageLabels | None
     num_outputs: int
     stream: CaptionStream | None = None
+
+    @functools.cached_property
+    def unigram_entropy(self) -> float:
+        """Of the validation captions, in nats: `pretrain.baselines`."""
+        return unigram_entropy(self.val)
+
+    @functools.cached_property
+    def label_entropy(self) -> float:
+        """Of the validation images' classes, or of the words of their captions, in nats."""
+        return label_entropy(self.val, self.val_labels)
 
     def train_loader(self, cfg: CfgNode, start_iteration: int) -> CaptionLoader | StreamLoader:
         """Endless training batches of this process, from an iteration on."""

@@ -32,6 +32,12 @@ class LearningRate(HookBase):
         self._scheduler.step()
 
 
+def _is_due(trainer: TrainerBase, period: int) -> bool:
+    """Whether this iteration is the last one, or ends a period."""
+    done = trainer.iter + 1
+    return done == trainer.max_iter or (period > 0 and done % period == 0)
+
+
 class SkippedImages(HookBase):
     """Counts the distinct images that could not be decoded; stops the run when there are too many.
 
@@ -49,8 +55,7 @@ class SkippedImages(HookBase):
 
     def after_step(self) -> None:
         self._files.update(self.trainer.skipped_files)
-        next_iter = self.trainer.iter + 1
-        if next_iter % self._period and next_iter != self.trainer.max_iter:
+        if not _is_due(self.trainer, self._period):
             return
         self._files = set().union(*comm.all_gather(self._files))
         self.trainer.storage.put_scalar("images_skipped", len(self._files), smoothing_hint=False)
@@ -91,14 +96,14 @@ class SkippedSamples(HookBase):
 
     def after_step(self) -> None:
         self._new += self.trainer.skipped_files
-        next_iter = self.trainer.iter + 1
-        if next_iter % self._period and next_iter != self.trainer.max_iter:
+        if not _is_due(self.trainer, self._period):
             return
         new = [name for names in comm.all_gather(self._new) for name in names]
         self._new = []
         self._skipped += len(new)
         self.trainer.storage.put_scalar("images_skipped", self._skipped, smoothing_hint=False)
-        total = next_iter * self._images_per_batch + self._held + self._skipped
+        given = (self.trainer.iter + 1) * self._images_per_batch
+        total = given + self._held + self._skipped
         if self._skipped > self._max_share * max(total, 1000):
             raise InputError(
                 f"{self._skipped} of some {total} samples cannot be used, more than "
@@ -177,12 +182,6 @@ class CaptionPictures(HookBase):
                 self.trainer.storage.put_image(name, picture)
 
 
-def _is_due(trainer: TrainerBase, period: int) -> bool:
-    """Whether this iteration is the last one, or ends a period."""
-    done = trainer.iter + 1
-    return done == trainer.max_iter or (period > 0 and done % period == 0)
-
-
 class BestCheckpoint(HookBase):
     """Keeps the model whose validation was best so far. Stands behind `Validation`.
 
@@ -199,9 +198,7 @@ class BestCheckpoint(HookBase):
 
     def after_step(self) -> None:
         value, when = self.trainer.storage.latest().get(self._metric, (math.inf, -1))
-        if when != self.trainer.iter:
-            return
-        if value < self._best:
+        if when == self.trainer.iter and value < self._best:
             self._best, self._best_iteration = value, self.trainer.iter + 1
             self._keep(self._best_iteration)
             logger.info("Best %s so far: %.4g; kept as model_best.pth.", self._metric, value)

@@ -13,11 +13,10 @@ import numpy as np
 
 from .captions import CaptionRecord
 from .captions.tars import Unusable, captions_of, group, image_of, stream_members
+from .randomness import Stream, generator
 
 # How many samples and shards in a row may be unusable before a lane gives up.
 MAX_FAILURES = 100
-# Keep these orders' random numbers apart from those of `pretrain.order` and of samples.
-_SHARD_STREAM, _BLOCK_STREAM = 6, 7
 
 # Name and reason of what is passed over.
 Failures = list[tuple[str, str]]
@@ -73,13 +72,13 @@ class Plan:
         cycle, place = divmod(ordinal, len(self.shards))
         if cycle not in self._orders:
             self._orders.clear()
-            rng = np.random.default_rng([self.seed, _SHARD_STREAM, cycle])
+            rng = generator(self.seed, Stream.SHARD_ORDER, cycle)
             self._orders[cycle] = rng.permutation(len(self.shards))
         return self.shards[self._orders[cycle][place]]
 
     def shuffled(self, block: list, lane: int, number: int) -> list:
         """A lane's block in the order in which it is given."""
-        rng = np.random.default_rng([self.seed, _BLOCK_STREAM, lane, number])
+        rng = generator(self.seed, Stream.BLOCK_ORDER, lane, number)
         return [block[i] for i in rng.permutation(len(block))]
 
     def chosen(self, key: str, captions: list[str]) -> tuple[str, ...]:

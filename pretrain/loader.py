@@ -23,6 +23,7 @@ from .augment import EvalTransform, TrainTransform, read_image
 from .captions import CaptionRecord, caption_counts
 from .captions.records import offsets
 from .order import order_of
+from .randomness import Stream, generator
 from .targets import SampleTarget
 from .tokenizer import Tokenizer
 
@@ -109,7 +110,7 @@ class CaptionDataset(Dataset):
             candidates: index and record of this position's image, then of its replacements.
             failures: becomes the sample's; images that cannot be decoded are added.
         """
-        rng = np.random.default_rng([self.seed, 1, position])
+        rng = generator(self.seed, Stream.SAMPLE, position)
         for index, record in itertools.islice(candidates, MAX_REPLACEMENTS):
             image = self.read(record, failures)
             if image is not None:
@@ -136,8 +137,7 @@ class CaptionDataset(Dataset):
             "failures": failures,
         }
         for target in self.targets:
-            rng = np.random.default_rng([self.seed, target.stream, position])
-            target.extend(sample, index, rng)
+            target.extend(sample, index, generator(self.seed, target.stream, position))
         return sample
 
     def read(self, record: CaptionRecord, failures: Failures) -> Image.Image | None:
@@ -272,8 +272,7 @@ def check_batch(batch: dict, named_by: CaptionDataset, full_size: int) -> None:
     if len(batch["position"]) < full_size:
         raise InputError(
             f"{batch['skipped_files'][0]}: neither this image nor those after it in the order (at "
-            f"most {MAX_REPLACEMENTS} are tried) can be used: {batch['skipped_reasons'][0]}. Are "
-            "the images damaged?"
+            f"most {MAX_REPLACEMENTS} are tried) can be used: {batch['skipped_reasons'][0]}."
         )
 
 

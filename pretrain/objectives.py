@@ -13,7 +13,8 @@ and what the objective's `inputs` name (`pretrain.targets` makes it):
     batch["labels"]           (N, K) int64: classes of an image, behind them -1
     batch["parallel"]         (N,) bool: whose caption is predicted all at once
 
-`losses` names what validation gets. A loss is a mean in nats; `num_predictions(batch)` says over
+`losses` names what validation gets, `baseline` what of `pretrain.data.PretrainData` to hold it up
+against. A loss is a mean in nats; `num_predictions(batch)` says over
 how many items, so that means of batches can be averaged. In evaluation mode a loss is the plain
 cross entropy, without smoothing.
 """

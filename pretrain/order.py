@@ -7,11 +7,10 @@ import numpy as np
 from virtex_d2.runtime.errors import InputError
 
 from .captions import CaptionRecord, MixedRecords
+from .randomness import Stream, generator
 
 # Positions within which each source gets its exact share.
 BLOCK = 1000
-# Keeps the mixture's random numbers apart from those of orders, samples and targets.
-_STREAM = 5
 
 
 class Epochs:
@@ -39,9 +38,8 @@ class Epochs:
         """The epoch's permutation; the last two are kept: a batch may span both."""
         if epoch not in self._orders:
             self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
-            # the first source's order is what it has alone
-            seed = [self._seed, 0, epoch] + ([self._source] if self._source else [])
-            self._orders[epoch] = np.random.default_rng(seed).permutation(self._size)
+            rng = generator(self._seed, Stream.EPOCH_ORDER, epoch, self._source)
+            self._orders[epoch] = rng.permutation(self._size)
         return self._orders[epoch]
 
 
@@ -80,8 +78,8 @@ class Mixture:
         """(BLOCK,) the source of each position; the last stretch is kept."""
         if self._stretch is None or self._stretch[0] != stretch:
             in_order = np.repeat(np.arange(len(self._quotas)), self._quotas)
-            turns = np.random.default_rng([self._seed, _STREAM, stretch]).permutation(in_order)
-            self._stretch = stretch, turns
+            rng = generator(self._seed, Stream.MIXTURE, stretch)
+            self._stretch = stretch, rng.permutation(in_order)
         return self._stretch[1]
 
 

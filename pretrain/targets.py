@@ -14,13 +14,14 @@ from detectron2.config import CfgNode
 from virtex_d2.runtime.errors import InputError
 
 from .labels import ImageLabels
+from .randomness import Stream
 from .tokenizer import SPECIAL_PIECES, Tokenizer
 
 
 class SampleTarget(Protocol):
-    """`stream` keeps the random numbers of different targets apart."""
+    """`stream` is where its random numbers come from."""
 
-    stream: int
+    stream: Stream
 
     def extend(self, sample: dict, index: int, rng: np.random.Generator) -> None:
         """Add to `sample` (`pretrain.loader.CaptionDataset`'s, of record `index`)."""
@@ -33,7 +34,7 @@ class MaskedWords:
     [MASK], a random piece, or stays (VirTex's released code, after BERT).
     """
 
-    stream = 2
+    stream = Stream.MASKED_WORDS
 
     def __init__(self, vocab_size: int, share: float, mask_prob: float, random_prob: float):
         if not (0 < share <= 1 and mask_prob >= 0 <= random_prob and mask_prob + random_prob <= 1):
@@ -64,7 +65,7 @@ class MaskedWords:
 class ParallelPrediction:
     """Draws whether the caption is predicted all at once: `parallel`, a bool."""
 
-    stream = 3
+    stream = Stream.PARALLEL_PREDICTION
 
     def __init__(self, share: float):
         self._share = share
@@ -76,7 +77,7 @@ class ParallelPrediction:
 class LabelsOfImage:
     """Adds the image's classes: `labels` (K,) int64."""
 
-    stream = 4
+    stream = Stream.IMAGE_LABELS
 
     def __init__(self, labels: ImageLabels):
         self._labels = labels

@@ -11,7 +11,6 @@ from torch import nn
 
 from virtex_d2.runtime.errors import InputError, nearest
 
-from .baselines import label_entropy, unigram_entropy
 from .data import PretrainData
 from .loader import build_eval_loader
 
@@ -93,10 +92,7 @@ def validate(
     for name, loss in losses.items():
         if name.startswith(_OF_WORDS):
             results[name.replace("loss", "perplexity", 1)] = math.exp(min(loss, 50.0))
-    if objective.baseline == "label_entropy":
-        results["label_entropy"] = label_entropy(data.val, data.val_labels)
-    else:
-        results["unigram_entropy"] = unigram_entropy(data.val)
+    results[objective.baseline] = getattr(data, objective.baseline)
     results["images_skipped"] = sum(part[2] for part in gathered)
     return results
 

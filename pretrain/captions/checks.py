@@ -7,7 +7,7 @@ from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import read_json
 
 # What files of images end in.
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 
 
 def refuse(path: str | os.PathLike, found: Iterable[str], what: str, what_to_do: str) -> None:

@@ -164,9 +164,7 @@ class Records(Sequence[CaptionRecord]):
             content = Span(root, offset, size)
         first, end = self.firsts[index : index + 2]
         return CaptionRecord(
-            json.loads(self.ids[index])
-            if isinstance(self.ids, PackedText)
-            else int(self.ids[index]),
+            self._id(index),
             os.path.join(root, self.names[index]),
             tuple(self.captions[i] for i in range(first, end)),
             content,
