@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from virtex_d2.demo.main import run_demo
-from virtex_d2.demo.runner import StageFailedError
+from virtex_d2.pipeline.runner import StageFailedError
 from virtex_d2.runtime.errors import exit_on_input_error
 
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from virtex_d2.demo import plan as planning
-from virtex_d2.demo.plan import Plan, Stage, make_budget, make_plan, shell
+from virtex_d2.demo.plan import Plan, make_budget, make_plan
+from virtex_d2.pipeline.stage import Stage, shell
 from virtex_d2.runtime.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,6 +11,7 @@ from PIL import Image
 
 from virtex_d2.demo import figures
 from virtex_d2.demo.main import run_demo
+from virtex_d2.reporting import plots
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +77,7 @@ def test_labels_that_would_overlap_are_pushed_apart():
     figure = figures.Figure(figsize=(4, 3))
     axes = figure.subplots()
     axes.plot([0, 10], [0, 50])
-    figures._finish(axes, [(40.0, "random", "k"), (40.5, "caption-pretrained", "k")])
+    plots.finish(axes, [(40.0, "random", "k"), (40.5, "caption-pretrained", "k")])
     figure.canvas.draw()
     lower, upper = (text.get_window_extent() for text in axes.texts)
     assert lower.y1 <= upper.y0

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from virtex_d2.demo import figures, runner
 from virtex_d2.demo.main import run_demo
 from virtex_d2.demo.plan import make_budget, make_plan
-from virtex_d2.demo.progress import Progress
-from virtex_d2.demo.runner import StageFailedError
+from virtex_d2.pipeline import runner
+from virtex_d2.pipeline.progress import Progress
+from virtex_d2.pipeline.runner import StageFailedError
+from virtex_d2.reporting import plots
 from virtex_d2.runtime.errors import InputError
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "demo.py"
@@ -24,8 +25,8 @@ def logs(output: Path) -> dict[str, str]:
 @pytest.fixture(autouse=True)
 def _coarse_pictures(monkeypatch):
     """Nothing here looks at them."""
-    monkeypatch.setattr(figures, "_DPI", 30)
-    monkeypatch.setattr(figures, "_PHOTO_DPI", 30)
+    monkeypatch.setattr(plots, "DPI", 30)
+    monkeypatch.setattr(plots, "PHOTO_DPI", 30)
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def test_a_stage_of_another_config_is_refused_before_anything_runs(finished_copy
     with open(finished_copy.parent / "configs/shapes/Base.yaml", "a") as file:
         file.write("SEED: 7\n")
     before = logs(finished_copy)
-    with pytest.raises(InputError, match="seed1-random was made by another command or config"):
+    with pytest.raises(InputError, match="seed1-random was made by another command, config"):
         run_demo(finished_copy.parent, finished_copy, scale=0.1, num_seeds=3)
     assert logs(finished_copy) == before
 
@@ -187,7 +188,7 @@ def test_stages_that_run_at_once_count_with_the_longest(finished_copy):
     )
     seconds = dict(zip([stage.name for stage in plan.stages], (1, 2, 3, 10, 40, 50)))
     markers = {name: {"seconds": value} for name, value in seconds.items()}
-    assert runner.elapsed(plan, markers) == 1 + 2 + 3 + 10 + 50
+    assert runner.elapsed(plan.stages, markers) == 1 + 2 + 3 + 10 + 50
 
 
 def test_the_tool_reports_a_failed_stage_and_exits_with_1(project, run_python):

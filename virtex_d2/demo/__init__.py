@@ -3,11 +3,9 @@
 Every stage is one of the project's own tools in a process of its own, as a user would run it:
 
     plan.py     which commands, with how many images and iterations
-    runner.py   runs them, knows which are done
-    progress.py the line that shows how far they are
     results.py  metrics and predictions -> a table over seeds
     figures.py  curves, captioned images
     masks.py    predicted masks beside the truth
     report.py   all of it in one HTML file
-    main.py     the order of the above
+    main.py     the order of the above; `virtex_d2.pipeline` runs the stages
 """

@@ -1,52 +1,34 @@
 """The report's pictures. One colour is one start throughout; lines carry their own labels."""
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from PIL import Image, ImageColor
+
+from virtex_d2.reporting.metrics import Metrics, read_json
+from virtex_d2.reporting.plots import (
+    MUTED,
+    STYLE,
+    draw_seeds,
+    finish,
+    mean_end,
+    save,
+    show_image,
+    xy,
+)
 
 from .masks import Instance, Picture, read_image
-from .results import METRICS, Curve, Metrics, read_json
+from .results import METRICS
 
 # Told apart by people of any colour vision, also in grey; dark enough for text on white.
 COLORS = {"random": "#C8590A", "pretrained": "#0A5FA5", "truth": "#3C4043"}
 LABELS = {"random": "random", "pretrained": "caption-pretrained", "truth": "ground truth"}
 DIRECTION_COLORS = {"forward": "#0A5FA5", "backward": "#3FA7D6"}
-_INK, _MUTED, _RULE = "#202124", "#6B7075", "#DADCE0"
-
-_STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "text.color": _INK,
-    "axes.edgecolor": _RULE,
-    "axes.labelcolor": _MUTED,
-    "axes.titlecolor": _INK,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlepad": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": "#EEEFF1",
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "lines.solid_capstyle": "round",
-}
-# Of curves and of photographs: 1000 pixels of a page take 9.6 inches, so about twice that.
-_DPI, _PHOTO_DPI = 200, 150
-
 LOSS_KEYS = {
     "forward": "loss_captioning_forward",
     "backward": "loss_captioning_backward",
@@ -55,7 +37,7 @@ LOSS_KEYS = {
 
 def draw_pretraining(path: Path, runs: Sequence[Metrics]) -> None:
     """Caption loss of each direction against iteration, training and held-out images."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 3.6), layout="constrained")
         axes = figure.subplots()
         axes.set_title("Caption loss, nats a token")
@@ -64,10 +46,10 @@ def draw_pretraining(path: Path, runs: Sequence[Metrics]) -> None:
             color = DIRECTION_COLORS[direction]
             training = [run.curve(key) for run in runs]
             held_out = [run.curve(f"val/{key}") for run in runs]
-            _draw_seeds(axes, training, color)
+            draw_seeds(axes, training, color)
             for curve in filter(None, held_out):
                 axes.plot(
-                    *_xy(curve),
+                    *xy(curve),
                     "o",
                     color=color,
                     mfc="white",
@@ -77,26 +59,26 @@ def draw_pretraining(path: Path, runs: Sequence[Metrics]) -> None:
                     clip_on=False,
                 )
             if any(training):
-                end = _mean_end(training)
+                end = mean_end(training)
                 words = f"{direction} {end:.2f}"
                 if any(held_out):
-                    words += f"\nheld out {_mean_end(held_out):.2f}"
+                    words += f"\nheld out {mean_end(held_out):.2f}"
                 labels.append((end, words, color))
         entropy = runs[0].curve("val/unigram_entropy")
         if entropy:
-            axes.axhline(entropy.last, color=_MUTED, lw=1, ls=(0, (5, 3)), zorder=1)
-            labels.append((entropy.last, "word frequencies alone\n(unigram entropy)", _MUTED))
-        _finish(axes, labels)
+            axes.axhline(entropy.last, color=MUTED, lw=1, ls=(0, (5, 3)), zorder=1)
+            labels.append((entropy.last, "word frequencies alone\n(unigram entropy)", MUTED))
+        finish(axes, labels)
         axes.annotate(
             "lines: training images, with augmentation    circles: held-out images",
             xy=(0, 0),
             xytext=(0, -34),
             xycoords="axes fraction",
             textcoords="offset points",
-            color=_MUTED,
+            color=MUTED,
             fontsize=8,
         )
-        _save(figure, path)
+        save(figure, path)
 
 
 def draw_detectors(path: Path, runs: Mapping[str, Sequence[Metrics]]) -> None:
@@ -106,7 +88,7 @@ def draw_detectors(path: Path, runs: Mapping[str, Sequence[Metrics]]) -> None:
         path: of the PNG.
         runs: of each start, one run a seed.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 3.2), layout="constrained")
         panels = figure.subplots(1, 3)
         for axes, metric in zip(panels, ("bbox/AP", "segm/AP")):
@@ -115,11 +97,11 @@ def draw_detectors(path: Path, runs: Mapping[str, Sequence[Metrics]]) -> None:
         labels = []
         for start, metrics in runs.items():
             curves = [run.curve("total_loss") for run in metrics]
-            _draw_seeds(panels[2], curves, COLORS[start])
+            draw_seeds(panels[2], curves, COLORS[start])
             if any(curves):
-                labels.append((_mean_end(curves), LABELS[start], COLORS[start]))
-        _finish(panels[2], labels, number="{:.2f}")
-        _save(figure, path)
+                labels.append((mean_end(curves), LABELS[start], COLORS[start]))
+        finish(panels[2], labels, number="{:.2f}")
+        save(figure, path)
 
 
 def draw_ap(axes: Axes, runs: Mapping[str, Sequence[Metrics]], metric: str) -> None:
@@ -128,9 +110,9 @@ def draw_ap(axes: Axes, runs: Mapping[str, Sequence[Metrics]], metric: str) -> N
     labels = []
     for start, metrics in runs.items():
         curves = [run.ap_curve(metric) for run in metrics]
-        _draw_seeds(axes, curves, COLORS[start], marker="o")
-        labels.append((_mean_end(curves), LABELS[start], COLORS[start]))
-    _finish(axes, labels, number="{:.1f}", least_height=1.0)
+        draw_seeds(axes, curves, COLORS[start], marker="o")
+        labels.append((mean_end(curves), LABELS[start], COLORS[start]))
+    finish(axes, labels, number="{:.1f}", least_height=1.0)
 
 
 def draw_captions(path: Path, annotations: Path, images: Path, count: int = 4) -> None:
@@ -146,12 +128,12 @@ def draw_captions(path: Path, annotations: Path, images: Path, count: int = 4) -
     ]
     lines = max(text.count("\n") for text in texts) + 1
     side, below = 9.6 / count, 0.12 + 0.155 * lines  # inches
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.6, side + below))
         panels = figure.subplots(1, count, squeeze=False, gridspec_kw={"wspace": 0.06})[0]
         figure.subplots_adjust(left=0, right=1, top=1, bottom=below / (side + below))
         for axes, record, text in zip(panels, records, texts):
-            _show(axes, read_image(images / record["file_name"]))
+            show_image(axes, read_image(images / record["file_name"]))
             axes.text(
                 *(0, -0.04, text),
                 transform=axes.transAxes,
@@ -159,14 +141,14 @@ def draw_captions(path: Path, annotations: Path, images: Path, count: int = 4) -
                 fontsize=7.5,
                 linespacing=1.4,
             )
-        _save(figure, path, photographs=True)
+        save(figure, path, photographs=True)
 
 
 def draw_masks(path: Path, pictures: Sequence[Picture], columns: int = 4) -> None:
     """Held-out images in columns: the truth, then each start's predictions below it."""
     bands = -(-len(pictures) // columns)
     rows = ["truth", "random", "pretrained"]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 2.36 * len(rows) * bands + 0.12 * (bands - 1)))
         grid = figure.subfigures(bands, 1, hspace=0.02, squeeze=False)[:, 0]
         for band, part in enumerate(grid):
@@ -176,14 +158,14 @@ def draw_masks(path: Path, pictures: Sequence[Picture], columns: int = 4) -> Non
             part.subplots_adjust(left=0.028, right=0.998, top=0.995, bottom=0.005)
             shown = pictures[band * columns : (band + 1) * columns]
             _fill_band(panels, rows, shown)
-        _save(figure, path, photographs=True, palette=256)
+        save(figure, path, photographs=True, palette=256, colors=tuple(COLORS.values()))
 
 
 def draw_overview(
     path: Path, runs: Mapping[str, Sequence[Metrics]], pictures: Sequence[Picture]
 ) -> None:
     """One picture of the whole: mask AP against iteration beside predicted masks. For a README."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 4.4))
         left, right = figure.subfigures(1, 2, width_ratios=(0.37, 0.63))
         axes = left.subplots()
@@ -193,7 +175,7 @@ def draw_overview(
         panels = right.subplots(3, 4, gridspec_kw={"wspace": 0.03, "hspace": 0.03})
         right.subplots_adjust(left=0.04, right=0.995, top=0.985, bottom=0.015)
         _fill_band(panels, rows, pictures[:4], fontsize=5.5, scores=False)
-        _save(figure, path, photographs=True, palette=96)
+        save(figure, path, photographs=True, palette=96, colors=tuple(COLORS.values()))
 
 
 def _fill_band(
@@ -219,7 +201,7 @@ def _fill_band(
         for axes in row:
             axes.set_axis_off()
         for axes, picture in zip(row, pictures):
-            _show(axes, picture.image)
+            show_image(axes, picture.image)
             for instance in picture.truth if kind == "truth" else picture.predictions[kind]:
                 text = instance.name
                 if scores and instance.score is not None:
@@ -265,105 +247,3 @@ def _draw_instance(axes: Axes, instance: Instance, text: str, color: str, fontsi
         },
         clip_on=True,
     )
-
-
-def _show(axes: Axes, image: np.ndarray) -> None:
-    axes.set_axis_off()
-    axes.imshow(image, interpolation="bicubic")
-    axes.set_xlim(-0.5, image.shape[1] - 0.5)
-    axes.set_ylim(image.shape[0] - 0.5, -0.5)
-
-
-def _draw_seeds(axes: Axes, curves: Sequence[Curve], color: str, marker: str = "") -> None:
-    curves = [curve for curve in curves if curve]
-    if len(curves) > 1:
-        for curve in curves:
-            axes.plot(*_xy(curve), color=color, lw=0.8, alpha=0.4, clip_on=False)
-    if curves:
-        iterations, means = _mean_curve(curves)
-        axes.plot(
-            iterations,
-            means,
-            color=color,
-            lw=2.2,
-            marker=marker if len(means) > 1 else "o",
-            ms=4,
-            zorder=3,
-            clip_on=False,
-        )
-
-
-def _mean_curve(curves: Sequence[Curve]) -> tuple[list[int], list[float]]:
-    """Where all have a value."""
-    by_iteration = [dict(zip(curve.iterations, curve.values)) for curve in curves]
-    shared = sorted(set.intersection(*(set(values) for values in by_iteration)))
-    return shared, [float(np.mean([values[i] for values in by_iteration])) for i in shared]
-
-
-def _mean_end(curves: Iterable[Curve]) -> float:
-    return float(np.mean([curve.last for curve in curves if curve]))
-
-
-def _xy(curve: Curve) -> tuple[Sequence[int], Sequence[float]]:
-    return curve.iterations, curve.values
-
-
-def _finish(
-    axes: Axes,
-    labels: list[tuple[float, str, Any]],
-    number: str = "{:.2f}",
-    least_height: float = 0.0,
-) -> None:
-    """Axes from zero, and each line's label at its end, pushed apart where they would meet."""
-    axes.set_xlabel("iteration")
-    axes.margins(x=0.02)
-    axes.set_xlim(left=0)
-    low, high = 0.0, max(1.04 * axes.get_ylim()[1], least_height)
-    axes.set_ylim(low, high)
-    points = axes.get_window_extent().height / axes.figure.dpi * 72
-    gap = (high - low) * 25 / points  # two lines of a label
-    labels = sorted(labels, key=lambda label: label[0])
-    places = _spread([value for value, _, _ in labels], gap, highest=high)
-    for (value, name, color), place in zip(labels, places):
-        axes.annotate(
-            f"{name}\n{number.format(value)}" if "\n" not in name else name,
-            xy=(1, place),
-            xycoords=("axes fraction", "data"),
-            xytext=(5, 0),
-            textcoords="offset points",
-            color=color,
-            fontsize=8,
-            va="center",
-            annotation_clip=False,
-        )
-
-
-def _spread(values: Sequence[float], gap: float, highest: float) -> list[float]:
-    """Places near the ascending `values`, at least `gap` apart, none above `highest`."""
-    places: list[float] = []
-    for value in values:
-        places.append(max(value, places[-1] + gap) if places else value)
-    for index in reversed(range(len(places))):
-        limit = places[index + 1] - gap if index + 1 < len(places) else highest
-        places[index] = min(places[index], limit)
-    return places
-
-
-def _save(figure: Figure, path: Path, photographs: bool = False, palette: int = 0) -> None:
-    """Write the PNG; with a palette of that many colours it takes a third of the space.
-
-    The starts' colours and the text's are always in it, with the paler ones of smooth edges.
-    """
-    figure.savefig(path, dpi=_PHOTO_DPI if photographs else _DPI, facecolor="white")
-    if palette:
-        drawn = np.array([ImageColor.getrgb(color) for color in (*COLORS.values(), _INK, _MUTED)])
-        fixed = np.concatenate([drawn, (drawn + 255) // 2, [[255, 255, 255]]])
-        with Image.open(path) as image:
-            pixels = image.convert("RGB")
-        found = np.reshape(pixels.quantize(palette - len(fixed)).getpalette("RGB"), (-1, 3))
-        # Pillow finds the nearest colour only nearly: none may be close to a fixed one.
-        distances = np.linalg.norm(found[:, None] - fixed, axis=2).min(axis=1)
-        reference = Image.new("P", (1, 1))
-        reference.putpalette(np.concatenate([found[distances > 20], fixed]).flatten().tolist())
-        small = pixels.quantize(palette=reference, dither=Image.Dither.NONE)
-        small.save(path, optimize=True)

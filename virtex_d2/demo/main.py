@@ -2,13 +2,16 @@
 
 from pathlib import Path
 
+from virtex_d2.pipeline.progress import clock
+from virtex_d2.pipeline.runner import claim_output, cores, elapsed, run_stages
+from virtex_d2.pipeline.stage import read_config
+from virtex_d2.reporting.metrics import Metrics
+from virtex_d2.reporting.page import Picture
 from virtex_d2.runtime.errors import InputError
 
 from . import figures, report, results
 from .masks import load_pictures
-from .plan import STARTS, Plan, make_budget, make_plan, read_config
-from .progress import clock
-from .runner import claim_output, cores, elapsed, run_plan
+from .plan import STARTS, Plan, make_budget, make_plan
 
 NUM_PICTURES = 8  # held-out images in the report
 
@@ -27,21 +30,21 @@ def run_demo(root: Path, output: Path, scale: float = 1.0, num_seeds: int = 1) -
 
     Raises:
         InputError: an argument cannot be used, or `output` holds something else.
-        runner.StageFailedError: a stage failed; there is no report then.
+        pipeline.runner.StageFailedError: a stage failed; there is no report then.
     """
     root, output = root.resolve(), output.resolve()
     plan = make_plan(root, output, make_budget(root, scale), num_seeds)
     missing = [name for name in ("tools", "configs") if not (root / name).is_dir()]
     if missing:
         raise InputError(f"{root}: expected the project's folder; it has no {missing[0]}/.")
-    claim_output(output, plan.budget)
+    claim_output(output, "demo", {"scale": plan.budget.scale})
     path = output / "report.html"
     path.unlink(missing_ok=True)  # it would not speak of this run
     print(
         f"{len(plan.stages)} stages into {output}, on {cores()} cores. Commands run in {root}.",
         flush=True,
     )
-    markers = run_plan(plan, root, output)
+    markers = run_stages(plan.stages, root, output)
 
     print("\nReport", flush=True)
     comparisons = _report(plan, root, output, markers, path)
@@ -49,7 +52,7 @@ def run_demo(root: Path, output: Path, scale: float = 1.0, num_seeds: int = 1) -
     for row in comparisons:
         if row.metric in results.MAIN_METRICS:
             print(results.verdict(row))
-    print(f"{clock(elapsed(plan, markers))} in all. Report: {path}")
+    print(f"{clock(elapsed(plan.stages, markers))} in all. Report: {path}")
     return path
 
 
@@ -60,12 +63,12 @@ def _report(
         return root / plan.run_folder(seed, name)
 
     pretraining = [
-        results.Metrics(run(seed, "pretrain") / "metrics.json", plan.budget.pretrain.iterations)
+        Metrics(run(seed, "pretrain") / "metrics.json", plan.budget.pretrain.iterations)
         for seed in plan.seeds
     ]
     detectors = {
         start: [
-            results.Metrics(run(seed, start) / "metrics.json", plan.budget.detect.iterations)
+            Metrics(run(seed, start) / "metrics.json", plan.budget.detect.iterations)
             for seed in plan.seeds
         ]
         for start in STARTS
@@ -92,7 +95,7 @@ def _report(
         path,
         plan,
         comparisons,
-        {name: report.Picture(drawn[name], *words) for name, words in _WORDS.items()},
+        {name: Picture(drawn[name], *words) for name, words in _WORDS.items()},
         markers,
         sorted({_device(run(seed, name)) for seed in plan.seeds for name in ("pretrain", *STARTS)}),
     )

@@ -9,9 +9,8 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from virtex_d2.reporting.metrics import read_json
 from virtex_d2.runtime.errors import InputError
-
-from .results import read_json
 
 RIGHT_IOU = 0.5  # mask IoU from which a prediction of the right class counts as right, as in AP50
 

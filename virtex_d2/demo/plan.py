@@ -5,18 +5,11 @@ counted in iterations), and the captioned images with them.
 """
 
 import ast
-import hashlib
-import itertools
-import json
-import os
-import shlex
-import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from virtex_d2.pipeline.stage import Stage, read_config
 from virtex_d2.runtime.errors import InputError
 
 PRETRAIN_CONFIG = "configs/pretrain/shapes_R_50.yaml"
@@ -64,44 +57,6 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One command of the line.
-
-    Attributes:
-        name: a file name for its marker and log, e.g. "seed1-pretrain".
-        title: one line for people.
-        command: arguments after the interpreter, relative to the project's root.
-        folder: what it writes into, relative to the root or absolute.
-        configs: config files that it reads, relative to the root.
-        needs: the stages whose output it reads.
-        iterations: how many it will report; 0 where it does not train.
-        again: the flag with which the tool goes on from, or replaces, what a stopped run has left.
-        label: a word for the progress line.
-        group: neighbours of the same group run at the same time; "" for a stage on its own.
-    """
-
-    name: str
-    title: str
-    command: tuple[str, ...]
-    folder: str
-    configs: tuple[str, ...] = ()
-    needs: tuple["Stage", ...] = field(default=(), repr=False)
-    iterations: int = 0
-    again: str = "--resume"
-    label: str = ""
-    group: str = ""
-
-    def fingerprint(self, root: Path) -> str:
-        """A hash of the command, its config files (with those they include), and its inputs'."""
-        digest = hashlib.sha256(json.dumps(self.command).encode())
-        for config in self.configs:
-            digest.update(json.dumps(read_config(root / config), sort_keys=True).encode())
-        for stage in self.needs:
-            digest.update(stage.fingerprint(root).encode())
-        return digest.hexdigest()
-
-
-@dataclass(frozen=True)
 class Plan:
     """All stages in order, and where each result will lie (paths as in `Stage.folder`)."""
 
@@ -110,12 +65,6 @@ class Plan:
     world: str
     runs: str
     stages: tuple[Stage, ...] = ()
-
-    @property
-    def groups(self) -> list[list[Stage]]:
-        """The stages in order, those together that run at the same time."""
-        by_group = itertools.groupby(self.stages, key=lambda stage: stage.group or stage.name)
-        return [list(stages) for _, stages in by_group]
 
     def run_folder(self, seed: int, run: str) -> str:
         """The OUTPUT_DIR of a run: "pretrain", or one of `STARTS` for a detector."""
@@ -128,23 +77,6 @@ class Plan:
     def images(self, split: str) -> str:
         """The image folder of a split."""
         return f"{self.world}/images/{split}"
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A YAML config with what it includes by `_BASE_`, as nested dicts.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: cannot read this config file: {error}") from error
-    bases = content.pop("_BASE_", [])
-    merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        merged = _merged(merged, read_config(path.parent / base))
-    return _merged(merged, content)
 
 
 def make_budget(root: Path, scale: float) -> Budget:
@@ -194,28 +126,6 @@ def make_plan(root: Path, output: Path, budget: Budget, num_seeds: int) -> Plan:
         stages.append(pretrain)
         stages += [_detect_stage(plan, seed, start, world[1:], pretrain) for start in STARTS]
     return replace(plan, stages=tuple(stages))
-
-
-def argv(stage: Stage, root: Path, again: bool = False) -> list[str]:
-    """What to execute in the project's root, the interpreter first."""
-    script, *arguments = stage.command
-    return [_interpreter(root), script, *([stage.again] if again else []), *arguments]
-
-
-def shell(arguments: list[str]) -> str:
-    """A command line to paste; what has single quotes in it is put in double ones."""
-    return " ".join(
-        f'"{argument}"'
-        if "'" in argument and not set(argument) & set('"$`\\!')
-        else shlex.quote(argument)
-        for argument in arguments
-    )
-
-
-def _interpreter(root: Path) -> str:
-    # As people type it: .venv/bin/python and not its absolute path.
-    relative = os.path.relpath(sys.executable, root)
-    return sys.executable if relative.startswith("..") else relative
 
 
 def _world_stage(plan: Plan, split: str, count: int) -> Stage:
@@ -325,12 +235,3 @@ def _required(config: dict[str, Any], dotted: str, path: Path) -> int:
     if not isinstance(value, int):
         raise InputError(f"{path}: the demo needs {dotted} as a number here; found {value!r}.")
     return value
-
-
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    both = {
-        key: _merged(base[key], over[key])
-        for key in base.keys() & over.keys()
-        if isinstance(base[key], dict) and isinstance(over[key], dict)
-    }
-    return {**base, **over, **both}

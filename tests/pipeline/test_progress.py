@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from virtex_d2.demo.progress import Progress, clock
+from virtex_d2.pipeline.progress import Progress, clock
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Runs the stages, a process each: progress on the terminal, everything in a log, done once.
 
 A stage that has ended well leaves a marker with the fingerprint of its command and configs; the
-next demo skips it. One that was stopped goes on with the tool's --resume, or writes its files anew.
+next call skips it. One that was stopped goes on with the tool's --resume, or writes its files anew.
 """
 
 import json
@@ -11,15 +11,15 @@ import re
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import atomic_path
 
-from .plan import Budget, Plan, Stage, argv, shell
 from .progress import Progress, clock
+from .stage import Stage, argv, grouped, shell
 
 LOG_TAIL = 25  # lines shown of a failed stage
 
@@ -48,32 +48,47 @@ def environment(root: Path, processes: int = 1) -> dict[str, str]:
     return env
 
 
-def claim_output(output: Path, budget: Budget) -> None:
-    """Make `output` this demo's, or make sure that it is already.
+def claim_output(output: Path, kind: str, settings: Mapping[str, Any]) -> None:
+    """Make `output` the folder of this piece of work, or make sure that it is already.
+
+    Args:
+        output: the folder.
+        kind: what it is, for people and for the name of its record: "demo".
+        settings: what may not change between two calls.
 
     Raises:
-        InputError: it holds something else, or a demo of another scale.
+        InputError: it holds something else, or the same with other settings.
     """
-    record = output / "demo.json"
-    settings = {"scale": budget.scale}
+    record = output / f"{kind}.json"
     if record.is_file():
         found = _read_json(record)
         if found != settings:
             raise InputError(
-                f"{output}: holds a demo with other settings ({_shown(found)}; now "
+                f"{output}: holds a {kind} with other settings ({_shown(found)}; now "
                 f"{_shown(settings)}). Choose another --output, or remove the folder."
             )
         return
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(
-            f"{output}: holds something that no demo has left there. Choose another --output, or "
+            f"{output}: holds something that no {kind} has left there. Choose another --output, or "
             "remove it."
         )
     _write_json(record, settings)
 
 
-def run_plan(plan: Plan, root: Path, output: Path) -> dict[str, dict[str, Any]]:
-    """Run every stage that is not complete; those of one group at the same time.
+def run_stages(
+    stages: Sequence[Stage],
+    root: Path,
+    output: Path,
+    slots: Sequence[Mapping[str, str]] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Run every stage that is not complete; neighbours of one group at the same time.
+
+    Args:
+        stages: in order; what one needs comes before it.
+        root, output: the project's folder, and that of markers and logs.
+        slots: environment variables of each place in which a stage can run, such as its GPU: no
+            more stages than that run at once. None: as many as a group has.
 
     Returns:
         Each stage's marker by its name: "command", "seconds" (over all its runs), "threads".
@@ -82,39 +97,48 @@ def run_plan(plan: Plan, root: Path, output: Path) -> dict[str, dict[str, Any]]:
         InputError: a stage's folder was written by another command or with another config.
         StageFailedError: a stage failed; the later ones were not started.
     """
-    markers = {stage.name: _checked_marker(stage, root, output) for stage in plan.stages}
-    numbers = {stage.name: number for number, stage in enumerate(plan.stages, start=1)}
-    for group in plan.groups:
-        for stage in group:
-            number = numbers[stage.name]
-            print(f"\n[{number}/{len(plan.stages)}] {stage.title}", flush=True)
-            if markers[stage.name].get("complete"):
-                seconds = clock(markers[stage.name]["seconds"])
-                print(f"  done before, in {seconds}: kept", flush=True)
+    markers = {stage.name: checked_marker(stage, root, output) for stage in stages}
+    numbers = {stage.name: number for number, stage in enumerate(stages, start=1)}
+    for group in grouped(stages):
+        places = slots or [{}] * len(group)
         runs = [
-            _Run(stage, markers[stage.name], root, output, len(group))
+            _Run(stage, markers[stage.name], root, output, min(len(places), len(group)))
             for stage in group
             if not markers[stage.name].get("complete")
         ]
+        kept = [stage for stage in group if markers[stage.name].get("complete")]
+        for stage in kept:
+            print(_title(stage, numbers, len(stages)), flush=True)
+            print(f"  done before, in {clock(markers[stage.name]['seconds'])}: kept", flush=True)
         if runs:
-            _run_together(runs)
+            titles = {run.stage.name: _title(run.stage, numbers, len(stages)) for run in runs}
+            _run_together(runs, places, titles)
     return markers
 
 
-def elapsed(plan: Plan, markers: Mapping[str, Mapping[str, Any]]) -> float:
-    """Seconds of the whole demo; of stages that ran at the same time the longest counts."""
-    return sum(max(markers[stage.name]["seconds"] for stage in group) for group in plan.groups)
+def _title(stage: Stage, numbers: Mapping[str, int], count: int) -> str:
+    return f"\n[{numbers[stage.name]}/{count}] {stage.title}"
 
 
-def _checked_marker(stage: Stage, root: Path, output: Path) -> dict[str, Any]:
+def elapsed(stages: Iterable[Stage], markers: Mapping[str, Mapping[str, Any]]) -> float:
+    """Seconds of all stages; of those that ran at the same time the longest counts."""
+    return sum(max(markers[stage.name]["seconds"] for stage in group) for group in grouped(stages))
+
+
+def checked_marker(stage: Stage, root: Path, output: Path) -> dict[str, Any]:
+    """What an earlier run of the stage has recorded; empty where there was none.
+
+    Raises:
+        InputError: it was another command, or had other configs or files.
+    """
     path = _marker_path(stage, output)
     if not path.is_file():
         return {}
     marker = _read_json(path)
     if marker.get("fingerprint") != stage.fingerprint(root):
         raise InputError(
-            f"{output}: its stage {stage.name} was made by another command or config than now "
-            f"({path}). Choose another --output, or remove the folder."
+            f"{output}: its stage {stage.name} was made by another command, config or input file "
+            f"than now ({path}). Choose another --output, or remove the folder."
         )
     return marker
 
@@ -125,7 +149,7 @@ class _Run:
     Args:
         stage: what to run.
         marker: of an earlier run that was stopped, or empty; changed in place.
-        root, output: the project's folder and the demo's.
+        root, output: the project's folder, and that of markers and logs.
         processes: how many share the machine.
     """
 
@@ -145,7 +169,7 @@ class _Run:
             complete=False,
         )
 
-    def start(self, tell: Callable[[str | None], None]) -> None:
+    def start(self, tell: Callable[[str | None], None], slot: Mapping[str, str]) -> None:
         """Start the process; `tell` gets each line of its output, and None at its end."""
         print(f"  {shell(self._command)}", flush=True)
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +179,7 @@ class _Run:
         self._process = subprocess.Popen(
             self._command,
             cwd=self._root,
-            env=self._environment,
+            env={**self._environment, **slot},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -189,39 +213,51 @@ class _Run:
         return code
 
 
-def _run_together(runs: Sequence[_Run]) -> None:
-    """Run processes at the same time. Where one fails, the others still come to their end."""
+def _run_together(
+    runs: Sequence[_Run], slots: Sequence[Mapping[str, str]], titles: Mapping[str, str]
+) -> None:
+    """Run processes, as many at the same time as there are slots.
+
+    Where one fails, those that run come to their end, and no other begins.
+    """
     news: queue.SimpleQueue[tuple[_Run, str | None]] = queue.SimpleQueue()
     progress = Progress({run.stage.label: run.stage.iterations for run in runs})
-    started: list[_Run] = []
+    waiting, free = list(runs), list(slots)
+    running: dict[str, tuple[_Run, Mapping[str, str]]] = {}
     codes: dict[str, int] = {}
     try:
-        for run in runs:
-            run.start(lambda line, run=run: news.put((run, line)))
-            started.append(run)
-        while started:
+        while running or (waiting and not any(codes.values())):
+            while waiting and free and not any(codes.values()):
+                run, slot = waiting.pop(0), free.pop(0)
+                print(titles[run.stage.name], flush=True)
+                run.start(lambda line, run=run: news.put((run, line)), slot)
+                running[run.stage.name] = run, slot
+                progress.begin(run.stage.label)
             try:
                 run, line = news.get(timeout=1.0)
             except queue.Empty:
                 progress.show()
                 continue
             if line is None:
-                started.remove(run)
+                _, slot = running.pop(run.stage.name)
+                free.append(slot)
                 codes[run.stage.name] = run.end()
                 progress.end(run.stage.label)
+                if codes[run.stage.name] == 0:
+                    print(f"  finished in {clock(run.seconds)}; log: {run.log}", flush=True)
             else:
                 progress.update(line.strip(), run.stage.label)
     finally:
         progress.close()
-        for run in started:
+        for run, _ in running.values():
             run.end(stop=True)
     failures = [
-        _failure(run.stage, codes[run.stage.name], run.log) for run in runs if codes[run.stage.name]
+        _failure(run.stage, codes[run.stage.name], run.log)
+        for run in runs
+        if codes.get(run.stage.name)
     ]
     if failures:
         raise StageFailedError("\n".join(failures))
-    for run in runs:
-        print(f"  finished in {clock(run.seconds)}; log: {run.log}", flush=True)
 
 
 def _failure(stage: Stage, code: int, log: Path) -> str:
@@ -241,14 +277,14 @@ def _marker_path(stage: Stage, output: Path) -> Path:
 
 
 def _shown(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in settings.items())
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}). Remove the demo's folder.") from error
+        raise InputError(f"{path}: cannot be read ({error}). Remove the folder.") from error
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import IO
 
 PERIOD = 10.0  # seconds between lines where the output is no terminal
 WIDTH = 100  # characters of the line on a terminal
+FEW = 3  # processes that the line has room for from beginning to end
 
 _ITERATION = re.compile(r"\biter: (\d+)")
 _ETA = re.compile(r"\beta: ([\w:, ]+?)  ")
@@ -23,7 +24,7 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """One line about one or several processes.
+    """One line about one or several processes; of many, about those that run.
 
     Understands detectron2's log lines ("iter: 120  total_loss: 1.9  eta: 0:03:10"), and shows the
     latest of the others; of a process that does not train, the latest line of any kind.
@@ -45,6 +46,10 @@ class Progress:
         self._states[name].update(line)
         self.show()
 
+    def begin(self, name: str) -> None:
+        """A process has started."""
+        self._states[name].started = True
+
     def end(self, name: str) -> None:
         """A process has ended."""
         self._states[name].ended = True
@@ -55,15 +60,22 @@ class Progress:
         if now - self._shown_at < self._period:
             return
         self._shown_at = now
-        several = len(self._states) > 1
-        states = [
-            f"{name}: {state}" if several else str(state) for name, state in self._states.items()
-        ]
-        text = f"  {clock(now - self._start)} · {' | '.join(states)}"
+        text = f"  {clock(now - self._start)} · {' | '.join(self._parts())}"
         if self._in_place:
             print(f"\r\x1b[K{text[:WIDTH]}", end="", file=self._stream, flush=True)
         else:
             print(text, file=self._stream, flush=True)
+
+    def _parts(self) -> list[str]:
+        several = len(self._states) > 1
+        many = len(self._states) > FEW
+        parts = [
+            f"{name}: {state}" if several else str(state)
+            for name, state in self._states.items()
+            if not many or (state.started and not state.ended)
+        ]
+        ended = sum(state.ended for state in self._states.values())
+        return [f"{ended} of {len(self._states)} done", *parts] if many else parts
 
     def close(self) -> None:
         """End the line that is redrawn in place."""
@@ -75,7 +87,7 @@ class _State:
     """What one process has last said."""
 
     def __init__(self, iterations: int):
-        self.ended = False
+        self.started = self.ended = False
         self._iterations = iterations
         self._at = ""
         self._latest = ""

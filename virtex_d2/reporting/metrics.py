@@ -1,0 +1,104 @@
+"""What a run has recorded: curves of its metrics.json."""
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from virtex_d2.runtime.errors import InputError
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One number against iterations done (1 after the first)."""
+
+    iterations: tuple[int, ...]
+    values: tuple[float, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.values)
+
+    @property
+    def last(self) -> float:
+        """The value at the end."""
+        return self.values[-1]
+
+
+class Metrics:
+    """A run's metrics.json.
+
+    Args:
+        path: of JSON lines, each with "iteration", as detectron2's JSONWriter writes them.
+        iterations: the run's length: what is recorded after the last iteration belongs to it.
+
+    Raises:
+        InputError: there is no such file, or nothing in it.
+    """
+
+    def __init__(self, path: Path, iterations: int):
+        self.path = path
+        self._iterations = iterations
+        self._records = _read_records(path)
+
+    def curve(self, key: str) -> Curve:
+        """A number's course; empty where it was never recorded.
+
+        What a resumed run recorded replaces what the stopped one had of the same iteration.
+        """
+        points = {
+            min(record["iteration"] + 1, self._iterations): float(record[key])
+            for record in self._records
+            if key in record
+        }
+        ordered = sorted(points.items())
+        return Curve(tuple(i for i, _ in ordered), tuple(value for _, value in ordered))
+
+    def ap_curve(self, key: str) -> Curve:
+        """As `curve`; NaN, which the evaluator gives where nothing was detected, becomes AP 0.
+
+        Raises:
+            InputError: the number was never recorded.
+        """
+        curve = self.curve(key)
+        if not curve:
+            raise InputError(f"{self.path}: expected {key} of an evaluation; there is none.")
+        return Curve(curve.iterations, tuple(0.0 if math.isnan(v) else v for v in curve.values))
+
+
+def mean_and_spread(values: Sequence[float], signed: bool = False) -> str:
+    """ "12.3 ± 0.4" (standard deviation), or "12.3" for one value."""
+    mean = f"{statistics.fmean(values):{'+' if signed else ''}.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: expected JSON that can be read: {error}") from error
+
+
+def _read_records(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the run's metrics: {error.strerror}.") from error
+    records = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # half a line, of a run that was killed while it wrote
+        if isinstance(record, dict) and "iteration" in record:
+            records.append(record)
+    if not records:
+        raise InputError(f"{path}: expected JSON lines with an iteration each, found none.")
+    return records
