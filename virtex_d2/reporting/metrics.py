@@ -43,6 +43,24 @@ class Metrics:
         self._iterations = iterations
         self._records = _read_records(path)
 
+    @property
+    def keys(self) -> list[str]:
+        """Everything that was recorded, in the order of its first time."""
+        return list(dict.fromkeys(key for record in self._records for key in record))
+
+    @property
+    def training_seconds(self) -> float:
+        """Of all iterations, without what came between them; 0 where `time` was not recorded.
+
+        The recorded time is the median of the iterations since the record before.
+        """
+        curve = self.curve("time")
+        starts = (0, *curve.iterations)
+        return sum(
+            seconds * (end - start)
+            for start, end, seconds in zip(starts, curve.iterations, curve.values)
+        )
+
     def curve(self, key: str) -> Curve:
         """A number's course; empty where it was never recorded.
 

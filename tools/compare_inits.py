@@ -1,0 +1,123 @@
+#!/usr/bin/env python
+"""Train the same detector from several initialisations, and report which is better by how much.
+
+python tools/compare_inits.py --output output/comparison \\
+    --config-file configs/voc/faster_rcnn_R_50_C4_voc07.yaml \\
+    --init random --init virtex=output/pretrain/backbone.safetensors \\
+    --init imagenet=R-50.pth --seeds 1 2 3 --fractions 1 0.1
+
+What is finished is not run again; the same command goes on from where it stopped. {seed} in a
+checkpoint's path stands for the seed. As a job array: --list prints the runs, --only N does one of
+them, --report-only writes the report from what is there. Runs that were trained elsewhere:
+
+python tools/compare_inits.py --output output/report \\
+    --collect random='output/coco_random_seed*' --collect virtex='output/coco_virtex_seed*'
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from virtex_d2.comparison.collection import collect
+from virtex_d2.comparison.main import Comparison, write_all
+from virtex_d2.comparison.plan import make_plan, parse_inits
+from virtex_d2.comparison.tables import text_table
+from virtex_d2.pipeline.runner import StageFailedError
+from virtex_d2.runtime.errors import InputError, exit_on_input_error
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> None:
+    args = _parse()
+    if args.collect:
+        if args.config_file or args.init:
+            raise InputError("--collect: reads finished runs; leave --config-file and --init out.")
+        path, blocks = write_all(args.output, *collect(args.collect))
+    else:
+        if not args.config_file:
+            raise InputError("--config-file: name at least one config of tools/train_net.py.")
+        plan = make_plan(
+            args.config_file,
+            parse_inits(args.init, args.init_opts),
+            args.fractions,
+            args.seeds,
+            args.opts,
+            args.baseline,
+            args.num_gpus,
+        )
+        comparison = Comparison(plan, ROOT, args.output.resolve())
+        if args.list:
+            for number, command in enumerate(comparison.commands()):
+                print(f"{number}\t{command}")
+            return
+        if not args.report_only:
+            comparison.run(args.jobs, args.only)
+        if args.only is not None:
+            return
+        path, blocks = comparison.report()
+    print(f"\n{text_table(blocks)}\n\nReport: {path}")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--output", type=Path, required=True, metavar="DIR", help="folder of the comparison")
+    add(
+        *("--config-file", "--config-files"),
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="configs of tools/train_net.py; each is a comparison of its own in the report",
+    )
+    add(
+        "--init",
+        action="append",
+        default=[],
+        metavar="NAME=CHECKPOINT",
+        help="an initialisation, or random; repeat it for each",
+    )
+    add(
+        "--init-opts",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="NAME KEY VALUE",
+        help="config overrides for one initialisation alone; the report names such differences",
+    )
+    add("--fractions", type=float, nargs="+", default=[1.0], help="of the training images")
+    add("--seeds", type=int, nargs="+", default=[1], help="one run of each start for every seed")
+    add("--baseline", default="", metavar="NAME", help="default: random, else the first --init")
+    add("--num-gpus", type=int, default=1, help="of one run (default 1)")
+    add("--jobs", type=int, default=0, help="runs at the same time (default: as GPUs allow)")
+    add("--list", action="store_true", help="print the runs with their numbers, run nothing")
+    add("--only", type=int, metavar="N", help="do run N of --list alone, without a report")
+    add("--report-only", action="store_true", help="report on what is finished, run nothing")
+    add(
+        "--collect",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDERS",
+        help="instead of running: finished runs of one initialisation, a pattern of OUTPUT_DIRs",
+    )
+    add(
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="KEY VALUE",
+        help="config overrides for all runs, e.g. SOLVER.MAX_ITER 1000; after everything else",
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        try:
+            main()
+        except StageFailedError as error:
+            sys.exit(f"error: {error}")
+        except KeyboardInterrupt:
+            print("\nStopped. The same command goes on from here.", file=sys.stderr)
+            sys.exit(130)

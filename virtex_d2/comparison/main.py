@@ -1,0 +1,228 @@
+"""A comparison from beginning to end."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from virtex_d2.pipeline.runner import checked_marker, claim_output, cores, run_stages
+from virtex_d2.pipeline.stage import Stage, argv, shell
+from virtex_d2.reporting.page import Picture
+from virtex_d2.runtime.errors import InputError
+
+from . import figures, pictures, report, tables
+from .plan import Plan, check_weights
+from .runs import TASKS, Run, read_run
+from .tables import Block
+
+# Where a job array stops and the report begins: nothing but the finished runs is needed.
+KIND = "comparison"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A plan in its folder.
+
+    Args:
+        plan: the runs.
+        root: the project's folder, with tools/ and configs/.
+        output: the comparison's; new, or of an earlier call.
+
+    Raises:
+        InputError: `root` is not the project's folder.
+    """
+
+    plan: Plan
+    root: Path
+    output: Path
+
+    def __post_init__(self) -> None:
+        if not (self.root / "tools" / "train_net.py").is_file():
+            raise InputError(
+                f"{self.root}: expected the project's folder, with tools/train_net.py."
+            )
+
+    @property
+    def stages(self) -> list[Stage]:
+        """A stage for every run, in the plan's order."""
+        return self.plan.stages(self.root, self.output)
+
+    def commands(self) -> list[str]:
+        """The command of every run, to be numbered from 0 in a job array."""
+        return [shell(argv(stage, self.root)) for stage in self.stages]
+
+    def run(self, jobs: int = 0, only: int | None = None) -> None:
+        """Run what is not done yet.
+
+        Args:
+            jobs: how many at the same time; 0: as many as there are GPUs for, one without.
+            only: a run's number, from 0; None: all.
+
+        Raises:
+            InputError: a checkpoint cannot be used, or a folder holds something else; nothing has
+                been run then.
+            pipeline.runner.StageFailedError: a run failed.
+        """
+        stages = self.stages
+        if only is not None:
+            if not 0 <= only < len(stages):
+                raise InputError(
+                    f"--only {only}: expected a run's number, 0 to {len(stages) - 1} (see --list)."
+                )
+            stages = stages[only : only + 1]
+        check_weights(self.plan)
+        claim_output(self.output, KIND, {"baseline": self.plan.baseline})
+        print(
+            f"{len(stages)} runs into {self.output}, on {cores()} cores. Commands run in "
+            f"{self.root}.",
+            flush=True,
+        )
+        run_stages(stages, self.root, self.output, _slots(jobs, self.plan.num_gpus))
+
+    def finished(self) -> tuple[list[Run], list[str]]:
+        """The finished runs, and the names of the others.
+
+        Raises:
+            InputError: a run's folder is of another command than now, or damaged.
+        """
+        runs, missing = [], []
+        for cell, stage in zip(self.plan.cells, self.stages):
+            if checked_marker(stage, self.root, self.output).get("complete"):
+                runs.append(read_run(cell, self.root / stage.folder))
+            else:
+                missing.append(stage.name)
+        return runs, missing
+
+    def report(self) -> tuple[Path, list[Block]]:
+        """Write report.html, results.csv and summary.csv from the finished runs.
+
+        Returns:
+            The report's path, and what is in it.
+
+        Raises:
+            InputError: no run is finished.
+        """
+        runs, missing = self.finished()
+        commands = {s.name: c for s, c in zip(self.stages, self.commands())}
+        names = [init.name for init in self.plan.inits]
+        return write_all(self.output, names, runs, missing, commands)
+
+
+def write_all(
+    output: Path,
+    inits: Sequence[str],
+    runs: Sequence[Run],
+    missing: Sequence[str] = (),
+    commands: Mapping[str, str] | None = None,
+) -> tuple[Path, list[Block]]:
+    """Write report.html with its pictures, results.csv and summary.csv.
+
+    Args:
+        output: the folder.
+        inits: the starts' names, the baseline first.
+        runs: the finished runs.
+        missing: names of the others.
+        commands: of runs, by their names.
+
+    Raises:
+        InputError: there is no finished run, or none of the baseline.
+    """
+    path = output / "report.html"
+    path.unlink(missing_ok=True)  # it would not speak of these runs
+    if not runs:
+        raise InputError(f"{output}: no run is finished yet; there is nothing to report.")
+    blocks = tables.make_blocks(inits, runs)
+    output.mkdir(parents=True, exist_ok=True)
+    tables.write_text(output / "results.csv", tables.results_csv(blocks))
+    tables.write_text(output / "summary.csv", tables.summary_csv(blocks))
+    folder = output / "pictures"
+    folder.mkdir(exist_ok=True)
+    report.write_report(
+        path, blocks, _draw(folder, blocks), missing, commands or {}, pictures.note(blocks)
+    )
+    return path, blocks
+
+
+def _draw(folder: Path, blocks: Sequence[Block]) -> dict[str, list[Picture]]:
+    drawn: dict[str, list[Picture]] = {"differences": [], "curves": [], "classes": []}
+    metrics = list(dict.fromkeys(metric for block in blocks for metric in block.main))
+    # A page of panels has room for two columns.
+    for part, columns in enumerate(_pairs(metrics)):
+        name = f"{part}" if len(metrics) > 2 else ""
+        if len(blocks[0].runs) > 1:
+            path = folder / f"differences{name}.png"
+            figures.draw_differences(path, blocks, columns)
+            drawn["differences"].append(Picture(path, *_WORDS["differences"]))
+        path = folder / f"curves{name}.png"
+        figures.draw_curves(path, blocks, columns)
+        drawn["curves"].append(Picture(path, *_WORDS["curves"]))
+    for number, block in enumerate(blocks):
+        if len(block.complete) < 2 or block.baseline not in block.complete:
+            continue
+        task = "segm" if any(metric.task == "segm" for metric in block.main) else "bbox"
+        path = folder / f"classes{number}.png"
+        left_out = figures.draw_classes(path, block, task)
+        alternative, words = _WORDS["classes"]
+        place = f"{block.config}, {100 * block.fraction:.6g} % of the images, {TASKS[task]} AP."
+        others = f" {left_out} that change least are left out." if left_out else ""
+        drawn["classes"].append(Picture(path, alternative, f"{place} {words}{others}"))
+    drawn["predictions"] = pictures.draw(folder, blocks)
+    return drawn
+
+
+# What each picture shows, in words, and what is written below it.
+_WORDS = {
+    "differences": (
+        "AP of each start minus that of the baseline, with every seed and a confidence interval",
+        "Strokes are single seeds, the point is their mean, the line its 95 % interval.",
+    ),
+    "curves": (
+        "AP of each start against iteration",
+        "Thin lines are single seeds, the thick one is their mean. What a start is worth shows "
+        "early; a long training may make up for a poor one.",
+    ),
+    "classes": (
+        "AP by object size and by class minus that of the baseline",
+        "Classes without a true object are left out.",
+    ),
+}
+
+
+def _pairs(metrics: Sequence) -> Iterator[Sequence]:
+    for start in range(0, len(metrics), 2):
+        yield metrics[start : start + 2]
+
+
+def _slots(jobs: int, num_gpus: int) -> list[dict[str, str]]:
+    """The environment of each place where a run can be: its GPUs, where there are any."""
+    if jobs < 0:
+        raise InputError(f"--jobs {jobs}: expected a number of runs at the same time.")
+    devices = _visible_devices()
+    if not devices:
+        return [{}] * max(1, jobs)
+    possible = len(devices) // num_gpus
+    if not possible:
+        raise InputError(f"--num-gpus {num_gpus}: only {len(devices)} GPUs are visible.")
+    if jobs > possible:
+        raise InputError(
+            f"--jobs {jobs}: {len(devices)} GPUs are visible, which {possible} runs of {num_gpus} "
+            "share."
+        )
+    count = jobs or possible
+    return [
+        {"CUDA_VISIBLE_DEVICES": ",".join(devices[i * num_gpus : (i + 1) * num_gpus])}
+        for i in range(count)
+    ]
+
+
+def _visible_devices() -> list[str]:
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    with contextlib.suppress(RuntimeError):
+        count = torch.cuda.device_count()
+        if listed:
+            return listed.split(",")[:count]
+        return [str(number) for number in range(count)]
+    return []

@@ -1,0 +1,286 @@
+"""Which runs a comparison has: every config, fraction of the labels, initialisation and seed."""
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from virtex_d2.checkpoint.source import read_backbone
+from virtex_d2.checkpoint.transfer import local_path
+from virtex_d2.pipeline.stage import Stage, read_config
+from virtex_d2.runtime.errors import InputError, nearest
+
+RANDOM = "random"  # the initialisation without weights
+MOST_INITS = 8  # as many colours as are told apart
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+_SEED = "{seed}"
+# What the plan sets itself, so that neither config overrides nor an initialisation's may.
+_OURS = ("SEED", "OUTPUT_DIR", "MODEL.WEIGHTS", "VIRTEX.FRACTION", "VIRTEX.FRACTION_SEED")
+
+
+@dataclass(frozen=True)
+class Init:
+    """A start of the detectors.
+
+    Attributes:
+        name: for people, tables and folders.
+        weights: a checkpoint that the adapter reads; "" for random weights. `{seed}` in it stands
+            for the seed of the detector: each then starts from a pretraining of its own.
+        overrides: ("KEY", "VALUE", ...) for this start alone.
+    """
+
+    name: str
+    weights: str = ""
+    overrides: tuple[str, ...] = ()
+
+    def weights_for(self, seed: int) -> str:
+        """The checkpoint's path for one seed."""
+        return self.weights.replace(_SEED, str(seed))
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One run's place in the comparison.
+
+    Attributes:
+        config: the config file's name without its suffix.
+        fraction: of the training images, in (0, 1].
+        init: its name.
+        seed: of weights that are not loaded, order and augmentation, and of the fraction's images.
+    """
+
+    config: str
+    fraction: float
+    init: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """For files: "mask_rcnn_R_50_FPN-10pct-random-seed1"."""
+        return f"{self.config}-{percent(self.fraction)}pct-{self.init}-seed{self.seed}"
+
+    @property
+    def folder(self) -> str:
+        """Of the run, below the comparison's runs."""
+        part = f"{percent(self.fraction)}pct"
+        return f"{self.config}/{part}/{self.init}/seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison.
+
+    Attributes:
+        configs: config files by the name under which they are shown.
+        inits: the first is the baseline that the others are compared with.
+        fractions: of the training images, each in (0, 1].
+        seeds: one run of each start for every seed.
+        overrides: ("KEY", "VALUE", ...) for all runs.
+        num_gpus: of one run.
+    """
+
+    configs: Mapping[str, str]
+    inits: tuple[Init, ...]
+    fractions: tuple[float, ...] = (1.0,)
+    seeds: tuple[int, ...] = (1,)
+    overrides: tuple[str, ...] = ()
+    num_gpus: int = 1
+    cells: tuple[Cell, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        grid = itertools.product(self.configs, self.fractions, self.seeds, self.inits)
+        cells = tuple(Cell(config, part, init.name, seed) for config, part, seed, init in grid)
+        object.__setattr__(self, "cells", cells)
+
+    @property
+    def baseline(self) -> str:
+        """The name of the start that the others are compared with."""
+        return self.inits[0].name
+
+    def stages(self, root: Path, output: Path) -> list[Stage]:
+        """One stage a run, all of one group: they may run at the same time.
+
+        Args:
+            root: the project's folder.
+            output: the comparison's.
+        """
+        inits = {init.name: init for init in self.inits}
+        return [
+            _stage(self, cell, inits[cell.init], root, output / "runs" / cell.folder)
+            for cell in self.cells
+        ]
+
+
+def parse_inits(texts: Sequence[str], overrides: Sequence[Sequence[str]] = ()) -> tuple[Init, ...]:
+    """The starts of a command line.
+
+    Args:
+        texts: "random", or "NAME=CHECKPOINT".
+        overrides: [NAME, KEY, VALUE, ...] of single starts.
+
+    Raises:
+        InputError: one is of another form, two have the same name, there are fewer than two or
+            more than `MOST_INITS`, or overrides are of none of them.
+    """
+    inits: dict[str, Init] = {}
+    for text in texts:
+        name, equals, weights = text.partition("=")
+        if not _NAME.fullmatch(name) or (equals and not weights):
+            raise InputError(
+                f"--init {text!r}: expected {RANDOM} or NAME=CHECKPOINT, such as "
+                "virtex=output/pretrain/backbone.safetensors; names have letters, digits and _.+-."
+            )
+        if not equals and name != RANDOM:
+            raise InputError(
+                f"--init {text!r}: expected NAME=CHECKPOINT; only {RANDOM} stands alone. For "
+                f"example: --init {Path(text).stem or 'virtex'}={text}."
+            )
+        if equals and name == RANDOM:
+            raise InputError(f"--init {text!r}: {RANDOM} has no checkpoint; choose another name.")
+        if name in inits:
+            raise InputError(f"--init {text!r}: there are two of the name {name!r}; rename one.")
+        inits[name] = Init(name, weights)
+    if not 2 <= len(inits) <= MOST_INITS:
+        raise InputError(
+            f"--init: expected 2 to {MOST_INITS} initialisations to compare, found {len(inits)}."
+        )
+    for name, *pairs in overrides:
+        if name not in inits:
+            raise InputError(f"--init-opts {name}: no --init has this name.{nearest(name, inits)}")
+        checked = (*inits[name].overrides, *_checked_overrides(f"--init-opts {name}", pairs))
+        inits[name] = Init(name, inits[name].weights, checked)
+    return tuple(inits.values())
+
+
+def make_plan(
+    configs: Sequence[str],
+    inits: tuple[Init, ...],
+    fractions: Sequence[float] = (1.0,),
+    seeds: Sequence[int] = (1,),
+    overrides: Sequence[str] = (),
+    baseline: str = "",
+    num_gpus: int = 1,
+) -> Plan:
+    """A plan whose arguments hold.
+
+    Args:
+        configs: paths of config files of `tools/train_net.py`.
+        inits: of `parse_inits`.
+        fractions, seeds, overrides, num_gpus: as in `Plan`.
+        baseline: a start's name; "": random where it is one of them, else the first.
+
+    Raises:
+        InputError: an argument cannot be used.
+    """
+    names = {init.name: init for init in inits}
+    baseline = baseline or (RANDOM if RANDOM in names else inits[0].name)
+    if baseline not in names:
+        raise InputError(
+            f"--baseline {baseline}: no --init has this name.{nearest(baseline, names)}"
+        )
+    for fraction in fractions:
+        if not 0 < fraction <= 1:
+            raise InputError(f"--fractions {fraction}: expected numbers above 0, at most 1.")
+    if any(seed < 0 for seed in seeds):
+        raise InputError(
+            "--seeds: expected numbers that are not negative: a drawn seed pairs none."
+        )
+    _check_distinct("--fractions", fractions)
+    _check_distinct("--seeds", seeds)
+    if num_gpus < 1:
+        raise InputError(f"--num-gpus {num_gpus}: expected at least 1.")
+    by_name = {Path(config).stem: config for config in configs}
+    if len(by_name) < len(configs):
+        raise InputError(
+            f"--config-file: two of {', '.join(configs)} have the same name; rename or leave out "
+            "one: runs and tables go by it."
+        )
+    ordered = (names[baseline], *(init for init in inits if init.name != baseline))
+    return Plan(
+        by_name,
+        ordered,
+        tuple(sorted(fractions, reverse=True)),
+        tuple(seeds),
+        _checked_overrides("command line", overrides),
+        num_gpus,
+    )
+
+
+def check_weights(plan: Plan) -> None:
+    """Read every checkpoint once, so that no day of training ends at the last one.
+
+    Raises:
+        InputError: one is missing, damaged, or has no ResNet in it.
+    """
+    for init in plan.inits:
+        options = dict(zip(init.overrides[::2], init.overrides[1::2]))
+        for weights in dict.fromkeys(init.weights_for(seed) for seed in plan.seeds):
+            if weights:
+                layout, copy = options.get("VIRTEX.LAYOUT", ""), options.get("VIRTEX.COPY", "")
+                read_backbone(local_path(weights), layout, copy)
+
+
+def percent(fraction: float) -> str:
+    """0.1 -> "10", 0.005 -> "0.5"."""
+    return f"{100 * fraction:.6g}"
+
+
+def _stage(plan: Plan, cell: Cell, init: Init, root: Path, folder: Path) -> Stage:
+    place = str(folder.relative_to(root)) if folder.is_relative_to(root) else str(folder)
+    weights = init.weights_for(cell.seed)
+    part = (
+        # Other seeds take other images: which ones belongs to what is not known about a fraction.
+        ("VIRTEX.FRACTION", repr(cell.fraction), "VIRTEX.FRACTION_SEED", str(cell.seed))
+        if cell.fraction < 1
+        else ()
+    )
+    config = plan.configs[cell.config]
+    iterations = _number(read_config(root / config), plan.overrides + init.overrides)
+    return Stage(
+        name=cell.name,
+        title=f"{cell.config}, {percent(cell.fraction)} % of the images: {init.name}, "
+        f"seed {cell.seed}",
+        command=(
+            *("tools/train_net.py", "--config-file", config),
+            *(("--num-gpus", str(plan.num_gpus)) if plan.num_gpus > 1 else ()),
+            *("OUTPUT_DIR", place, "SEED", str(cell.seed), "MODEL.WEIGHTS", weights),
+            *part,
+            *plan.overrides,
+            *init.overrides,
+        ),
+        folder=place,
+        configs=(config,),
+        files=(local_path(weights),) if weights else (),
+        iterations=iterations,
+        label=cell.name,
+        group="runs",
+    )
+
+
+def _number(config: Mapping, overrides: Sequence[str]) -> int:
+    """SOLVER.MAX_ITER for the progress line; 0 where only detectron2's default says it."""
+    found = dict(zip(overrides[::2], overrides[1::2])).get("SOLVER.MAX_ITER")
+    found = found if found is not None else config.get("SOLVER", {}).get("MAX_ITER", 0)
+    return int(found) if str(found).isdigit() else 0
+
+
+def _checked_overrides(where: str, opts: Sequence[str]) -> tuple[str, ...]:
+    if len(opts) % 2:
+        raise InputError(f"{where}: expected KEY VALUE pairs, found {' '.join(opts)}.")
+    for key in opts[::2]:
+        if key in _OURS:
+            raise InputError(f"{where}: {key} is set by the comparison itself; leave it out.")
+        if key.startswith("-"):
+            raise InputError(f"{where}: {key} stands where a config key was expected.")
+    return tuple(opts)
+
+
+def _check_distinct(what: str, values: Iterable[float]) -> None:
+    values = list(values)
+    twice = [value for value in values if values.count(value) > 1]
+    if not values or twice:
+        raise InputError(
+            f"{what}: {twice[0]} is there twice." if twice else f"{what}: none is given."
+        )
