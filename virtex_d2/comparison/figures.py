@@ -147,9 +147,10 @@ def draw_classes(path: Path, block: Block, task: str) -> int:
         axes.axvline(0, color=MUTED, lw=1)
         for place, name in enumerate(names):
             axes.axhline(-place, color=RULE, lw=0.5, zorder=0)
-            for init in others:
+            for number, init in enumerate(others):
+                shift = 0.12 * (number - (len(others) - 1) / 2)  # equal ones are seen, too
                 axes.plot(
-                    *(rows[name][init], -place, "o"),
+                    *(rows[name][init], -place - shift, "o"),
                     color=colors(inits)[init],
                     ms=6,
                     mec="white",

@@ -12,8 +12,11 @@ from .statistics import summarise
 from .tables import Block, difference_text, value_text, verdict
 
 _CSS = """
-.diff { display: block; font-size: 12.5px; color: var(--muted); font-weight: 400; }
-td.name { font-weight: 600; } .scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; }
+.scroll td, .scroll th { font-size: 14px; padding-right: 0; }
+.scroll td.n, .scroll th.n { padding-left: 16px; }
+.diff { display: block; font-size: 12px; color: var(--muted); font-weight: 400; }
+td.name { font-weight: 600; }
 details { margin: 10px 0; } summary { cursor: pointer; color: var(--muted); font-size: 14px; }
 """
 

@@ -4,11 +4,9 @@ A file named "stop_after" beside the output folders says how many runs may still
 """
 
 import json
+import random
 import sys
 from pathlib import Path
-
-import numpy as np
-import yaml
 
 flags = [argument for argument in sys.argv[1:] if argument == "--resume"]
 arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
@@ -39,10 +37,9 @@ config = {
     "SOLVER": {"MAX_ITER": length},
     "VIRTEX": {"FRACTION": fraction},
 }
-(folder / "config.yaml").write_text(yaml.safe_dump(config))
+(folder / "config.yaml").write_text(json.dumps(config))
 (folder / "log.txt").write_text("[11/21 05:50:53] virtex_d2 INFO: Process 0 of 2; command line: \n")
-rng = np.random.default_rng([seed, int(100 * fraction), better])
-final = 20 + 5 * fraction + better + rng.normal(0, 0.5)
+final = 20 + 5 * fraction + better + random.Random(f"{seed} {fraction} {better}").gauss(0, 0.5)
 with open(folder / "metrics.json", "a") as file:
     for iteration in range(19, length, 20):
         record = {"iteration": iteration, "total_loss": 3 - iteration / length, "time": 0.5}

@@ -1,0 +1,113 @@
+"""Which runs a comparison has, and what it refuses before any of them begins."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.comparison.conftest import comparison, write_resnet
+from virtex_d2.comparison.plan import RANDOM, Cell, check_weights, make_plan, parse_inits, percent
+from virtex_d2.runtime.errors import InputError
+
+
+def test_every_config_fraction_start_and_seed_is_one_run_with_a_folder_of_its_own(project):
+    stages = comparison(project, seeds=(1, 2), fractions=(0.1, 1.0)).stages
+    assert len(stages) == 8
+    assert len({stage.folder for stage in stages}) == len({stage.name for stage in stages}) == 8
+    assert stages[0].folder == "out/runs/tiny/100pct/random/seed1"
+    command = " ".join(stages[-1].command)
+    assert "SEED 2 MODEL.WEIGHTS virtex.safetensors" in command
+    assert "VIRTEX.FRACTION 0.1 VIRTEX.FRACTION_SEED 2" in command
+    assert "FRACTION" not in " ".join(stages[0].command)
+
+
+@given(st.integers(1, 1000))
+def test_fractions_have_names_of_their_own(thousandth):
+    other = thousandth % 1000 + 1
+    assert percent(thousandth / 1000) != percent(other / 1000)
+
+
+def test_a_seed_in_a_checkpoints_path_is_replaced():
+    plan = make_plan(
+        ["a.yaml"], parse_inits(["random", "x=run{seed}/backbone.safetensors"]), seeds=(3, 5)
+    )
+    assert plan.inits[1].weights_for(5) == "run5/backbone.safetensors"
+
+
+def test_the_baseline_is_random_wherever_it_stands_and_comes_first():
+    inits = parse_inits(["x=a", "random", "y=b"])
+    assert [init.name for init in make_plan(["a.yaml"], inits).inits] == [RANDOM, "x", "y"]
+    plan = make_plan(["a.yaml"], inits, baseline="y")
+    assert plan.baseline == "y"
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["random"], "2 to 8 initialisations"),
+        (["random", "random"], "two of the name 'random'"),
+        (["random", "virtex"], "--init virtex=virtex"),
+        (["random", "virtex="], "expected random or NAME=CHECKPOINT"),
+        (["random", "a/b=c"], "expected random or NAME=CHECKPOINT"),
+        (["x=a", "random=b"], "random has no checkpoint"),
+        (["x=a", "x=b"], "two of the name 'x'"),
+    ],
+)
+def test_initialisations_of_another_form_are_refused(texts, message):
+    with pytest.raises(InputError, match=message):
+        parse_inits(texts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"fractions": [0.0]}, "--fractions 0.0"),
+        ({"fractions": [1.5]}, "--fractions 1.5"),
+        ({"fractions": [0.1, 0.1]}, "0.1 is there twice"),
+        ({"seeds": []}, "--seeds: none is given"),
+        ({"seeds": [-1]}, "not negative"),
+        ({"baseline": "virtx"}, "Did you mean 'virtex'"),
+        ({"overrides": ["SEED", "3"]}, "SEED is set by the comparison"),
+        ({"overrides": ["SOLVER.MAX_ITER"]}, "KEY VALUE pairs"),
+        ({"num_gpus": 0}, "--num-gpus 0"),
+        ({"configs": ["a/x.yaml", "b/x.yaml"]}, "have the same name"),
+    ],
+)
+def test_arguments_that_make_no_comparison_are_refused(arguments, message):
+    inits = parse_inits(["random", "virtex=a"])
+    with pytest.raises(InputError, match=message):
+        make_plan(**{"configs": ["a.yaml"], "inits": inits, **arguments})
+
+
+def test_overrides_of_a_start_reach_its_runs_alone(project):
+    stages = comparison(project, init_opts=[["virtex", "MODEL.RESNETS.NORM", "FrozenBN"]]).stages
+    having = {stage.name for stage in stages if "FrozenBN" in stage.command}
+    assert having == {stage.name for stage in stages if "-virtex-" in stage.name}
+    with pytest.raises(InputError, match="Did you mean 'virtex'"):
+        parse_inits(["random", "virtex=a"], [["virtx", "A", "1"]])
+
+
+def test_a_damaged_checkpoint_is_found_before_the_first_run(project):
+    (project / "virtex.safetensors").write_bytes(b"half a file")
+    with pytest.raises(InputError, match="virtex.safetensors"):
+        comparison(project).run()
+    assert not (project / "out").exists()
+
+
+def test_every_seeds_checkpoint_is_looked_at(project):
+    write_resnet(project / "run1.safetensors")
+    plan = make_plan(
+        ["configs/tiny.yaml"], parse_inits(["random", "x=run{seed}.safetensors"]), seeds=(1, 2)
+    )
+    with pytest.raises(InputError, match=r"run2\.safetensors"):
+        check_weights(plan)
+
+
+def test_another_content_of_a_checkpoint_is_another_stage(project):
+    first = comparison(project).stages[1].fingerprint(project)
+    assert comparison(project).stages[1].fingerprint(project) == first
+    write_resnet(project / "virtex.safetensors", seed=1)
+    assert comparison(project).stages[1].fingerprint(project) != first
+
+
+def test_cells_sort_by_their_place():
+    assert Cell("a", 0.1, "x", 1) < Cell("a", 1.0, "x", 1) < Cell("b", 0.1, "x", 1)
