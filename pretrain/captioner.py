@@ -145,7 +145,7 @@ def load_captioner(
     pieces = Tokenizer(tokenizer_file)
     objective = build_captioning(cfg, pieces.vocab_size)
     try:
-        load_weights(objective, checkpoint)
+        load_weights(objective, checkpoint, pieces)
     except InputError as error:
         _check_vocabulary(checkpoint, tokenizer_file, pieces.vocab_size, error)
         raise

@@ -9,6 +9,7 @@ from virtex_d2.runtime.errors import InputError
 
 from .captions import caption_counts
 from .data import PretrainData
+from .weights import TOKENIZER_KEY
 
 # What may differ between a run's parts: where things are, and what is watched how often. All other
 # keys change the weights that the run ends with.
@@ -48,7 +49,7 @@ class RunIdentity:
     def __init__(self, cfg: CfgNode, data: PretrainData):
         self._keys = dict(_flat(cfg))
         self._data = {
-            "the tokenizer's sha256": data.tokenizer.sha256[:12],
+            TOKENIZER_KEY: data.tokenizer.sha256[:12],
             "outputs": data.num_outputs,
             "read from pipes": data.stream is not None,
         }

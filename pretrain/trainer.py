@@ -44,6 +44,7 @@ from .loader import EveryCaption
 from .objectives import build_objective, check_objective
 from .optim import Lookahead, build_lr_scheduler, build_optimizer
 from .pictures import caption_pictures
+from .tokenizer import Tokenizer
 from .validation import check_metric, validate
 from .weights import load_weights
 
@@ -176,7 +177,13 @@ class PretrainTrainer(TrainerBase):
             self.start_iter = self.iter + 1
             logger.info("Resumed after iteration %d.", self.iter)
         elif self.cfg.MODEL.WEIGHTS:
-            load_weights(self.objective, self.cfg.MODEL.WEIGHTS)
+            load_weights(self.objective, self.cfg.MODEL.WEIGHTS, self._words)
+
+    @property
+    def _words(self) -> Tokenizer | None:
+        """The tokenizer of an objective whose outputs are its pieces; labels need none."""
+        words = self.cfg.MODEL.OBJECTIVE != "multilabel_classification"
+        return self.data.tokenizer if words else None
 
     def load_for_evaluation(self) -> None:
         """MODEL.WEIGHTS, else OUTPUT_DIR's last checkpoint; never random weights.
@@ -192,7 +199,7 @@ class PretrainTrainer(TrainerBase):
                 f"There is nothing to evaluate: {self.cfg.OUTPUT_DIR} holds no checkpoint and "
                 "MODEL.WEIGHTS is empty."
             )
-        load_weights(self.objective, path)
+        load_weights(self.objective, path, self._words)
 
     def train(self) -> None:
         """Train from `start_iter` to SOLVER.MAX_ITER; a run that is finished is left as it is."""

@@ -1,21 +1,33 @@
 """All tensors of a pretraining checkpoint into a model, or none."""
 
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import read_checkpoint
 
+from .tokenizer import Tokenizer
+
+# In a checkpoint's record of what its run was (`identity.RunIdentity`).
+TOKENIZER_KEY = "the tokenizer's sha256"
+
 logger = logging.getLogger(__name__)
 
 
-def load_weights(objective: nn.Module, path: str) -> None:
+def load_weights(objective: nn.Module, path: str, tokenizer: Tokenizer | None = None) -> None:
     """Every tensor of a pretraining checkpoint (ours or VirTex's) into the objective.
 
+    Args:
+        objective: the model.
+        path: the checkpoint.
+        tokenizer: what turns words into the model's numbers; None where it has no words.
+
     Raises:
-        InputError: the file is missing or unreadable, or a tensor is missing, left over or of
-            another shape.
+        InputError: the file is missing or unreadable, a tensor is missing, left over or of another
+            shape, or the checkpoint (ours says it) was trained with another tokenizer.
     """
     checkpoint = read_checkpoint(path)
     state = checkpoint.get("model", checkpoint)
@@ -35,5 +47,18 @@ def load_weights(objective: nn.Module, path: str) -> None:
             f"{'; '.join(problems[:5])}. Nothing was loaded. MODEL.VISUAL.NAME, MODEL.TEXTUAL.* "
             "and the tokenizer must be those of the checkpoint."
         )
+    if tokenizer is not None:
+        _check_tokenizer(checkpoint, path, tokenizer)
     objective.load_state_dict(state)
     logger.info("Loaded all %d tensors of %s.", len(own), path)
+
+
+def _check_tokenizer(checkpoint: Mapping[str, Any], path: str, tokenizer: Tokenizer) -> None:
+    """Another vocabulary of the same size fits every tensor, and means other words by each."""
+    trained_with = checkpoint.get("run", {}).get("data", {}).get(TOKENIZER_KEY)
+    if trained_with is not None and trained_with != tokenizer.sha256[:12]:
+        raise InputError(
+            f"{path}: was trained with another tokenizer (sha256 {trained_with}...) than this one "
+            f"({tokenizer.sha256[:12]}...), whose numbers mean other words. Nothing was loaded. "
+            "Give the tokenizer.model that lies in the folder of its run."
+        )

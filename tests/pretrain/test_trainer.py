@@ -15,6 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
+from pretrain.captioner import load_captioner
+from pretrain.tokenizer import Tokenizer, train_tokenizer
+from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import read_safetensors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -283,6 +286,22 @@ def test_a_checkpoint_of_another_model_is_refused_by_tensor(
         )
     )
     assert_refused(done, "textual.visual_projection.weight has shape (64, 512)")
+
+
+def test_another_vocabulary_of_the_same_size_is_refused(captioned_images, finished_run, tmp_path):
+    """Every tensor fits, and every number would mean another word."""
+    size = Tokenizer(finished_run / "tokenizer.model").vocab_size
+    words = [f"{a}{b}{c}" for a in "zxq" for b in "aeiou" for c in "wvk"]
+    others = [" ".join(words[i : i + 4]) for i in range(40)]
+    train_tokenizer(others, size, tmp_path / "other.model")
+    other = ("DATA.TOKENIZER", tmp_path / "other.model")
+    done = run("--eval-only", *options(captioned_images, finished_run, *other))
+    assert_refused(done, "trained with another tokenizer", "Nothing was loaded")
+    weights = ("MODEL.WEIGHTS", finished_run / "model_final.pth")
+    done = run(*options(captioned_images, tmp_path / "output", *weights, *other))
+    assert_refused(done, "trained with another tokenizer")
+    with pytest.raises(InputError, match="trained with another tokenizer"):
+        load_captioner(str(finished_run), tokenizer=str(tmp_path / "other.model"), device="cpu")
 
 
 def test_a_folder_with_another_run_is_refused_without_resume(captioned_images, finished_run):
