@@ -1,5 +1,6 @@
 """Detector checkpoints: as detectron2 loads them, but never as a silent random start."""
 
+import logging
 from typing import Any
 
 from virtex_d2.runtime.checkpointer import AtomicDetectionCheckpointer
@@ -7,6 +8,8 @@ from virtex_d2.runtime.errors import InputError
 
 from .layouts import Preprocessing
 from .transfer import backbone_names
+
+logger = logging.getLogger(__name__)
 
 
 class DetectorCheckpointer(AtomicDetectionCheckpointer):
@@ -19,6 +22,8 @@ class DetectorCheckpointer(AtomicDetectionCheckpointer):
     Args:
         model, save_dir, **kwargs: of `DetectionCheckpointer`.
         whole: whether every file must hold the whole detector.
+        averaged: whether to load the moving average of the weights (VIRTEX.EMA) that a file holds
+            beside them.
         preprocessing: what the detector is trained with; goes into every file.
     """
 
@@ -28,38 +33,58 @@ class DetectorCheckpointer(AtomicDetectionCheckpointer):
         save_dir: str = "",
         *,
         whole: bool = False,
+        averaged: bool = False,
         preprocessing: Preprocessing | None = None,
         **kwargs: Any,
     ):
         super().__init__(model, save_dir, **kwargs)
         self._whole = whole
+        self._averaged = averaged
         self._preprocessing = preprocessing
 
-    def save(self, name: str, **kwargs: Any) -> None:
-        """As detectron2's, with the preprocessing beside the tensors."""
+    def save_beside(self, name: str, **kwargs: Any) -> None:
+        """Write a file, with the preprocessing beside the tensors."""
         if self._preprocessing:
             kwargs = {"virtex_d2": self._preprocessing.metadata(), **kwargs}
-        super().save(name, **kwargs)
+        super().save_beside(name, **kwargs)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """As detectron2's; `checkpointables` is None on resuming.
 
         Raises:
-            InputError: the file is missing, damaged, or not of this detector.
+            InputError: the file is missing, damaged, not of this detector, or without the average.
         """
         self._not_set: set[str] = set()
+        self._path = path
         rest = super().load(path, checkpointables)
         if path and self._not_set:
             self._refuse(path, whole=self._whole or checkpointables is None)
+        if checkpointables is None and self.checkpointables and "ema" in rest:
+            logger.warning(
+                "%s: holds an average of the weights, which this run drops: VIRTEX.EMA is off.",
+                path,
+            )
         return rest
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        if self._averaged:
+            checkpoint["model"] = self._average_of(checkpoint)
         names = list(checkpoint["model"])
         incompatible = super()._load_model(checkpoint)
         wrong_shape = {name for name, *_ in incompatible.incorrect_shapes}
         missing = {name for name in incompatible.missing_keys if "num_batches" not in name}
         self._not_set, self._first_names = missing | wrong_shape, names[:3]
         return incompatible
+
+    def _average_of(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        if "ema" in checkpoint:
+            return checkpoint["ema"]["model"]
+        if checkpoint.get("is_ema"):  # model_ema.pth: nothing else is in it
+            return checkpoint["model"]
+        raise InputError(
+            f"{self._path}: holds no average of the weights (VIRTEX.EMA.ENABLED was False when it "
+            "was trained). Add VIRTEX.EMA.EVALUATE False to evaluate the weights themselves."
+        )
 
     def _refuse(self, path: str, whole: bool) -> None:
         state = getattr(self.model, "module", self.model).state_dict()

@@ -174,7 +174,10 @@ LAYOUTS = (
     Layout(
         "detectron2-detector",
         "whole detectors of detectron2",
-        (Copy("detector", r"backbone\.(bottom_up\.)?"),),
+        (
+            Copy("detector", r"backbone\.(bottom_up\.)?"),
+            Copy("ema", r"backbone\.(bottom_up\.)?", _EMA),
+        ),
         naming=DETECTRON2,
         preprocessing=None,
         detector=True,
