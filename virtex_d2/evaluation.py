@@ -15,10 +15,10 @@ from virtex_d2.runtime.compat import has_compiled_ops
 from virtex_d2.runtime.errors import InputError, nearest
 
 
-def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+def build_evaluator(cfg: CfgNode, dataset_name: str, folder: str = "inference") -> DatasetEvaluator:
     """The evaluator of a data set's type (`evaluator_type` in its metadata).
 
-    Predictions are stored in OUTPUT_DIR/inference, with several test sets in a folder of each.
+    Predictions are stored in OUTPUT_DIR/<folder>, with several test sets in a folder of each.
 
     Raises:
         InputError: the data set says no type, or one that no evaluator is known for.
@@ -29,7 +29,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
             f"DATASETS.TEST: '{dataset_name}' has evaluator_type {kind!r}; expected one of "
             f"{', '.join(EVALUATORS)}.{nearest(str(kind), EVALUATORS)} Set it in its metadata."
         )
-    folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+    folder = os.path.join(cfg.OUTPUT_DIR, folder)
     if len(cfg.DATASETS.TEST) > 1:
         folder = os.path.join(folder, dataset_name)
     return EVALUATORS[kind](cfg, dataset_name, folder)
