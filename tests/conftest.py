@@ -161,6 +161,34 @@ def shapes_world(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def detection_cfg(shapes_world, detector_config, tmp_path):
+    """The config of a small detector on a copy of the small world; no test set is chosen.
+
+    Data sets "unit_train" and "unit_test" are registered; OUTPUT_DIR does not exist yet.
+    """
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    from virtex_d2.data.catalog import register_datasets
+
+    world = Path(shutil.copytree(shapes_world, tmp_path / "world"))
+    before = set(MetadataCatalog.list())
+    cfg = detector_config("FPN", "MODEL.ROI_HEADS.NUM_CLASSES", -1)
+    cfg.VIRTEX.DATASETS = [
+        [f"unit_{split}", "coco", str(world / f"annotations/instances_{split}.json")]
+        + [str(world / "images" / split)]
+        for split in ("train", "test")
+    ]
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("unit_train",), ("unit_test",)
+    cfg.OUTPUT_DIR = str(tmp_path / "run")
+    register_datasets(cfg)
+    cfg.DATASETS.TEST = ()
+    yield cfg
+    for name in set(MetadataCatalog.list()) - before:
+        MetadataCatalog.remove(name)
+        DatasetCatalog.pop(name, None)
+
+
 def _optional_folder(variable: str, default: Path) -> Path:
     folder = Path(os.environ.get(variable) or default)
     if not folder.is_dir():

@@ -31,6 +31,15 @@ def add_virtex_config(cfg: CN) -> None:
     cfg.VIRTEX.MAX_BAD_BOX_SHARE = 0.0001
     # Keep activations as (N, H, W, C) in memory: faster with SOLVER.AMP on CPUs and on GPUs.
     cfg.VIRTEX.CHANNELS_LAST = False
+    # The images of an update (SOLVER.IMS_PER_BATCH, over all processes) come in so many passes,
+    # whose gradients are summed: as much less memory. Iterations stay updates.
+    cfg.VIRTEX.ACCUMULATE = 1
+    # An exponential moving average of the weights, in every checkpoint beside them (`ema`).
+    cfg.VIRTEX.EMA = CN({"ENABLED": False})
+    # Between 0 and 1; the average spans some 1 / (1 - DECAY) iterations, early ones fewer.
+    cfg.VIRTEX.EMA.DECAY = 0.9998
+    # Whether the average is evaluated, or the weights themselves; with --eval-only too.
+    cfg.VIRTEX.EMA.EVALUATE = True
     # What the pretrained network saw (INPUT.FORMAT, MODEL.PIXEL_MEAN, MODEL.PIXEL_STD,
     # MODEL.RESNETS.STRIDE_IN_1X1) against this config: "check" refuses a difference, "auto" sets
     # the keys, "config" believes the config instead of the file.
@@ -56,5 +65,8 @@ def add_virtex_config(cfg: CN) -> None:
     cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
     cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]
     cfg.INPUT.FORMAT = "RGB"
+    # What SOLVER.AMP.ENABLED computes losses in: "bfloat16" (CPUs, and GPUs from Ampere on) or
+    # "float16" (any GPU; the loss is scaled).
+    cfg.SOLVER.AMP.DTYPE = "bfloat16"
     # Seeds initialisation, data order and augmentation. Negative: drawn, and logged.
     cfg.SEED = 0

@@ -1,20 +1,14 @@
 """Fine-tuning: detectron2's `DefaultTrainer` with strict weights, safe checkpoints, any device."""
 
 import logging
-import time
 import weakref
+from collections import OrderedDict
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import (
-    AMPTrainer,
-    DefaultTrainer,
-    HookBase,
-    SimpleTrainer,
-    TrainerBase,
-    hooks,
-)
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator, verify_results
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
@@ -22,6 +16,13 @@ from torch import nn
 from virtex_d2.checkpoint.detector import DetectorCheckpointer
 from virtex_d2.checkpoint.transfer import config_preprocessing, is_backbone, load_backbone
 from virtex_d2.data.loader import TestLoader, TrainLoader, build_train_loader
+from virtex_d2.engine.batch import resolve_batch
+from virtex_d2.engine.ema import ExportEMA, UpdateEMA, WeightEMA
+from virtex_d2.engine.hooks import ImagesPerSecond, SkippedImages
+from virtex_d2.engine.loop import build_loop
+from virtex_d2.engine.options import check_augmented_evaluation, check_training, clips_full_model
+from virtex_d2.engine.precise_bn import PreciseBN
+from virtex_d2.engine.randomness import own_randomness
 from virtex_d2.evaluation import build_evaluator
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.launch import wrap_ddp
@@ -40,11 +41,15 @@ class DetectionTrainer(DefaultTrainer):
         trainer.train()
 
     MODEL.WEIGHTS is "" (random), a checkpoint with a ResNet (loaded strictly: every backbone tensor
-    or an error, and it must compute what it computed) or a detector's checkpoint. With SOLVER.AMP
-    on a CPU the losses are computed under bfloat16 autocast.
+    or an error, and it must compute what it computed) or a detector's checkpoint. An iteration is
+    an update of the optimizer, whatever number of passes it takes (VIRTEX.ACCUMULATE).
 
     Args:
         cfg: with MODEL.DEVICE and norms resolved; its data sets registered.
+
+    Attributes:
+        cfg: scaled to the number of processes, with SOLVER.REFERENCE_WORLD_SIZE.
+        ema: the average of the weights; None without VIRTEX.EMA.
 
     Raises:
         InputError: the config or the data cannot be used.
@@ -52,17 +57,15 @@ class DetectionTrainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode):
         # Not DefaultTrainer's own: that opens metrics.json before the weights are known to load,
-        # reads the annotations twice for PreciseBN, and its mixed precision is for GPUs only.
+        # and its mixed precision is for GPUs only.
         super(DefaultTrainer, self).__init__()
-        if cfg.SOLVER.IMS_PER_BATCH % comm.get_world_size():
-            raise InputError(
-                f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which "
-                f"{comm.get_world_size()} processes cannot share equally."
-            )
-        self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        check_training(cfg)
+        self._given_cfg = cfg
+        self.cfg = cfg = resolve_batch(cfg)
         model = self.build_model(cfg)
+        self.ema = WeightEMA(model, cfg.VIRTEX.EMA.DECAY) if cfg.VIRTEX.EMA.ENABLED else None
         optimizer = self.build_optimizer(cfg, model)
-        self._trainer = _loop(cfg)(wrap_ddp(model), self.build_train_loader(cfg), optimizer)
+        self._trainer = build_loop(cfg, wrap_ddp(model), self.build_train_loader(cfg), optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = DetectorCheckpointer(
             self.model,
@@ -70,6 +73,7 @@ class DetectionTrainer(DefaultTrainer):
             save_to_disk=comm.is_main_process(),
             preprocessing=config_preprocessing(cfg),
             trainer=weakref.proxy(self),
+            **({"ema": self.ema} if self.ema else {}),
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
@@ -79,11 +83,15 @@ class DetectionTrainer(DefaultTrainer):
     def evaluate_only(cls, cfg: CfgNode, resume: bool = False) -> dict:
         """Evaluate MODEL.WEIGHTS, or with `resume` the last checkpoint, on DATASETS.TEST.
 
+        With VIRTEX.EMA.ENABLED and EVALUATE that is the average which the checkpoint holds.
+
         Raises:
-            InputError: there are no weights of the whole detector.
+            InputError: there are no weights of the whole detector, or no average of them.
         """
+        check_augmented_evaluation(cfg)
         model = cls.build_model(cfg)
-        checkpointer = DetectorCheckpointer(model, cfg.OUTPUT_DIR, whole=True)
+        averaged = cfg.VIRTEX.EMA.ENABLED and cfg.VIRTEX.EMA.EVALUATE
+        checkpointer = DetectorCheckpointer(model, cfg.OUTPUT_DIR, whole=True, averaged=averaged)
         weights = cfg.MODEL.WEIGHTS
         if not (resume and checkpointer.has_checkpoint()) and (not weights or is_backbone(weights)):
             raise InputError(
@@ -92,7 +100,11 @@ class DetectionTrainer(DefaultTrainer):
                 "detects nothing."
             )
         checkpointer.resume_or_load(weights, resume=resume)
+        if averaged:
+            logger.info("What is evaluated is the moving average of the checkpoint's weights.")
         results = cls.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results.update(cls.test_with_tta(cfg, model))
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
@@ -111,7 +123,8 @@ class DetectionTrainer(DefaultTrainer):
         else:
             super().resume_or_load(resume)
         if resuming:
-            write_config(self.cfg)
+            # As at a first start: scaled once more from it, the run goes on as it was.
+            write_config(self._given_cfg)
 
     def train(self) -> dict | None:
         """Train to SOLVER.MAX_ITER.
@@ -124,14 +137,19 @@ class DetectionTrainer(DefaultTrainer):
         return super().train()
 
     def state_dict(self) -> dict:
-        """Iteration, schedule (of its hook) and optimizer, which detectron2 0.6 leaves out."""
-        return {**TrainerBase.state_dict(self), "_trainer": self._trainer.state_dict()}
+        """Iteration, schedule (of its hook), optimizer and scaler, and what an iteration is."""
+        return {
+            **TrainerBase.state_dict(self),
+            "_trainer": self._trainer.state_dict(),
+            "images_per_iteration": self.cfg.SOLVER.IMS_PER_BATCH,
+        }
 
     def load_state_dict(self, state_dict: dict) -> None:
         """What `state_dict` gave.
 
         Raises:
-            InputError: the optimizer's state is missing: the checkpoint is of stock detectron2.
+            InputError: the optimizer's state is missing: the checkpoint is of stock detectron2; or
+                iterations are of another number of images.
         """
         if "_trainer" not in state_dict:
             raise InputError(
@@ -140,23 +158,39 @@ class DetectionTrainer(DefaultTrainer):
                 "not stopped. Start a new one from it: another OUTPUT_DIR, and that file as "
                 "MODEL.WEIGHTS."
             )
+        images = self.cfg.SOLVER.IMS_PER_BATCH
+        before = state_dict.get("images_per_iteration", images)
+        if before != images:
+            raise InputError(
+                f"OUTPUT_DIR {self.cfg.OUTPUT_DIR}: an iteration of its last checkpoint is an "
+                f"update from {before} images; here it would be one from {images}, so that neither "
+                "iterations nor schedule are the same. Resume with that SOLVER.IMS_PER_BATCH (with "
+                "SOLVER.REFERENCE_WORLD_SIZE on as many processes as before); VIRTEX.ACCUMULATE "
+                "may change."
+            )
         TrainerBase.load_state_dict(self, state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
 
     def build_hooks(self) -> list[HookBase | None]:
-        """detectron2's hooks but for the writers, which `train` adds, and `SkippedImages`."""
-        cfg = self.cfg
+        """detectron2's hooks but for the writers, which `train` adds, and this project's."""
+        cfg, main = self.cfg, comm.is_main_process()
+        evaluates = bool(cfg.DATASETS.TEST)
         return [
             hooks.IterationTimer(),
             hooks.LRScheduler(),
-            SkippedImages(cfg.VIRTEX.MAX_SKIPPED_SHARE),
+            ImagesPerSecond(cfg.SOLVER.IMS_PER_BATCH),
+            SkippedImages(cfg.VIRTEX.MAX_SKIPPED_SHARE, LOG_PERIOD),
+            UpdateEMA(self.ema) if self.ema else None,
             self._precise_bn() if cfg.TEST.PRECISE_BN.ENABLED else None,
             # After PreciseBN, whose statistics are to be saved; before the evaluation, so that what
             # was trained is safe when that fails.
             hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
-            if comm.is_main_process()
+            if main
             else None,
-            hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._test) if cfg.DATASETS.TEST else None,
+            ExportEMA(self._ema_checkpointer()) if self.ema and main else None,
+            hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._test) if evaluates else None,
+            # Once, as detectron2's train_net.py: it takes as many times longer as there are sizes.
+            hooks.EvalHook(0, self._test_with_tta) if evaluates and cfg.TEST.AUG.ENABLED else None,
         ]
 
     @classmethod
@@ -177,6 +211,15 @@ class DetectionTrainer(DefaultTrainer):
         return model
 
     @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """detectron2's; what clips all gradients together is not in it but in the loop."""
+        if clips_full_model(cfg):
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
+        return super().build_optimizer(cfg, model)
+
+    @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         return build_evaluator(cfg, dataset_name)
 
@@ -188,72 +231,66 @@ class DetectionTrainer(DefaultTrainer):
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> TestLoader:
         return TestLoader(cfg, dataset_name)
 
+    @classmethod
+    def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> OrderedDict:
+        """Evaluate with detectron2's test-time augmentation, as TEST.AUG says.
+
+        Predictions are stored in OUTPUT_DIR/inference_TTA.
+
+        Returns:
+            As `test`, each name with `_TTA` behind it.
+        """
+        logger.info("Evaluating with test-time augmentation ...")
+        evaluators = [
+            build_evaluator(cfg, name, folder="inference_TTA") for name in cfg.DATASETS.TEST
+        ]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return OrderedDict((f"{name}_TTA", result) for name, result in results.items())
+
     def _precise_bn(self) -> HookBase | None:
         if not get_bn_modules(self.model):
+            logger.info("TEST.PRECISE_BN: the model has no batch norm that is trained.")
             return None
+        models = {"the model": self.model}
+        if self.ema:
+            models["its average"] = self.ema.model
         cfg = self.cfg.clone()
         cfg.defrost()
         cfg.DATALOADER.NUM_WORKERS = 0  # they would idle between its few uses
-        loader = build_train_loader(cfg, self.data_loader.records)
-        period, batches = cfg.TEST.EVAL_PERIOD, cfg.TEST.PRECISE_BN.NUM_ITER
-        return hooks.PreciseBN(period, self.model, loader, batches)
+        # The batches that norms see in training, and that fit into memory; as many images.
+        cfg.SOLVER.IMS_PER_BATCH //= cfg.VIRTEX.ACCUMULATE
+        records = self.data_loader.records
+        return PreciseBN(
+            cfg.TEST.EVAL_PERIOD,
+            models,
+            lambda: build_train_loader(cfg, records),
+            cfg.TEST.PRECISE_BN.NUM_ITER * cfg.VIRTEX.ACCUMULATE,
+            cfg.SEED,
+        )
+
+    def _ema_checkpointer(self) -> DetectorCheckpointer:
+        return DetectorCheckpointer(
+            self.ema.model, self.cfg.OUTPUT_DIR, preprocessing=config_preprocessing(self.cfg)
+        )
+
+    def _evaluated_model(self) -> nn.Module:
+        if self.ema is None:
+            return self.model
+        average = self.cfg.VIRTEX.EMA.EVALUATE
+        logger.info(
+            "What is evaluated %s the moving average of the weights over %d updates.",
+            "is" if average else "are the weights themselves, not",
+            self.ema.updates,
+        )
+        return self.ema.model if average else self.model
 
     def _test(self) -> dict:
-        self._last_eval_results = self.test(self.cfg, self.model)
+        with own_randomness(self.cfg.SEED, self.iter):
+            self._last_eval_results = self.test(self.cfg, self._evaluated_model())
         return self._last_eval_results
 
-
-class CPUAutocastTrainer(SimpleTrainer):
-    """detectron2's loop with the forward pass under bfloat16 autocast on the CPU.
-
-    detectron2's `AMPTrainer` is for CUDA. bfloat16 has float32's range, so that nothing is scaled.
-    """
-
-    def run_step(self) -> None:
-        """One iteration: batch, losses, gradients, update."""
-        start = time.perf_counter()
-        batch = next(self._data_loader_iter)
-        data_time = time.perf_counter() - start
-        with torch.autocast("cpu", torch.bfloat16):
-            losses = self.model(batch)
-            total = sum(losses.values())
-        self.optimizer.zero_grad()
-        total.backward()
-        self._write_metrics(losses, data_time)
-        self.optimizer.step()
-
-
-class SkippedImages(HookBase):
-    """Counts the files that training had to do without, and stops the run at too many of them.
-
-    Writes `images_skipped` to the metrics.
-
-    Args:
-        max_share: the fraction of the data set's images that may be skipped, 0 to 1.
-    """
-
-    def __init__(self, max_share: float):
-        self._max_share = max_share
-
-    def after_step(self) -> None:
-        # Processes tell each other what they met; not at every iteration, it makes them wait.
-        period = 1 if comm.get_world_size() == 1 else LOG_PERIOD
-        iteration = self.trainer.iter + 1
-        if iteration % period and iteration != self.trainer.max_iter:
-            return
-        loader = self.trainer.data_loader
-        skipped = sorted(set().union(*comm.all_gather(loader.skipped)))
-        self.trainer.storage.put_scalar("images_skipped", len(skipped), smoothing_hint=False)
-        total = len(loader.records)
-        if len(skipped) > self._max_share * total:
-            raise InputError(
-                f"{len(skipped)} of {total} training images are unusable, more than the share "
-                f"VIRTEX.MAX_SKIPPED_SHARE {self._max_share} allows; the first: "
-                f"{', '.join(skipped[:10])}. Replace or remove them, or allow a larger share."
-            )
-
-
-def _loop(cfg: CfgNode) -> type[SimpleTrainer]:
-    if not cfg.SOLVER.AMP.ENABLED:
-        return SimpleTrainer
-    return CPUAutocastTrainer if cfg.MODEL.DEVICE == "cpu" else AMPTrainer
+    def _test_with_tta(self) -> dict:
+        with own_randomness(self.cfg.SEED, self.iter):
+            results = self.test_with_tta(self.cfg, self._evaluated_model())
+        self._last_eval_results.update(results)
+        return results

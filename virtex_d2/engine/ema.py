@@ -1,0 +1,100 @@
+"""An exponential moving average of the weights, beside those that are trained."""
+
+import logging
+
+import torch
+from detectron2.engine import HookBase
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from virtex_d2.checkpoint.detector import DetectorCheckpointer
+
+logger = logging.getLogger(__name__)
+
+
+class WeightEMA:
+    """The average of a model's weights over its updates (torch's `AveragedModel`).
+
+    After the n-th update (n > 1) average += (1 - d) * (weights - average), where
+    d = min(decay, (1 + n) / (10 + n)), as in TensorFlow's ExponentialMovingAverage: until
+    `decay` applies, the average spans about the last ninth of the updates. The first one is a copy.
+    Running statistics of norms are averaged like weights, counters are copied.
+
+    Args:
+        model: not wrapped in DistributedDataParallel.
+        decay: between 0 and 1; the average spans some 1 / (1 - decay) updates.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self._decay = decay
+        self._averaged = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True)
+        self._averaged.requires_grad_(False)
+
+    @property
+    def model(self) -> nn.Module:
+        """The network with the averaged weights."""
+        return self._averaged.module
+
+    @property
+    def updates(self) -> int:
+        """How many updates of the weights have been averaged."""
+        return int(self._averaged.n_averaged)
+
+    def update(self, model: nn.Module) -> None:
+        """Take in the weights after one more update of the optimizer."""
+        self._averaged.update_parameters(model)
+
+    @torch.no_grad()
+    def _average(
+        self, averages: list[torch.Tensor], values: list[torch.Tensor], updates: torch.Tensor
+    ) -> None:
+        if not averages[0].is_floating_point():  # counters of batches
+            torch._foreach_copy_(averages, values)
+            return
+        n = int(updates) + 1
+        torch._foreach_lerp_(averages, values, 1 - min(self._decay, (1 + n) / (10 + n)))
+
+    def state_dict(self) -> dict:
+        return {"updates": self.updates, "model": self.model.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """What `state_dict` gave, of the same model.
+
+        Raises:
+            RuntimeError: of `Module.load_state_dict`: it is of another model.
+        """
+        self.model.load_state_dict(state["model"])
+        self._averaged.n_averaged.fill_(state["updates"])
+
+
+class UpdateEMA(HookBase):
+    """Takes every iteration's weights into the average."""
+
+    def __init__(self, ema: WeightEMA):
+        self._ema = ema
+
+    def before_train(self) -> None:
+        if self.trainer.start_iter and not self._ema.updates:
+            logger.warning(
+                "VIRTEX.EMA: the checkpoint holds no average, which starts with iteration %d.",
+                self.trainer.start_iter,
+            )
+
+    def after_step(self) -> None:
+        model = self.trainer.model
+        self._ema.update(getattr(model, "module", model))
+
+
+class ExportEMA(HookBase):
+    """Writes OUTPUT_DIR/model_ema.pth after the last iteration: the average as a plain detector.
+
+    For detectron2 and tools that read `model` of a checkpoint, which elsewhere are the weights
+    that training goes on from. In the first process alone.
+    """
+
+    def __init__(self, checkpointer: DetectorCheckpointer):
+        self._checkpointer = checkpointer
+
+    def after_step(self) -> None:
+        if self.trainer.iter + 1 == self.trainer.max_iter:
+            self._checkpointer.save_beside("model_ema", iteration=self.trainer.iter, is_ema=True)

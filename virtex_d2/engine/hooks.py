@@ -1,0 +1,53 @@
+"""Small hooks of fine-tuning, each with one duty."""
+
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from virtex_d2.runtime.errors import InputError
+
+
+class ImagesPerSecond(HookBase):
+    """Writes `images_per_second` of all processes together; stands after `IterationTimer`.
+
+    Args:
+        images: of an iteration.
+    """
+
+    def __init__(self, images: int):
+        self._images = images
+
+    def after_step(self) -> None:
+        time = self.trainer.storage.histories().get("time")
+        if time is not None:  # the timer leaves the first iterations out
+            self.trainer.storage.put_scalar("images_per_second", self._images / time.latest())
+
+
+class SkippedImages(HookBase):
+    """Counts the files that training had to do without, and stops the run at too many of them.
+
+    Writes `images_skipped` to the metrics.
+
+    Args:
+        max_share: the fraction of the data set's images that may be skipped, 0 to 1.
+        period: iterations between exchanges among processes, which make them wait.
+    """
+
+    def __init__(self, max_share: float, period: int):
+        self._max_share = max_share
+        self._period = period
+
+    def after_step(self) -> None:
+        period = 1 if comm.get_world_size() == 1 else self._period
+        iteration = self.trainer.iter + 1
+        if iteration % period and iteration != self.trainer.max_iter:
+            return
+        loader = self.trainer.data_loader
+        skipped = sorted(set().union(*comm.all_gather(loader.skipped)))
+        self.trainer.storage.put_scalar("images_skipped", len(skipped), smoothing_hint=False)
+        total = len(loader.records)
+        if len(skipped) > self._max_share * total:
+            raise InputError(
+                f"{len(skipped)} of {total} training images are unusable, more than the share "
+                f"VIRTEX.MAX_SKIPPED_SHARE {self._max_share} allows; the first: "
+                f"{', '.join(skipped[:10])}. Replace or remove them, or allow a larger share."
+            )
