@@ -30,7 +30,7 @@ def test_the_next_readable_record_replaces_an_unusable_one(cfg):
     images = _images(cfg)
     for index in (4, 5):
         images[index].write_bytes(images[index].read_bytes()[:100])
-    records = build_train_loader(cfg).records
+    records = build_train_loader(cfg).training_set.records
     mapper = ReplacingMapper(cfg, records)
     by_file = {Path(record["file_name"]).name: record for record in records}
     names = sorted(by_file)
@@ -46,7 +46,7 @@ def test_an_image_of_another_size_than_annotated_is_unusable_not_a_crash(cfg):
     content = json.loads(path.read_text())
     content["images"][0]["width"] = 80
     path.write_text(json.dumps(content))
-    records = build_train_loader(cfg).records
+    records = build_train_loader(cfg).training_set.records
     sample = ReplacingMapper(cfg, records)(dict(records[0]))
     (unusable,) = sample["unusable"]
     assert unusable[0] == records[0]["file_name"]
@@ -55,7 +55,7 @@ def test_an_image_of_another_size_than_annotated_is_unusable_not_a_crash(cfg):
 
 def _hook(skipped, max_share, total=10):
     hook = SkippedImages(max_share, period=20)
-    loader = types.SimpleNamespace(skipped=set(skipped), records=range(total))
+    loader = types.SimpleNamespace(skipped=set(skipped), training_set=range(total))
     storage = EventStorage()
     hook.trainer = types.SimpleNamespace(iter=0, max_iter=5, data_loader=loader, storage=storage)
     return hook, storage
@@ -115,6 +115,6 @@ def test_a_data_set_without_a_known_type_is_told(cfg):
 
 
 def test_records_survive_the_loaders_serialisation(cfg):
-    records = build_train_loader(cfg).records
+    records = build_train_loader(cfg).training_set.records
     assert isinstance(records, DatasetFromList)
     assert [record["index"] for record in records] == list(range(6))

@@ -18,14 +18,14 @@ from virtex_d2.checkpoint.transfer import config_preprocessing, is_backbone, loa
 from virtex_d2.data.loader import TestLoader, TrainLoader, build_train_loader
 from virtex_d2.engine.batch import resolve_batch
 from virtex_d2.engine.ema import ExportEMA, UpdateEMA, WeightEMA
-from virtex_d2.engine.hooks import ImagesPerSecond, SkippedImages
+from virtex_d2.engine.hooks import ImagesPerSecond, SeedIteration, SkippedImages
 from virtex_d2.engine.loop import build_loop
 from virtex_d2.engine.options import check_augmented_evaluation, check_training, clips_full_model
 from virtex_d2.engine.precise_bn import PreciseBN
-from virtex_d2.engine.randomness import own_randomness
 from virtex_d2.evaluation import build_evaluator
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.launch import wrap_ddp
+from virtex_d2.runtime.randomness import own_randomness
 from virtex_d2.runtime.setup import write_config
 
 logger = logging.getLogger(__name__)
@@ -122,6 +122,7 @@ class DetectionTrainer(DefaultTrainer):
                 report.write(self.cfg.OUTPUT_DIR)
         else:
             super().resume_or_load(resume)
+        self.data_loader.start_at(self.start_iter)
         if resuming:
             # As at a first start: scaled once more from it, the run goes on as it was.
             write_config(self._given_cfg)
@@ -177,6 +178,7 @@ class DetectionTrainer(DefaultTrainer):
         evaluates = bool(cfg.DATASETS.TEST)
         return [
             hooks.IterationTimer(),
+            SeedIteration(cfg.SEED),
             hooks.LRScheduler(),
             ImagesPerSecond(cfg.SOLVER.IMS_PER_BATCH),
             SkippedImages(cfg.VIRTEX.MAX_SKIPPED_SHARE, LOG_PERIOD),
@@ -225,7 +227,7 @@ class DetectionTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
-        return build_train_loader(cfg)
+        return build_train_loader(cfg, seed=cfg.SEED)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> TestLoader:
@@ -259,11 +261,11 @@ class DetectionTrainer(DefaultTrainer):
         cfg.DATALOADER.NUM_WORKERS = 0  # they would idle between its few uses
         # The batches that norms see in training, and that fit into memory; as many images.
         cfg.SOLVER.IMS_PER_BATCH //= cfg.VIRTEX.ACCUMULATE
-        records = self.data_loader.records
+        training_set = self.data_loader.training_set
         return PreciseBN(
             cfg.TEST.EVAL_PERIOD,
             models,
-            lambda: build_train_loader(cfg, records),
+            lambda: build_train_loader(cfg, training_set),
             cfg.TEST.PRECISE_BN.NUM_ITER * cfg.VIRTEX.ACCUMULATE,
             cfg.SEED,
         )
@@ -285,12 +287,12 @@ class DetectionTrainer(DefaultTrainer):
         return self.ema.model if average else self.model
 
     def _test(self) -> dict:
-        with own_randomness(self.cfg.SEED, self.iter):
+        with own_randomness(self.cfg.SEED, self.iter, comm.get_rank()):
             self._last_eval_results = self.test(self.cfg, self._evaluated_model())
         return self._last_eval_results
 
     def _test_with_tta(self) -> dict:
-        with own_randomness(self.cfg.SEED, self.iter):
+        with own_randomness(self.cfg.SEED, self.iter, comm.get_rank()):
             results = self.test_with_tta(self.cfg, self._evaluated_model())
         self._last_eval_results.update(results)
         return results

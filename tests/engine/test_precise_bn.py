@@ -11,7 +11,7 @@ from torch import nn
 
 from virtex_d2.data.loader import build_train_loader
 from virtex_d2.engine.precise_bn import PreciseBN
-from virtex_d2.engine.randomness import own_randomness
+from virtex_d2.runtime.randomness import own_randomness
 from virtex_d2.trainer import DetectionTrainer
 
 
@@ -73,7 +73,7 @@ def test_the_average_of_the_weights_gets_its_own(cfg):
         expected = copy.deepcopy(model)
         before = expected.state_dict()[_MEAN].clone()
         nn.init.zeros_(expected.backbone.bottom_up.stem.conv1.norm.running_mean)
-        loader = lambda: build_train_loader(cfg, trainer.data_loader.records)  # noqa: E731
+        loader = lambda: build_train_loader(cfg, trainer.data_loader.training_set)  # noqa: E731
         hook = PreciseBN(0, {"copy": expected}, loader, 3, cfg.SEED)
         hook.trainer = type("Trainer", (), {"iter": 2})
         hook.update()

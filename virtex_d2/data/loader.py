@@ -2,18 +2,26 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 
+import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetMapper,
     build_detection_test_loader,
-    build_detection_train_loader,
     get_detection_dataset_dicts,
 )
+from detectron2.data.build import trivial_batch_collator
 from detectron2.data.common import DatasetFromList
 from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset
 
 from virtex_d2.runtime.errors import InputError
+from virtex_d2.runtime.randomness import own_randomness
+
+from .order import Draw, TrainingOrder, build_sampler, repeat_factors
 
 logger = logging.getLogger(__name__)
 
@@ -52,20 +60,96 @@ class ReplacingMapper:
         return {"width": record["width"], "height": record["height"], "unusable": unusable}
 
 
-class TrainLoader:
-    """A training loader that knows which files its batches had to do without.
+@dataclass(frozen=True)
+class TrainingSet:
+    """The records of DATASETS.TRAIN with what their order depends on.
 
     Attributes:
-        records: the data set.
+        records: detectron2's, each with its `index` here.
+        upright: (N,) bool, whether an image is at least as high as wide.
+        factors: (N,) how often each appears in an epoch; None: all once.
+    """
+
+    records: DatasetFromList
+    upright: np.ndarray
+    factors: torch.Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+def read_training_set(cfg: CfgNode) -> TrainingSet:
+    """Read the annotations of DATASETS.TRAIN.
+
+    Raises:
+        InputError: DATALOADER.SAMPLER_TRAIN is none.
+    """
+    dicts = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+        if cfg.MODEL.KEYPOINT_ON
+        else 0,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
+    for index, record in enumerate(dicts):
+        record["index"] = index
+    upright = np.array([record["width"] <= record["height"] for record in dicts])
+    factors = repeat_factors(cfg, dicts)
+    return TrainingSet(DatasetFromList(dicts, copy=False), upright, factors)
+
+
+class _Samples(Dataset):
+    """Mapped samples by draw; a sample's augmentation is a function of (seed, position)."""
+
+    def __init__(self, records: DatasetFromList, mapper: ReplacingMapper, seed: int):
+        self._records = records
+        self._mapper = mapper
+        self._seed = seed
+
+    def __getitem__(self, draw: Draw) -> dict:
+        with own_randomness(self._seed, draw.position):
+            return self._mapper(self._records[draw.index])
+
+
+class TrainLoader:
+    """A training loader whose batches are a function of (seed, iteration).
+
+    It knows which files its batches had to do without.
+
+    Args:
+        cfg: the detector's config.
+        training_set: of `read_training_set`.
+        seed: of order and augmentation; the same in all processes.
+
+    Attributes:
+        training_set: the data set.
         skipped: the unusable files met so far.
     """
 
-    def __init__(self, cfg: CfgNode, records: DatasetFromList):
-        self.records = records
+    def __init__(self, cfg: CfgNode, training_set: TrainingSet, seed: int):
+        self.training_set = training_set
         self.skipped: set[str] = set()
-        self._loader = build_detection_train_loader(
-            cfg, dataset=records, mapper=ReplacingMapper(cfg, records)
+        records, workers = training_set.records, cfg.DATALOADER.NUM_WORKERS
+        self._order = TrainingOrder(
+            build_sampler(cfg, len(records), training_set.factors, seed),
+            training_set.upright if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None,
+            cfg.SOLVER.IMS_PER_BATCH,
+            comm.get_rank(),
+            comm.get_world_size(),
         )
+        self._loader = DataLoader(
+            _Samples(records, ReplacingMapper(cfg, records), seed),
+            batch_sampler=self._order,
+            num_workers=workers,
+            collate_fn=trivial_batch_collator,
+            # else the global one's, which is the training's, would move on with every new pass
+            generator=torch.Generator(),
+        )
+
+    def start_at(self, iteration: int) -> None:
+        """Begin the next pass with the batch of this iteration, from 0."""
+        self._order.first = iteration
 
     def __iter__(self) -> Iterator[list[dict]]:
         for batch in self._loader:
@@ -73,7 +157,7 @@ class TrainLoader:
                 self._note(sample.pop("unusable"))
                 if "image" not in sample:
                     raise InputError(
-                        f"{MAX_REPLACEMENTS if len(self.records) > MAX_REPLACEMENTS else 'All'} "
+                        f"{MAX_REPLACEMENTS if self._many else 'All'} "
                         f"training images in a row are unusable ({len(self.skipped)} so far), the "
                         f"first: {', '.join(sorted(self.skipped)[:10])}. Check the image folder."
                     )
@@ -88,30 +172,27 @@ class TrainLoader:
                     file,
                     reason,
                     len(self.skipped),
-                    len(self.records),
+                    len(self.training_set),
                 )
 
+    @property
+    def _many(self) -> bool:
+        return len(self.training_set) > MAX_REPLACEMENTS
 
-def build_train_loader(cfg: CfgNode, records: DatasetFromList | None = None) -> TrainLoader:
-    """Batches of DATASETS.TRAIN, without end, as detectron2's `build_detection_train_loader`.
+
+def build_train_loader(
+    cfg: CfgNode, training_set: TrainingSet | None = None, seed: int | None = None
+) -> TrainLoader:
+    """Batches of DATASETS.TRAIN, without end.
 
     Args:
         cfg: the detector's config.
-        records: of an earlier loader, to read the annotations but once.
+        training_set: of an earlier loader, to read the annotations but once.
+        seed: of order and augmentation. None: drawn, the same in all processes.
     """
-    if records is None:
-        dicts = get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
-            if cfg.MODEL.KEYPOINT_ON
-            else 0,
-            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-        )
-        for index, record in enumerate(dicts):
-            record["index"] = index
-        records = DatasetFromList(dicts, copy=False)
-    return TrainLoader(cfg, records)
+    if training_set is None:
+        training_set = read_training_set(cfg)
+    return TrainLoader(cfg, training_set, comm.shared_random_seed() if seed is None else seed)
 
 
 class TestLoader:

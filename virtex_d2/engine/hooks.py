@@ -1,9 +1,11 @@
 """Small hooks of fine-tuning, each with one duty."""
 
+import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from virtex_d2.runtime.errors import InputError
+from virtex_d2.runtime.randomness import place_seed
 
 
 class ImagesPerSecond(HookBase):
@@ -20,6 +22,19 @@ class ImagesPerSecond(HookBase):
         time = self.trainer.storage.histories().get("time")
         if time is not None:  # the timer leaves the first iterations out
             self.trainer.storage.put_scalar("images_per_second", self._images / time.latest())
+
+
+class SeedIteration(HookBase):
+    """What an iteration draws (proposals to learn from) is a function of (seed, iteration, rank).
+
+    So that a resumed run draws what it would have drawn, and no generator's state need be kept.
+    """
+
+    def __init__(self, seed: int):
+        self._seed = seed
+
+    def before_step(self) -> None:
+        torch.manual_seed(place_seed(self._seed, self.trainer.iter, comm.get_rank()))
 
 
 class SkippedImages(HookBase):
@@ -44,7 +59,7 @@ class SkippedImages(HookBase):
         loader = self.trainer.data_loader
         skipped = sorted(set().union(*comm.all_gather(loader.skipped)))
         self.trainer.storage.put_scalar("images_skipped", len(skipped), smoothing_hint=False)
-        total = len(loader.records)
+        total = len(loader.training_set)
         if len(skipped) > self._max_share * total:
             raise InputError(
                 f"{len(skipped)} of {total} training images are unusable, more than the share "

@@ -4,11 +4,12 @@ import logging
 from collections.abc import Callable, Iterable
 
 from detectron2.engine import HookBase
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
 from torch import nn
 
-from .randomness import own_randomness
+from virtex_d2.runtime.randomness import own_randomness
 
 logger = logging.getLogger(__name__)
 
@@ -59,5 +60,5 @@ class PreciseBN(HookBase):
                 self._num_batches,
             )
             # What the heads report is about training iterations: to another storage, and away.
-            with own_randomness(self._seed, self.trainer.iter), EventStorage():
+            with own_randomness(self._seed, self.trainer.iter, comm.get_rank()), EventStorage():
                 update_bn_stats(model, iter(self._build_loader()), self._num_batches)

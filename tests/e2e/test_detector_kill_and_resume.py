@@ -1,0 +1,123 @@
+"""A detector's training that is killed and resumed ends with the weights of one that was not."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+ITERATIONS = 12
+SEED = int(os.environ.get("KILL_SEED", "1"))
+EMA = ("VIRTEX.EMA.ENABLED", True, "VIRTEX.EMA.DECAY", 0.5, "VIRTEX.ACCUMULATE", 2)
+CASES = {
+    "FPN-0w-1p": ("FPN", 0, 1, (*EMA, "SOLVER.IMS_PER_BATCH", 4)),
+    "FPN-2w-1p-repeat-factors": (
+        *("FPN", 2, 1),
+        ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler")
+        + ("DATALOADER.REPEAT_THRESHOLD", 0.9),
+    ),
+    "C4-1w-1p-bfloat16": ("C4", 1, 1, ("SOLVER.AMP.ENABLED", True)),
+    "FPN-0w-2p": ("FPN", 0, 2, ()),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_killed_detector_resumes_to_bit_identical_weights(
+    name, shapes_world, small_detector, tmp_path
+):
+    base, workers, processes, more = CASES[name]
+    options = [
+        *small_detector(base),
+        *("VIRTEX.DATASETS", repr(_data_sets(shapes_world))),
+        *("DATASETS.TRAIN", "('world_train',)", "DATASETS.TEST", "('world_test',)"),
+        *("SOLVER.MAX_ITER", ITERATIONS, "SOLVER.CHECKPOINT_PERIOD", 2, "TEST.EVAL_PERIOD", 4),
+        *("INPUT.MIN_SIZE_TRAIN", "(48,64,80)", "DATALOADER.NUM_WORKERS", workers),
+        *more,
+    ]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = _start(options, whole, processes).communicate(timeout=400)[0]
+    assert (whole / "model_final.pth").exists(), done[-2000:]
+
+    moment = random.Random(f"{SEED} {name}")
+    _kill_after(options, killed, processes, moment.choice((1, 3, 5, 7)), 0.4 * moment.random())
+    assert (killed / "last_checkpoint").exists()
+    assert not (killed / "model_final.pth").exists()
+    done = _start([*options, "--resume"], killed, processes).communicate(timeout=400)[0]
+    assert (killed / "model_final.pth").exists(), done[-2000:]
+    expected, found = (_state(folder) for folder in (whole, killed))
+    assert len(expected) > 100
+    different = [key for key, value in expected.items() if not _same(value, found.get(key))]
+    assert different == []
+    for path in (*whole.glob("*.pth"), *killed.glob("*.pth")):
+        path.unlink()
+
+
+def _data_sets(world: Path) -> list[list[str]]:
+    return [
+        [f"world_{split}", "coco", str(world / f"annotations/instances_{split}.json")]
+        + [str(world / "images" / split)]
+        for split in ("train", "test")
+    ]
+
+
+def _start(options: list, output: Path, processes: int) -> subprocess.Popen:
+    launcher = []
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+        launcher += [f"--master-port={port}"]
+    command = [sys.executable, *launcher, ROOT / "tools" / "train_net.py", *options]
+    return subprocess.Popen(
+        [*map(str, command), "OUTPUT_DIR", str(output)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # killed with all that it has started
+    )
+
+
+def _kill_after(
+    options: list, output: Path, processes: int, iteration: int, seconds: float
+) -> None:
+    """Kill -9 so long after the checkpoint of an iteration is there."""
+    process = _start(options, output, processes)
+    deadline = time.monotonic() + 300
+    checkpoint = output / f"model_{iteration:07d}.pth"
+    while not checkpoint.exists() or not (output / "last_checkpoint").exists():
+        assert process.poll() is None, process.communicate()[0][-2000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def _state(folder: Path) -> dict:
+    return dict(_flat(torch.load(folder / "model_final.pth", weights_only=True)))
+
+
+def _flat(value, prefix=""):
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, part in items:
+        if isinstance(part, (dict, list, tuple)):
+            yield from _flat(part, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", part
+
+
+def _same(one, other) -> bool:
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    return one == other
