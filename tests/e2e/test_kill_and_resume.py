@@ -5,12 +5,10 @@
 prints the table of all cases. KILL_SEED changes the moments, KILLS how often each run is killed.
 """
 
-import contextlib
 import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -22,6 +20,7 @@ import pytest
 import torch
 
 from tests.e2e.captioned_world import write_world
+from tests.e2e.killing import differences, kill_tree
 
 pytestmark = pytest.mark.slow
 
@@ -139,19 +138,8 @@ def kill_in_iteration(arguments: list[str], output: Path, iteration: int, delay:
         assert time.monotonic() < deadline, "it never got there"
         time.sleep(0.02)
     time.sleep(delay)
-    for pid in [process.pid, *descendants(process.pid)]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    kill_tree(process.pid)
     process.wait()
-
-
-def descendants(pid: int) -> list[int]:
-    """Processes that a process has started, and those that they have: torchrun's have no group."""
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except FileNotFoundError:
-        return []
-    return [found for child in map(int, children) for found in (child, *descendants(child))]
 
 
 def finish(arguments: list[str], output: Path) -> None:
@@ -190,25 +178,6 @@ def test_a_run_that_is_killed_ends_with_the_weights_of_one_that_is_not(case, wor
     assert not list(differences(best[0]["model"], best[1]["model"]))
     for folder in (whole, killed):  # a gigabyte of checkpoints each, and there are ten cases
         shutil.rmtree(folder)
-
-
-def differences(one: object, other: object, name: str = ""):
-    """Names of what is not identical in two checkpoints: model, optimizer, schedule, Lookahead."""
-    if isinstance(one, dict):
-        if one.keys() != other.keys():
-            yield f"{name}: keys"
-        for key in one.keys() & other.keys():
-            yield from differences(one[key], other[key], f"{name}.{key}")
-    elif isinstance(one, list | tuple):
-        if len(one) != len(other):
-            yield f"{name}: length"
-        for index, (a, b) in enumerate(zip(one, other)):
-            yield from differences(a, b, f"{name}.{index}")
-    elif isinstance(one, torch.Tensor):
-        if not torch.equal(one, other):
-            yield name
-    elif one != other:
-        yield f"{name}: {one} and {other}"
 
 
 def validations(output: Path) -> dict[tuple[int, str], float]:
