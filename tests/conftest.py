@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -151,6 +151,18 @@ def backbone_file(tmp_path_factory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def three_formats(tmp_path_factory) -> Path:
+    """The splits of `shapes_world` as COCO's, LVIS's and VOC's files."""
+    from virtex_d2.data.shapes_write import write_dataset
+
+    folder = tmp_path_factory.mktemp("formats")
+    formats = ("coco", "lvis", "voc")
+    write_dataset(folder, "train", 6, size=64, seed=1, formats=formats)
+    write_dataset(folder, "test", 3, size=64, seed=2, formats=formats)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def shapes_world(tmp_path_factory) -> Path:
     """A folder with the splits "train" (6 images of 64 px) and "test" (3) of the shapes world."""
     from virtex_d2.data.shapes_write import write_dataset
@@ -162,17 +174,14 @@ def shapes_world(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def detection_cfg(shapes_world, detector_config, tmp_path):
+def detection_cfg(shapes_world, detector_config, tmp_path, catalog_as_before):
     """The config of a small detector on a copy of the small world; no test set is chosen.
 
     Data sets "unit_train" and "unit_test" are registered; OUTPUT_DIR does not exist yet.
     """
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-
     from virtex_d2.data.catalog import register_datasets
 
     world = Path(shutil.copytree(shapes_world, tmp_path / "world"))
-    before = set(MetadataCatalog.list())
     cfg = detector_config("FPN", "MODEL.ROI_HEADS.NUM_CLASSES", -1)
     cfg.VIRTEX.DATASETS = [
         [f"unit_{split}", "coco", str(world / f"annotations/instances_{split}.json")]
@@ -183,7 +192,16 @@ def detection_cfg(shapes_world, detector_config, tmp_path):
     cfg.OUTPUT_DIR = str(tmp_path / "run")
     register_datasets(cfg)
     cfg.DATASETS.TEST = ()
-    yield cfg
+    return cfg
+
+
+@pytest.fixture
+def catalog_as_before() -> Iterator[None]:
+    """Takes the data sets that a test registers out of detectron2's catalogs again."""
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    before = set(MetadataCatalog.list())
+    yield
     for name in set(MetadataCatalog.list()) - before:
         MetadataCatalog.remove(name)
         DatasetCatalog.pop(name, None)

@@ -18,16 +18,23 @@ def add_virtex_config(cfg: CN) -> None:
     stride in the 3x3 convolution. The whole backbone is trained (VirTex, arXiv 2006.06666).
     """
     cfg.VIRTEX = CN()
-    # Data sets to register before the run: [[name, type, annotation file, image folder], ...].
-    # Types: those of `virtex_d2.data.catalog.TYPES`. Paths may hold environment variables;
-    # $DETECTRON2_DATASETS is "datasets" where it is not set, as in detectron2.
+    # Data sets to register before the run, each one of
+    #   [name, "coco", annotation file, image folder]
+    #   [name, "lvis", annotation file, folder above the image folders]
+    #   [name, "voc", folder, split] or [name, "voc", folder, split, [class, ...]]
+    # Paths may hold environment variables; $DETECTRON2_DATASETS is "datasets" where it is not set,
+    # as in detectron2. See docs/datasets.md.
     cfg.VIRTEX.DATASETS = []
+    # The share of each training set's images that is used, in (0, 1], and the seed that draws them.
+    # Shares of one seed are nested: 1 % of the images are among 10 %.
+    cfg.VIRTEX.FRACTION = 1.0
+    cfg.VIRTEX.FRACTION_SEED = 0
     # The fraction of the training images that may be undecodable. They are named, counted and
     # replaced by others; with more of them the run stops.
     cfg.VIRTEX.MAX_SKIPPED_SHARE = 0.01
-    # The fraction of a data set's annotations whose box may be empty or outside its image. They are
-    # named, and detectron2 clips or drops them; with more of them the run does not start. Not 0,
-    # because COCO's own annotations have a few of zero height.
+    # The fraction of a data set's annotations whose box may be empty or outside its image, or whose
+    # mask may be none. They are named, and detectron2 clips or drops them; with more of them the
+    # run does not start. Not 0, because COCO's own annotations have a few of zero height.
     cfg.VIRTEX.MAX_BAD_BOX_SHARE = 0.0001
     # Keep activations as (N, H, W, C) in memory: faster with SOLVER.AMP on CPUs and on GPUs.
     cfg.VIRTEX.CHANNELS_LAST = False

@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
 from virtex_d2.runtime.errors import InputError, nearest
 
 from .coco_file import check_coco_file
+from .fraction import check_fraction
+from .lvis_file import check_lvis_file, check_version, load_lvis_file, without_version
+from .use import Found, Use, use_of
+from .voc_folder import VOC_CLASSES, check_voc_folder, load_voc_folder
 
 logger = logging.getLogger(__name__)
 
@@ -46,19 +50,21 @@ def register_datasets(cfg: CfgNode, eval_only: bool = False) -> list[DataSet]:
 
     Raises:
         InputError: an entry is malformed, a file is missing or inconsistent, an image is absent,
-            the categories of two data sets differ, or their number is not NUM_CLASSES.
+            the categories of two data sets differ, their number is not NUM_CLASSES, or
+            VIRTEX.FRACTION selects no image.
     """
     for entry in cfg.VIRTEX.DATASETS:
-        name, kind, annotations, image_root = _entry(entry)
-        TYPES[kind](name, annotations, image_root)
+        name, kind, rest = _entry(entry)
+        TYPES[kind].register(name, *rest)
     required = "TEST" if eval_only else "TRAIN"
     if not cfg.DATASETS[required]:
         raise InputError(
             f"DATASETS.{required} is empty; name the data sets to use, for example "
             f"DATASETS.{required} \"('name',)\"."
         )
+    check_fraction(cfg.VIRTEX.FRACTION)
     names = [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
-    checked = [_checked(name, cfg) for name in dict.fromkeys(names)]
+    checked = [_checked(name, cfg, eval_only) for name in dict.fromkeys(names)]
     _check_classes(cfg, checked)
     return checked
 
@@ -69,37 +75,133 @@ def log_datasets(datasets: list[DataSet]) -> None:
         logger.info("Data set %s: %s, %s", dataset.name, dataset.source, dataset.size)
 
 
-def _register_coco(name: str, annotations: str, image_root: str) -> None:
-    source = {"json_file": annotations, "image_root": image_root, "evaluator_type": "coco"}
+@dataclass(frozen=True)
+class DatasetType:
+    """A format that VIRTEX.DATASETS takes.
+
+    Attributes:
+        entry: what its entries hold, for people.
+        evaluator_type: of its metadata, as for detectron2's own data sets of that format.
+        register: (name, *the entry behind the type) -> None.
+        check: (name, its metadata, use) -> what it holds.
+    """
+
+    entry: str
+    evaluator_type: str
+    register: Callable[..., None]
+    check: Callable[[str, Metadata, Use], Found]
+
+
+def _register(name: str, load: Callable[[], list[dict]], **metadata: Any) -> None:
     if name in DatasetCatalog:
         known = MetadataCatalog.get(name)
-        if {key: known.get(key) for key in source} != source:
+        if {key: known.get(key) for key in metadata} != metadata:
             raise InputError(
                 f"VIRTEX.DATASETS: the name '{name}' is taken by another data set; choose another."
             )
         return
-    DatasetCatalog.register(name, lambda: load_coco_json(annotations, image_root, name))
-    MetadataCatalog.get(name).set(**source)
+    DatasetCatalog.register(name, load)
+    MetadataCatalog.get(name).set(**metadata)
 
 
-# Type -> what registers (name, annotation file, image folder).
-TYPES: dict[str, Callable[[str, str, str], None]] = {"coco": _register_coco}
+def _register_coco(name: str, annotations: str, image_root: str) -> None:
+    annotations, image_root = _expanded(annotations), _expanded(image_root)
+    _register(
+        name,
+        lambda: load_coco_json(annotations, image_root, name),
+        json_file=annotations,
+        image_root=image_root,
+        evaluator_type="coco",
+    )
 
 
-def _entry(entry: Any) -> tuple[str, str, str, str]:
-    is_list = isinstance(entry, Sequence) and not isinstance(entry, str)
-    if not is_list or len(entry) != 4 or not all(isinstance(part, str) for part in entry):
+def _register_lvis(name: str, annotations: str, image_root: str) -> None:
+    annotations, image_root = _expanded(annotations), _expanded(image_root)
+    _register(
+        name,
+        lambda: load_lvis_file(annotations, image_root, name),
+        json_file=annotations,
+        image_root=image_root,
+        classes_from_file=True,
+        evaluator_type="lvis",
+    )
+
+
+def _register_voc(name: str, folder: str, split: str, classes: Sequence[str] = ()) -> None:
+    folder = _expanded(folder)
+    repeated = sorted({found for found in classes if list(classes).count(found) > 1})
+    if repeated:
         raise InputError(
-            "VIRTEX.DATASETS: expected entries [name, type, annotation file, image folder], found "
-            f"{entry!r}."
+            f"VIRTEX.DATASETS: '{name}' lists classes more than once: {', '.join(repeated)}."
         )
-    name, kind, annotations, image_root = entry
+    taken = list(classes or VOC_CLASSES)
+    _register(
+        name,
+        lambda: load_voc_folder(folder, split, taken),
+        dirname=folder,
+        split=split,
+        # Whose metric AP is, as in detectron2: 11 points for VOC 2007, the area for all others.
+        year=2007 if "2007" in os.path.basename(os.path.normpath(folder)) else 2012,
+        thing_classes=taken,
+        chosen_classes=bool(classes),
+        evaluator_type="pascal_voc",
+    )
+
+
+def _check_coco(name: str, metadata: Metadata, use: Use) -> Found:
+    found = check_coco_file(metadata.json_file, metadata.image_root, use)
+    _check_known_classes(name, metadata, list(found.categories.values()))
+    return found
+
+
+def _check_lvis(name: str, metadata: Metadata, use: Use) -> Found:
+    found = check_lvis_file(metadata.json_file, metadata.image_root, use)
+    if not metadata.get("classes_from_file", False):
+        check_version(name, metadata.json_file, found.categories)
+    return found
+
+
+def _check_voc(name: str, metadata: Metadata, use: Use) -> Found:
+    chosen = metadata.get("chosen_classes", False)
+    return check_voc_folder(metadata.dirname, metadata.split, metadata.thing_classes, chosen, use)
+
+
+_JSON_ENTRY = "annotation file, image folder"
+TYPES: dict[str, DatasetType] = {
+    "coco": DatasetType(_JSON_ENTRY, "coco", _register_coco, _check_coco),
+    "lvis": DatasetType(_JSON_ENTRY, "lvis", _register_lvis, _check_lvis),
+    "voc": DatasetType("folder, split[, classes]", "pascal_voc", _register_voc, _check_voc),
+}
+
+
+def _entry(entry: Any) -> tuple[str, str, list]:
+    """(name, type, what follows) of a well-formed entry."""
+    if (
+        not _is_list(entry)
+        or len(entry) < 2
+        or not all(isinstance(part, str) for part in entry[:4])
+    ):
+        raise InputError(
+            "VIRTEX.DATASETS: expected entries [name, type, ...], such as ['mine', 'coco', "
+            f"'annotations.json', 'images'], found {entry!r}."
+        )
+    name, kind, *rest = entry
     if kind not in TYPES:
         raise InputError(
             f"VIRTEX.DATASETS: '{name}' has the type '{kind}'; expected one of {', '.join(TYPES)}."
             f"{nearest(kind, TYPES)}"
         )
-    return name, kind, _expanded(annotations), _expanded(image_root)
+    takes_classes = kind == "voc" and len(rest) == 3 and _is_list(rest[2]) and rest[2]
+    if len(rest) != 2 and not (takes_classes and all(isinstance(c, str) for c in rest[2])):
+        raise InputError(
+            f"VIRTEX.DATASETS: expected entries [name, '{kind}', {TYPES[kind].entry}], found "
+            f"{entry!r}."
+        )
+    return name, kind, list(rest)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _expanded(path: str) -> str:
@@ -112,12 +214,13 @@ def _expanded(path: str) -> str:
     return path
 
 
-def _checked(name: str, cfg: CfgNode) -> DataSet:
+def _checked(name: str, cfg: CfgNode, eval_only: bool) -> DataSet:
     if name not in DatasetCatalog:
         known = [known for known in DatasetCatalog.list() if not known.startswith("__")]
         raise InputError(
-            f"DATASETS: '{name}' is not a known data set.{nearest(name, known)} Name its files "
-            "with VIRTEX.DATASETS \"[['name', 'coco', 'annotations.json', 'images']]\"."
+            f"DATASETS: '{name}' is not a known data set."
+            f"{without_version(name) or nearest(name, known)} Name data of your own with "
+            "VIRTEX.DATASETS \"[['name', 'coco', 'annotations.json', 'images']]\"."
         )
     metadata = MetadataCatalog.get(name)
     source = metadata.get("json_file") or metadata.get("dirname") or ""
@@ -126,23 +229,31 @@ def _checked(name: str, cfg: CfgNode) -> DataSet:
             f"{source}: the annotations of the data set '{name}' are not there. Check "
             "VIRTEX.DATASETS, or for detectron2's own data sets DETECTRON2_DATASETS."
         )
-    if source and metadata.get("evaluator_type") == "coco":
-        found = check_coco_file(
-            source,
-            metadata.image_root,
-            cfg.MODEL.MASK_ON,
-            cfg.INPUT.MASK_FORMAT,
-            cfg.VIRTEX.MAX_BAD_BOX_SHARE,
+    by_evaluator = {kind.evaluator_type: kind for kind in TYPES.values()}
+    kind = by_evaluator.get(metadata.get("evaluator_type"))
+    if not source or kind is None:
+        classes = dict(enumerate(metadata.get("thing_classes") or []))
+        return DataSet(name, source, classes, f"{len(classes)} categories")
+    found = kind.check(name, metadata, use_of(name, cfg, eval_only))
+    if name in cfg.DATASETS.TRAIN and not eval_only:
+        if not found.num_singles:
+            raise InputError(
+                f"{source}: '{name}' has no annotation that is not a crowd; there is nothing to "
+                "learn."
+            )
+        check_fraction(cfg.VIRTEX.FRACTION, name, found.num_images)
+    return DataSet(name, source, found.categories, str(found))
+
+
+def _check_known_classes(name: str, metadata: Metadata, classes: list[str]) -> None:
+    """detectron2's own data sets have fixed classes, and its loader stops on others."""
+    known = metadata.get("thing_classes")
+    if known is not None and list(known) != classes:
+        raise InputError(
+            f"{metadata.json_file}: '{name}' is detectron2's data set of {len(known)} classes, but "
+            f"the file has {len(classes)} categories: {', '.join(map(str, classes[:10]))}. Give it "
+            "a name of its own with VIRTEX.DATASETS."
         )
-        if name in cfg.DATASETS.TRAIN and not found.num_annotations:
-            raise InputError(f"{source}: `annotations` is empty; there is nothing to learn.")
-        size = (
-            f"{found.num_images} images, {found.num_annotations} annotations, "
-            f"{len(found.categories)} categories"
-        )
-        return DataSet(name, source, found.categories, size)
-    classes = dict(enumerate(metadata.get("thing_classes") or []))
-    return DataSet(name, source, classes, f"{len(classes)} categories")
 
 
 def _check_classes(cfg: CfgNode, datasets: list[DataSet]) -> None:

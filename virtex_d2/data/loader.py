@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.randomness import own_randomness
 
+from .fraction import register_fraction
 from .order import Draw, TrainingOrder, build_sampler, repeat_factors
 
 logger = logging.getLogger(__name__)
@@ -79,13 +80,14 @@ class TrainingSet:
 
 
 def read_training_set(cfg: CfgNode) -> TrainingSet:
-    """Read the annotations of DATASETS.TRAIN.
+    """Read the annotations of DATASETS.TRAIN, or of VIRTEX.FRACTION of its images.
 
     Raises:
         InputError: DATALOADER.SAMPLER_TRAIN is none.
     """
+    fraction, seed = cfg.VIRTEX.FRACTION, cfg.VIRTEX.FRACTION_SEED
     dicts = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
+        [register_fraction(name, fraction, seed) for name in cfg.DATASETS.TRAIN],
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
         if cfg.MODEL.KEYPOINT_ON
@@ -183,7 +185,7 @@ class TrainLoader:
 def build_train_loader(
     cfg: CfgNode, training_set: TrainingSet | None = None, seed: int | None = None
 ) -> TrainLoader:
-    """Batches of DATASETS.TRAIN, without end.
+    """Batches of the training images, without end.
 
     Args:
         cfg: the detector's config.

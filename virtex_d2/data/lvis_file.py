@@ -1,0 +1,170 @@
+"""LVIS's detection format, v0.5 and v1, and any file of that format (arXiv 1908.03195).
+
+What it adds to COCO's: an image names the categories that were looked for and not found, and those
+of which not every object is annotated; a category says how frequent it is in the training images.
+Nothing is known of the other categories in an image, and a detector is not judged by them there.
+"""
+
+import os
+from typing import Any
+
+import pycocotools.mask as mask_utils
+from detectron2.data import MetadataCatalog
+from detectron2.data.datasets.lvis_v0_5_categories import LVIS_CATEGORIES as V0_5
+from detectron2.data.datasets.lvis_v1_categories import LVIS_CATEGORIES as V1
+from detectron2.structures import BoxMode
+
+from virtex_d2.runtime.errors import InputError
+from virtex_d2.runtime.files import read_json
+
+from .json_checks import Layout, check_file
+from .problems import refuse
+from .use import Found, Use
+
+# The versions have other classes, and the same number means another thing in each.
+VERSIONS = {
+    version: {category["id"]: category["name"] for category in table}
+    for version, table in (("v0.5", V0_5), ("v1", V1))
+}
+FREQUENCIES = ("r", "c", "f")  # in up to 10, up to 100, more training images
+
+
+def image_path(image: dict) -> str:
+    """An image's path below the image folder.
+
+    With `coco_url` its last two parts (train2017/000000155379.jpg), as in detectron2: LVIS's splits
+    are not COCO's, and v0.5's `file_name` is of COCO 2014. Else `file_name`.
+    """
+    if "coco_url" in image:
+        return "/".join(str(image["coco_url"]).split("/")[-2:])
+    return image.get("file_name", "")
+
+
+_LAYOUT = Layout(
+    name="LVIS",
+    required={
+        "images": ("id", "height", "width"),
+        "annotations": ("id", "image_id", "category_id", "bbox"),
+        "categories": ("id", "name"),
+    },
+    image_path=image_path,
+    folder_advice="Give the folder above those that `coco_url` ends with (train2017/..., "
+    "val2017/...), or the folder of `file_name` where there is no `coco_url`.",
+)
+
+
+def check_lvis_file(path: str, image_root: str, use: Use) -> Found:
+    """Read an LVIS-format file and check all that a run depends on.
+
+    Raises:
+        InputError: with the file, the number of records that are wrong, and the first ten.
+    """
+    found, content = check_file(path, image_root, use, _LAYOUT)
+    if use.tests:
+        _check_evaluation(path, content)
+    version = lvis_version(found.categories)
+    note = f"LVIS {version}" if version else "categories of its own"
+    return Found(
+        found.categories, found.num_images, found.num_annotations, found.num_singles, (note,)
+    )
+
+
+def lvis_version(categories: dict[int, str]) -> str:
+    """ "v0.5", "v1", or "" for other categories; `categories` are names by id."""
+    return next((version for version, table in VERSIONS.items() if table == categories), "")
+
+
+def check_version(name: str, path: str, categories: dict[int, str]) -> None:
+    """Raises:
+    InputError: detectron2's data set of this name is of one version, and the file of another.
+    """
+    expected = next((version for version in VERSIONS if f"_{version}_" in name), "")
+    found = lvis_version(categories)
+    if not expected or "cocofied" in name or found == expected:
+        return
+    what = f"LVIS {found}" if found else f"{len(categories)} categories of another list"
+    raise InputError(
+        f"{path}: '{name}' is LVIS {expected} ({len(VERSIONS[expected])} categories), but the file "
+        f"holds {what}. Its classes would mean something else: put the right file there, or name "
+        "the file with VIRTEX.DATASETS."
+    )
+
+
+def without_version(name: str) -> str:
+    """What is wrong with a name of LVIS that lacks its version; "" for other names."""
+    if "lvis" not in name.lower() or any(version in name for version in VERSIONS):
+        return ""
+    return (
+        " LVIS has two versions, with other classes: say which, as in lvis_v1_train and "
+        "lvis_v1_val (1203 classes), or lvis_v0.5_train and lvis_v0.5_val (1230)."
+    )
+
+
+def load_lvis_file(path: str, image_root: str, name: str) -> list[dict[str, Any]]:
+    """An LVIS-format file as detectron2's records; sets the classes of `name`'s metadata.
+
+    detectron2's own loader knows the classes by the data set's name, and polygons alone.
+
+    Returns:
+        By image id, with polygons or compressed run-length masks; `category_id` is the place of the
+        category among the file's ids.
+    """
+    content = read_json(path)
+    categories = sorted(content["categories"], key=lambda category: category["id"])
+    numbers = {category["id"]: number for number, category in enumerate(categories)}
+    MetadataCatalog.get(name).set(
+        thing_classes=[category["name"] for category in categories],
+        thing_dataset_id_to_contiguous_id=numbers,
+    )
+    records = {
+        image["id"]: {
+            "file_name": os.path.join(image_root, image_path(image)),
+            "height": image["height"],
+            "width": image["width"],
+            "image_id": image["id"],
+            "annotations": [],
+        }
+        for image in sorted(content["images"], key=lambda image: image["id"])
+    }
+    for item in content["annotations"]:
+        annotation = {
+            "bbox": item["bbox"],
+            "bbox_mode": BoxMode.XYWH_ABS,
+            "category_id": numbers[item["category_id"]],
+            "iscrowd": item.get("iscrowd", 0),
+        }
+        if item.get("segmentation"):
+            annotation["segmentation"] = _compressed(item["segmentation"])
+        records[item["image_id"]]["annotations"].append(annotation)
+    return list(records.values())
+
+
+def _compressed(mask: list | dict) -> list | dict:
+    """Runs as a list become the bytes that detectron2's mapper decodes; others stay."""
+    if isinstance(mask, dict) and isinstance(mask["counts"], list):
+        return mask_utils.frPyObjects(mask, *mask["size"])
+    return mask
+
+
+def _check_evaluation(path: str, content: dict) -> None:
+    keys = ("neg_category_ids", "not_exhaustive_category_ids")
+    refuse(
+        path,
+        [
+            f"image {image['id']} lacks {', '.join(missing)}"
+            for image in content["images"]
+            if (missing := [key for key in keys if not isinstance(image.get(key), list)])
+        ],
+        "images do not say what is known of them, which LVIS's evaluation needs",
+        "Add the lists of category ids, [] where there are none, or use the type coco.",
+    )
+    refuse(
+        path,
+        [
+            f"category {category['id']} ({category['name']}): {category.get('frequency')!r}"
+            for category in content["categories"]
+            if category.get("frequency") not in FREQUENCIES
+        ],
+        "categories have no frequency of 'r', 'c' and 'f', for APr, APc and APf",
+        "Give each one by the number of its training images: up to 10, up to 100, or more.",
+    )
