@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 from detectron2.data import MetadataCatalog
 from detectron2.data.common import DatasetFromList
-from detectron2.evaluation import COCOEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
 from detectron2.utils.events import EventStorage
 
 from virtex_d2.data.loader import ReplacingMapper, build_train_loader
 from virtex_d2.engine.hooks import SkippedImages
-from virtex_d2.evaluation import build_evaluator
+from virtex_d2.evaluation import CocoEvaluator, LvisEvaluator, VocEvaluator, build_evaluator
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.trainer import DetectionTrainer
 
@@ -89,20 +88,19 @@ def test_a_checkpoint_without_optimizer_is_not_resumed_as_if_nothing_were_lost(c
 @pytest.mark.parametrize(
     ("kind", "name", "evaluator"),
     [
-        ("coco", "unit_train", COCOEvaluator),
-        ("lvis", "unit_lvis_v1", LVISEvaluator),
-        ("pascal_voc", "unit_voc", PascalVOCDetectionEvaluator),
+        ("coco", "unit_train", CocoEvaluator),
+        ("lvis", "unit_lvis_v1", LvisEvaluator),
+        ("pascal_voc", "unit_voc", VocEvaluator),
     ],
 )
-def test_the_evaluator_follows_the_data_sets_type(kind, name, evaluator, cfg, tmp_path):
+def test_the_evaluator_follows_the_data_sets_type(kind, name, evaluator, cfg, three_formats):
     metadata = MetadataCatalog.get(name)
     if kind == "lvis":
-        from virtex_d2.data.shapes_write import write_dataset
-
-        write_dataset(tmp_path / "lvis", "val", 2, size=64, formats=("lvis",))
-        metadata.set(json_file=str(tmp_path / "lvis/annotations/lvis_v1_val.json"))
+        metadata.set(json_file=str(three_formats / "annotations/lvis_v1_test.json"))
     if kind == "pascal_voc":
-        metadata.set(dirname=str(tmp_path), split="test", year=2007, thing_classes=["circle"])
+        folder = str(three_formats / "VOC")
+        metadata.set(dirname=folder, split="test", year=2007, thing_classes=["circle"])
+        cfg.MODEL.MASK_ON = False
     metadata.evaluator_type = kind
     cfg.DATASETS.TEST = (name,)
     assert type(build_evaluator(cfg, name)) is evaluator

@@ -1,0 +1,86 @@
+"""COCO's AP, with a table of the classes."""
+
+import contextlib
+import io
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation.fast_eval_api import COCOeval_opt
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from virtex_d2.runtime.compat import has_compiled_ops
+
+from .ground_truth import complete
+from .per_class import ClassResult, class_aps, log_without_objects, write_per_class
+
+
+class CocoEvaluator(COCOEvaluator):
+    """detectron2's, for files that leave out what it needs, and for no predictions.
+
+    Where nothing is detected, AP is 0; where there is nothing to detect (no object of a size, say),
+    it is NaN. A class without an object is left out of the mean. Writes per_class.csv.
+
+    Args:
+        dataset_name: registered, with `json_file` in its metadata.
+        tasks: of "bbox" and "segm".
+        output_dir: for predictions and the table.
+    """
+
+    def __init__(self, dataset_name: str, tasks: tuple[str, ...], output_dir: str):
+        # The fast implementation is compiled; the official one gives the same AP.
+        fast = has_compiled_ops()
+        super().__init__(dataset_name, tasks, output_dir=output_dir, use_fast_impl=fast)
+        complete(self._coco_api.dataset["annotations"], self._coco_api.annToRLE)
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._coco_api.createIndex()
+        self._dataset_name = dataset_name
+        self._class_results: list[ClassResult] = []
+
+    def evaluate(self, img_ids: list | None = None) -> dict[str, Any]:
+        """Task -> metric -> percent; in the first process alone."""
+        self._class_results = []
+        results = super().evaluate(img_ids)
+        if self._class_results:
+            log_without_objects(self._class_results, self._dataset_name)
+            write_per_class(self._output_dir, self._class_results)
+        return results
+
+    def _derive_coco_results(
+        self, coco_eval: COCOeval | None, iou_type: str, class_names: list[str] | None = None
+    ) -> dict[str, float]:
+        if coco_eval is None:
+            coco_eval = self._evaluate_nothing(iou_type)
+        counts = Counter(
+            item["category_id"]
+            for item in self._coco_api.dataset["annotations"]
+            if not item["iscrowd"]
+        )
+        # (IoU, recall, class, area range "all", most detections)
+        aps = class_aps(np.asarray(coco_eval.eval["precision"])[:, :, :, 0, -1])
+        for place, number in enumerate(coco_eval.params.catIds):
+            self._class_results.append(
+                ClassResult(
+                    iou_type,
+                    self._coco_api.cats[number]["name"],
+                    counts[number],
+                    {metric: float(values[place]) for metric, values in aps.items()},
+                )
+            )
+        return super()._derive_coco_results(coco_eval, iou_type, class_names)
+
+    def _evaluate_nothing(self, iou_type: str) -> COCOeval:
+        """The evaluation of no detection at all, which pycocotools does not load."""
+        nothing = COCO()
+        nothing.dataset = {**self._coco_api.dataset, "annotations": []}
+        with contextlib.redirect_stdout(io.StringIO()):
+            nothing.createIndex()
+        kind = COCOeval_opt if self._use_fast_impl else COCOeval
+        evaluation = kind(self._coco_api, nothing, iou_type)
+        evaluation.params.maxDets = self._max_dets_per_image
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        return evaluation
