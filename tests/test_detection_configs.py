@@ -142,7 +142,7 @@ def test_every_config_trains_and_evaluates_a_thin_model_on_data_of_its_format(
     trainer = DetectionTrainer(cfg)
     trainer.resume_or_load(resume=False)
     trainer.train()
-    assert len(trainer.data_loader.records) == 3
+    assert len(trainer.data_loader.training_set.records) == 3
     last = json.loads((tmp_path / "run/metrics.json").read_text().splitlines()[-1])
     tasks = ["bbox", "segm"] if masks else ["bbox"]
     assert all(0 <= last[f"{task}/AP"] <= 100 for task in tasks)

@@ -294,7 +294,7 @@ def test_images_without_objects_are_left_out_of_training_but_not_of_the_test(wor
         _edit(world, empty_the_first, split)
     cfg = _config(world, **{"DATALOADER.NUM_WORKERS": 0})
     register_datasets(cfg)
-    assert len(build_train_loader(cfg).records) == 5
+    assert len(build_train_loader(cfg).training_set.records) == 5
     assert len(TestLoader(cfg, "w_test")) == 3
 
 

@@ -61,7 +61,7 @@ def test_the_training_loader_gets_the_fraction_and_the_log_its_size(three_format
     cfg = _config(three_formats, "VIRTEX.FRACTION", 0.5, "VIRTEX.FRACTION_SEED", 2)
     register_datasets(cfg)
     with caplog.at_level(logging.INFO):
-        records = build_train_loader(cfg).records
+        records = build_train_loader(cfg).training_set.records
     assert len(records) == 3
     every = DatasetCatalog.get("f_train")
     assert {r["image_id"] for r in records} == set(_ids(take_fraction(every, 0.5, 2)))
