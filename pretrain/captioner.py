@@ -15,9 +15,9 @@ from torch import nn
 from virtex_d2.runtime.config import load_config
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import read_checkpoint, require_file
+from virtex_d2.runtime.images import IMAGE_SUFFIXES, read_image
 
-from .augment import EvalTransform, normalize, read_image
-from .captions.checks import IMAGE_SUFFIXES
+from .augment import EvalTransform, normalize
 from .config import get_pretrain_cfg
 from .decoding import Decode, Decoded
 from .objectives import Captioning, build_objective

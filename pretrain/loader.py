@@ -18,8 +18,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from virtex_d2.runtime.errors import InputError
+from virtex_d2.runtime.images import read_image
 
-from .augment import EvalTransform, TrainTransform, read_image
+from .augment import EvalTransform, TrainTransform
 from .captions import CaptionRecord, caption_counts
 from .captions.records import offsets
 from .order import order_of

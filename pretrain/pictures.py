@@ -12,8 +12,9 @@ from torch import nn
 
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import atomic_path
+from virtex_d2.runtime.images import read_image
 
-from .augment import EvalTransform, normalize, read_image
+from .augment import EvalTransform, normalize
 from .captioner import can_caption
 from .decoding import Decoded, beam_search
 from .tokenizer import Tokenizer

@@ -6,9 +6,6 @@ from collections.abc import Iterable, Sequence
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import read_json
 
-# What files of images end in.
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
-
 
 def refuse(path: str | os.PathLike, found: Iterable[str], what: str, what_to_do: str) -> None:
     """Raise where anything was found; the message counts all of it and names the first ten."""

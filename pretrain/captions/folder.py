@@ -5,8 +5,9 @@ from collections.abc import Iterator
 
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import read_text
+from virtex_d2.runtime.images import IMAGE_SUFFIXES
 
-from .checks import IMAGE_SUFFIXES, refuse, require_folder
+from .checks import refuse, require_folder
 from .records import Records
 
 
