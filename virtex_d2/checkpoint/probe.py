@@ -72,7 +72,7 @@ def probe(
     tensors = {name: tensor.to(device) for name, tensor in backbone.tensors.items()}
     resnet = _find_resnet(model)
     dilation = _last_dilation(resnet)
-    with _exact(), torch.no_grad(), _evaluating(model):
+    with exact_float32(), torch.no_grad(), _evaluating(model):
         image = rgb if input_format == "RGB" else rgb.flip(0)
         found = _detector_stages(model, resnet, image.to(device))
 
@@ -242,7 +242,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _exact() -> Iterator[None]:
+def exact_float32() -> Iterator[None]:
     """Float32 as it is: TensorFloat-32 alone is a thousandth."""
     convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False

@@ -1,0 +1,30 @@
+#!/usr/bin/env python
+"""Judge a backbone by classifiers on its features, or by fine-tuning it as a classifier.
+
+python tools/linear_probe.py --config-file configs/probes/voc07_svm.yaml \\
+    MODEL.WEIGHTS output/pretrain/backbone.safetensors OUTPUT_DIR output/voc07
+python tools/linear_probe.py --config-file configs/probes/imagenet_linear.yaml --num-gpus 8 \\
+    MODEL.WEIGHTS output/pretrain/backbone.safetensors OUTPUT_DIR output/imagenet --resume
+python tools/linear_probe.py --config-file configs/probes/inaturalist_finetune.yaml --num-gpus 8 \\
+    MODEL.WEIGHTS random OUTPUT_DIR output/inaturalist --resume
+
+Results are in OUTPUT_DIR/results.json and per_class.csv.
+"""
+
+import argparse
+
+from virtex_d2.probes.config import get_probe_cfg
+from virtex_d2.probes.run import run_probe
+from virtex_d2.runtime.config import load_config
+from virtex_d2.runtime.errors import exit_on_input_error
+from virtex_d2.runtime.launch import launch
+from virtex_d2.runtime.setup import argument_parser
+
+
+def main(args: argparse.Namespace) -> None:
+    run_probe(load_config(get_probe_cfg(), args.config_file, args.opts), args)
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        launch(main, argument_parser(__doc__).parse_args())
