@@ -63,7 +63,7 @@ def test_a_class_without_a_test_image_is_not_averaged_as_zero(probe, voc, tmp_pa
     assert [row["class"] for row in table(tmp_path)] == ["green", "red"]
 
 
-def test_a_finished_run_is_neither_overwritten_nor_repeated(probe, voc, monkeypatch):
+def test_a_finished_run_is_neither_overwritten_nor_repeated(probe, voc, tmp_path, monkeypatch):
     data = ("DATA.ROOT", voc, "DATA.CLASSES", COLOURS)
     metrics = probe(*data)
     with pytest.raises(InputError, match="holds the results.json of another run"):
@@ -71,8 +71,10 @@ def test_a_finished_run_is_neither_overwritten_nor_repeated(probe, voc, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr("virtex_d2.probes.run.evaluate_svms", None)
         assert probe(*data, resume=True) == metrics
+    config = (tmp_path / "run" / "config.yaml").read_text()
     with pytest.raises(InputError, match=r"SVM.FOLDS was 3, now it is 2"):
         probe(*data, "SVM.FOLDS", "2", resume=True)
+    assert (tmp_path / "run" / "config.yaml").read_text() == config
 
 
 def test_a_linear_classifier_on_cached_features_learns_colours(probe, folders, tmp_path):

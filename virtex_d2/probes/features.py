@@ -81,14 +81,15 @@ class Extraction:
             for last in [min(first + SHARD_SIZE, len(files))]
         ]
         mine = shards[comm.get_rank() :: comm.get_world_size()]
-        absent = [shard for shard in mine if shard.read() is None]
+        known = {shard: shard.read() for shard in mine}
+        absent = [shard for shard, found in known.items() if found is None]
         if absent:
             self._extract(files, absent, name)
             require_untouched(self.network, before)
         else:
             logger.info("Features of %d %s: cached in %s", len(files), name, folder)
         comm.synchronize()
-        parts = [shard.read() for shard in shards]
+        parts = [known.get(shard) or shard.read() for shard in shards]
         if any(part is None for part in parts):
             raise InputError(
                 f"{folder}: features that were just written are gone. DATA.CACHE_DIR must be one "

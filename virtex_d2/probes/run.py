@@ -69,7 +69,8 @@ def run_probe(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
             "OUTPUT_DIR, or add --resume if it is this one."
         )
     changes = complete_config(cfg)
-    setup_run(cfg, args)
+    # A run that is finished keeps its config.yaml, whatever it is resumed with.
+    setup_run(cfg, argparse.Namespace(**{**vars(args), "eval_only": finished is not None}))
     for line in changes:
         logger.info(line)
     resolve_norms(cfg)
@@ -86,8 +87,7 @@ def run_probe(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
         refuse_other_run(finished["identity"], identity)
         logger.info("%s: finished already, nothing is done.", cfg.OUTPUT_DIR)
         return finished["metrics"]
-    if comm.is_main_process() and about_network["weights"] != "random":
-        about_network["preprocessing"] = config_preprocessing(cfg).config()
+    about_network["preprocessing"] = config_preprocessing(cfg).config()
     extract = Extraction(
         network,
         cfg.MODEL.RESNETS.STRIDE_IN_1X1,
