@@ -53,9 +53,7 @@ def register_datasets(cfg: CfgNode, eval_only: bool = False) -> list[DataSet]:
             the categories of two data sets differ, their number is not NUM_CLASSES, or
             VIRTEX.FRACTION selects no image.
     """
-    for entry in cfg.VIRTEX.DATASETS:
-        name, kind, rest = _entry(entry)
-        TYPES[kind].register(name, *rest)
+    register_entries(cfg)
     required = "TEST" if eval_only else "TRAIN"
     if not cfg.DATASETS[required]:
         raise InputError(
@@ -67,6 +65,17 @@ def register_datasets(cfg: CfgNode, eval_only: bool = False) -> list[DataSet]:
     checked = [_checked(name, cfg, eval_only) for name in dict.fromkeys(names)]
     _check_classes(cfg, checked)
     return checked
+
+
+def register_entries(cfg: CfgNode) -> None:
+    """Make VIRTEX.DATASETS known to detectron2's catalog; what they hold is not looked at.
+
+    Raises:
+        InputError: an entry is malformed, or its name taken.
+    """
+    for entry in cfg.VIRTEX.DATASETS:
+        name, kind, rest = _entry(entry)
+        TYPES[kind].register(name, *rest)
 
 
 def log_datasets(datasets: list[DataSet]) -> None:

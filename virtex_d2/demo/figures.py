@@ -21,8 +21,9 @@ from virtex_d2.reporting.plots import (
     show_image,
     xy,
 )
+from virtex_d2.visualization.instances import read_pixels
 
-from .masks import Instance, Picture, read_image
+from .masks import Instance, Picture
 from .results import METRICS
 
 # Told apart by people of any colour vision, also in grey; dark enough for text on white.
@@ -133,7 +134,7 @@ def draw_captions(path: Path, annotations: Path, images: Path, count: int = 4) -
         panels = figure.subplots(1, count, squeeze=False, gridspec_kw={"wspace": 0.06})[0]
         figure.subplots_adjust(left=0, right=1, top=1, bottom=below / (side + below))
         for axes, record, text in zip(panels, records, texts):
-            show_image(axes, read_image(images / record["file_name"]))
+            show_image(axes, read_pixels(images / record["file_name"]))
             axes.text(
                 *(0, -0.04, text),
                 transform=axes.transAxes,

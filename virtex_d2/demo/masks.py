@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from pycocotools import mask as coco_mask
 
 from virtex_d2.reporting.metrics import read_json
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.visualization.instances import read_pixels, to_mask, to_rle
 
 RIGHT_IOU = 0.5  # mask IoU from which a prediction of the right class counts as right, as in AP50
 
@@ -71,10 +70,9 @@ def load_pictures(
         pictures.append(
             Picture(
                 record["file_name"],
-                read_image(images / record["file_name"]),
+                read_pixels(images / record["file_name"]),
                 tuple(
-                    Instance(names[item["category_id"]], coco_mask.decode(_rle(item, record)) > 0)
-                    for item in objects
+                    Instance(names[item["category_id"]], _mask(item, record)) for item in objects
                 ),
                 {
                     start: judge(by_image.get(record["id"], []), objects, record, names)
@@ -120,7 +118,7 @@ def judge(
         instances.append(
             Instance(
                 names.get(item["category_id"], f"category {item['category_id']}"),
-                coco_mask.decode(_rle(item, record)) > 0,
+                _mask(item, record),
                 item["score"],
                 right,
             )
@@ -129,14 +127,11 @@ def judge(
 
 
 def _rle(item: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
-    """A COCO segmentation (polygons, RLE, or RLE with plain counts) as compressed RLE."""
-    segmentation = item["segmentation"]
-    if isinstance(segmentation, list):
-        parts = coco_mask.frPyObjects(segmentation, record["height"], record["width"])
-        return coco_mask.merge(parts)
-    if isinstance(segmentation["counts"], list):
-        return coco_mask.frPyObjects(segmentation, *segmentation["size"])
-    return segmentation
+    return to_rle(item["segmentation"], record["height"], record["width"])
+
+
+def _mask(item: Mapping[str, Any], record: Mapping[str, Any]) -> np.ndarray:
+    return to_mask(item["segmentation"], record["height"], record["width"])
 
 
 def _by_image(items: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
@@ -144,16 +139,3 @@ def _by_image(items: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
     for item in items:
         grouped.setdefault(item["image_id"], []).append(item)
     return grouped
-
-
-def read_image(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8 RGB.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot read this image: {error}") from error

@@ -105,7 +105,7 @@ def setup_run(cfg: CfgNode, args: argparse.Namespace, check_output: bool = True)
     logger.info("Process %d of %d; command line: %s", rank, comm.get_world_size(), args)
 
     configured_device = cfg.MODEL.DEVICE
-    cfg.MODEL.DEVICE = _resolved_device(configured_device)
+    cfg.MODEL.DEVICE = resolve_device(configured_device)
     logger.info("MODEL.DEVICE %s: running on %s", configured_device, cfg.MODEL.DEVICE)
     drawn = cfg.SEED < 0
     cfg.SEED = _resolved_seed(cfg.SEED, cfg.OUTPUT_DIR if resume else None)
@@ -157,7 +157,12 @@ def _prepare_output(folder: str, check: bool) -> None:
         raise InputError(problem)
 
 
-def _resolved_device(device: str) -> str:
+def resolve_device(device: str) -> str:
+    """MODEL.DEVICE with "auto" resolved to "cuda" where there is a device, else to "cpu".
+
+    Raises:
+        InputError: it is CUDA, and there is none.
+    """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():

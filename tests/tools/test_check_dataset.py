@@ -1,0 +1,76 @@
+"""tools/check_dataset.py as it is typed."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from virtex_d2.runtime.errors import exit_on_input_error
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "check_dataset.py"
+
+
+@pytest.fixture
+def check(monkeypatch):
+    """`check(*arguments)` -> exit code, in this process."""
+    spec = importlib.util.spec_from_file_location("check_dataset", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
+        try:
+            with exit_on_input_error():
+                return module.main()
+        except SystemExit as error:
+            return error.code
+
+    return run
+
+
+def _set(world, split):
+    return ["coco", world / f"annotations/instances_{split}.json", world / "images" / split]
+
+
+def test_the_exit_code_is_for_scripts(run_python, world):
+    (world / "images/test/000000.jpg").unlink()
+    assert run_python(TOOL, "--val", *_set(world, "test"), "--no-images").returncode == 1
+
+
+def test_sets_are_named_by_type_file_and_folder(check, world, capsys):
+    assert check("--train", *_set(world, "train"), "--val", *_set(world, "test")) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("train: instances_train.json: COCO, ")
+    assert "\nval: instances_test.json: COCO, " in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name data sets with --train and --val, or with --config-file"),
+        (["--val", "cocoo", "none.json", "images"], "Did you mean 'coco'?"),
+        (["--val", "coco", "none.json", "images"], "none.json: cannot be read"),
+        (["--val", "voc", "none", "test"], "none/ImageSets/Main/test.txt: cannot be read"),
+        (["DATASETS.TEST", "('nonesuch',)"], "'nonesuch' is not a known data set"),
+        (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN and DATASETS.TEST are empty"),
+        (["DATASETS.TEST", "('cityscapes_fine_instance_seg_val',)"], "only data sets in the form"),
+    ],
+)
+def test_bad_usage_is_told_in_a_line(arguments, message, check, capsys):
+    assert check(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_data_sets_of_a_config_are_found_by_their_names(check, data, world, capsys):
+    assert check("--no-images", *data) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("tool_train: COCO, ")
+    assert "\ntool_test: COCO, " in out
+
+
+def test_detectron2s_own_names_need_no_entry(check, capsys):
+    assert check("--no-images", "DATASETS.TEST", "('coco_2017_val',)") == 2
+    assert "coco/annotations/instances_val2017.json: cannot be read" in capsys.readouterr().err

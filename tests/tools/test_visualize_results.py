@@ -1,0 +1,84 @@
+"""tools/visualize_results.py as it is typed."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from virtex_d2.checkpoint.detector import DetectorCheckpointer
+from virtex_d2.runtime.errors import exit_on_input_error
+from virtex_d2.trainer import DetectionTrainer
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "visualize_results.py"
+
+
+@pytest.fixture
+def visualize(monkeypatch):
+    """`visualize(*arguments)` -> exit code, in this process."""
+    spec = importlib.util.spec_from_file_location("visualize_results", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
+        try:
+            with exit_on_input_error():
+                module.main()
+        except SystemExit as error:
+            return error.code
+        return 0
+
+    return run
+
+
+def _truth(world):
+    return ["--truth", "coco", world / "annotations/instances_test.json", world / "images/test"]
+
+
+def test_a_results_file_is_shown_beside_the_truth(visualize, world, tmp_path):
+    (tmp_path / "none.json").write_text("[]")
+    out = tmp_path / "out"
+    assert visualize(*_truth(world), "--predictions", tmp_path / "none.json", "--output", out) == 0
+    assert len(list((out / "pictures").iterdir())) == 3
+
+
+def test_a_detector_predicts_on_the_data_set_of_its_config(
+    visualize, world, data, small_detector, detector_config, tmp_path, capsys
+):
+    torch.manual_seed(0)
+    count = len(json.loads((world / "annotations/instances_test.json").read_text())["categories"])
+    cfg = detector_config("FPN", "MODEL.ROI_HEADS.NUM_CLASSES", count)
+    model = DetectionTrainer.build_model(cfg)
+    DetectorCheckpointer(model, str(tmp_path)).save("model")
+    out = tmp_path / "out"
+    code = visualize(
+        *small_detector("FPN"),
+        *data,
+        *("--weights", tmp_path / "model.pth", "--output", out, "--sample", 2),
+        *("--score-threshold", 0),
+    )
+    assert code == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    assert "on 2 images" in printed
+    assert " 0 right, 0 wrong" not in printed
+    assert len(list((out / "pictures").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--predictions", "a.json"], "name the data set with --truth or with --config-file"),
+        (["--truth", "coco", "a", "b"], "give --predictions or --weights"),
+        (["--truth", "coco", "a", "b", "--weights", "c.pth"], "--weights needs the detector's"),
+        (["--truth", "coco", "a", "b", "--predictions", "c"], "a: cannot be read"),
+    ],
+)
+def test_bad_usage_is_told_in_a_line(arguments, message, visualize, tmp_path, capsys):
+    assert visualize(*arguments, "--output", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()

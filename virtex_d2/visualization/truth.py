@@ -1,0 +1,45 @@
+"""The objects of a data set, image by image, as they are drawn and matched."""
+
+from collections.abc import Container, Iterable
+
+import numpy as np
+
+from virtex_d2.data.annotations.masks import mask_fault
+from virtex_d2.data.annotations.table import AnnotationTable
+
+from .instances import Instance
+
+
+def objects(
+    table: AnnotationTable,
+    rows: Iterable[int],
+    size: tuple[int, int],
+    broken: Container[str] = (),
+) -> list[Instance]:
+    """Objects of one image; those without a box are left out, and masks that cannot be read.
+
+    Args:
+        table: the data set.
+        rows: their indices.
+        size: (height, width) of the image in pixels.
+        broken: names of the records to mark as broken.
+    """
+    categories = list(table.categories)
+    found = []
+    for row in rows:
+        x, y, width, height = table.boxes[row].tolist()
+        if np.isnan(x):
+            continue
+        mask = table.segmentations[row]
+        category = table.category_of[row]
+        found.append(
+            Instance(
+                category=categories[category] if category >= 0 else "unknown",
+                box=(x, y, x + width, y + height),
+                segmentation=mask if mask and not mask_fault(mask, size) else None,
+                ignore=bool(table.crowd[row] or table.difficult[row]),
+                crowd=bool(table.crowd[row]),
+                verdict="broken" if table.records[row] in broken else "",
+            )
+        )
+    return found
