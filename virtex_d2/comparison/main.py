@@ -140,9 +140,9 @@ def write_all(
     tables.write_text(output / "summary.csv", tables.summary_csv(blocks))
     folder = output / "pictures"
     folder.mkdir(exist_ok=True)
-    report.write_report(
-        path, blocks, _draw(folder, blocks), missing, commands or {}, pictures.note(blocks)
-    )
+    drawn = _draw(folder, blocks)
+    drawn["predictions"], note = pictures.draw(folder, blocks)
+    report.write_report(path, blocks, drawn, missing, commands or {}, note)
     return path, blocks
 
 
@@ -169,7 +169,6 @@ def _draw(folder: Path, blocks: Sequence[Block]) -> dict[str, list[Picture]]:
         place = f"{block.config}, {100 * block.fraction:.6g} % of the images, {TASKS[task]} AP."
         others = f" {left_out} that change least are left out." if left_out else ""
         drawn["classes"].append(Picture(path, alternative, f"{place} {words}{others}"))
-    drawn["predictions"] = pictures.draw(folder, blocks)
     return drawn
 
 

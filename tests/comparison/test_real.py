@@ -1,0 +1,93 @@
+"""A comparison of real trainings, from the tool to the page in a browser."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.browser import open_page
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, small_detector, shapes_world, backbone_file, run_python):
+    output = tmp_path_factory.mktemp("comparison") / "output"
+    _, config, *opts = small_detector("FPN")
+    data_sets = [
+        [f"world_{split}", "coco", str(shapes_world / f"annotations/instances_{split}.json")]
+        + [str(shapes_world / "images" / split)]
+        for split in ("train", "test")
+    ]
+    opts = [
+        *(word for pair in zip(opts[::2], opts[1::2]) if pair[0] != "SEED" for word in pair),
+        *("VIRTEX.DATASETS", repr(data_sets), "TEST.EVAL_PERIOD", 2, "SOLVER.MAX_ITER", 4),
+        *("DATASETS.TRAIN", "('world_train',)", "DATASETS.TEST", "('world_test',)"),
+    ]
+    command = [
+        *("tools/compare_inits.py", "--output", output, "--config-file", config),
+        *("--init", "random", "--init", f"other={backbone_file('resnet18')}"),
+        *("--fractions", 0.5, "--seeds", 1, "--opts", *opts),
+    ]
+    result = run_python(*command, cwd=ROOT)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr
+    yield command, output
+    shutil.rmtree(output)  # checkpoints
+
+
+def test_the_page_opens_without_a_network_and_without_an_error(finished):
+    _, output = finished
+    page = open_page(output / "report.html")
+    assert page.console == []
+    assert page.requests == []
+    assert page.title == "Which initialisation?"
+    assert len(page.images) == 4  # differences, curves, classes, predictions
+    assert all(image.loaded and image.alt and 400 < image.shown <= 1000 for image in page.images)
+    assert "one seed: noise may be larger" in page.text
+    assert "No pictures" not in page.text
+    assert "0.5" in (output / "results.csv").read_text()
+
+
+def test_predictions_are_drawn_beside_the_truth(finished):
+    _, output = finished
+    with Image.open(output / "pictures" / "predictions0.png") as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    assert picture.width > 3 * 300
+    assert pixels.std() > 20
+
+
+def test_the_same_command_keeps_what_is_done(finished, run_python):
+    command, output = finished
+    before = {path: path.stat().st_mtime_ns for path in output.glob("runs/**/metrics.json")}
+    assert len(before) == 2
+    report = (output / "report.html").read_bytes()
+    result = run_python(*command, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("done before") == 2
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert (output / "report.html").read_bytes() == report
+
+
+def test_without_the_images_the_report_says_why_it_has_no_pictures(
+    finished, run_python, shapes_world, tmp_path
+):
+    _, output = finished
+    folders = list(output.glob("runs/*/*/other/seed1"))
+    copied = Path(
+        shutil.copytree(folders[0], tmp_path / "run", ignore=shutil.ignore_patterns("*.pth"))
+    )
+    config = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text(config.replace(str(shapes_world), "/nowhere"))
+    result = run_python(
+        *("tools/compare_inits.py", "--output", tmp_path / "report"),
+        *("--collect", f"other={copied}"),
+        cwd=ROOT,
+    )
+    assert result.returncode == 0, result.stderr
+    html = (tmp_path / "report" / "report.html").read_text()
+    assert "No pictures of predictions" in html
+    assert "/nowhere" in html
