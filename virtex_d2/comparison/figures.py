@@ -59,7 +59,9 @@ def draw_differences(path: Path, blocks: Sequence[Block], metrics: Sequence[Metr
             axes.set_xlabel("points of AP")
         for axes in panels[0]:
             low, high = axes.get_xlim()
-            axes.set_xlim(min(low, -0.5), max(high, 0.5))
+            low, high = min(low, -0.5), max(high, 0.5)
+            room = 0.1 * (high - low)  # for the numbers above the points
+            axes.set_xlim(low - room, high + room)
         save(figure, path)
 
 
