@@ -14,12 +14,13 @@ import weakref
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import SimpleTrainer, TrainerBase, hooks
+from detectron2.engine import TrainerBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import JSONWriter, TensorboardXWriter
 from torch import nn
 
 from virtex_d2.runtime.checkpointer import AtomicCheckpointer
+from virtex_d2.runtime.compat import write_metrics
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.launch import wrap_ddp
 from virtex_d2.runtime.setup import write_config
@@ -239,7 +240,7 @@ class PretrainTrainer(TrainerBase):
             self.storage.put_scalar("grad_norm", norm.item())
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        SimpleTrainer.write_metrics(losses, data_time)
+        write_metrics(losses, data_time, self.iter)
         self.skipped_files = batch["skipped_files"]
 
     def _losses(self, batch: dict) -> dict[str, torch.Tensor]:
