@@ -7,6 +7,7 @@ from PIL import Image
 
 from tests.browser import open_page
 from virtex_d2.data.annotations.sources import read_annotations
+from virtex_d2.data.annotations.voc_folder import read_voc_folder
 from virtex_d2.data.shapes_write import write_dataset
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.visualization.main import Options, run
@@ -128,6 +129,15 @@ def test_other_formats_are_shown_too(kind, tmp_path, write, capsys):
     ]
     run(table, [write(records)], Options(output=str(tmp_path / "out")))
     assert f"{len(records)} right, 0 wrong, 0 missed" in capsys.readouterr().out
+
+
+def test_objects_of_classes_that_are_left_out_are_not_missed(tmp_path, write, capsys):
+    write_dataset(tmp_path / "w", "train", 6, 64, 1, formats=("voc",))
+    table = read_voc_folder(str(tmp_path / "w/VOC"), "train", "train", ["star", "ring"], True)
+    assert 0 < (table.category_of >= 0).sum() < len(table.records)
+    run(table, [write([])], Options(output=str(tmp_path / "out")))
+    count = int((table.category_of >= 0).sum())
+    assert f"0 right, 0 wrong, {count} missed" in capsys.readouterr().out
 
 
 def test_an_image_that_is_missing_or_of_another_size_is_named_and_nothing_is_left(

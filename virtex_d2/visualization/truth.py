@@ -16,7 +16,9 @@ def objects(
     size: tuple[int, int],
     broken: Container[str] = (),
 ) -> list[Instance]:
-    """Objects of one image; those without a box are left out, and masks that cannot be read.
+    """Objects of one image; without those that have no box, and masks that cannot be read.
+
+    Objects of no class of the data set are left out, too, unless they are marked as broken.
 
     Args:
         table: the data set.
@@ -28,10 +30,10 @@ def objects(
     found = []
     for row in rows:
         x, y, width, height = table.boxes[row].tolist()
-        if np.isnan(x):
+        mask, category = table.segmentations[row], table.category_of[row]
+        is_broken = table.records[row] in broken
+        if np.isnan(x) or (category < 0 and not is_broken):
             continue
-        mask = table.segmentations[row]
-        category = table.category_of[row]
         found.append(
             Instance(
                 category=categories[category] if category >= 0 else "unknown",
@@ -39,7 +41,7 @@ def objects(
                 segmentation=mask if mask and not mask_fault(mask, size) else None,
                 ignore=bool(table.crowd[row] or table.difficult[row]),
                 crowd=bool(table.crowd[row]),
-                verdict="broken" if table.records[row] in broken else "",
+                verdict="broken" if is_broken else "",
             )
         )
     return found

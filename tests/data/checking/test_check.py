@@ -245,7 +245,8 @@ def test_counts_are_those_of_the_file(world):
             lambda c: c["images"][0]["not_exhaustive_category_ids"].append(99),
             ("category-unknown", "image 1"),
         ),
-        (lambda c: c["images"][0].pop("neg_category_ids"), ("incomplete", "image 1")),
+        (lambda c: c["images"][0].pop("neg_category_ids"), ("field-assumed", "image 1")),
+        (lambda c: c["images"][0].update(neg_category_ids=7), ("incomplete", "image 1")),
     ],
 )
 def test_what_lvis_adds_is_checked(change, expected, world):
@@ -281,6 +282,9 @@ def test_voc_classes_that_are_given_are_the_only_ones(world):
     unknown = check(table, decode=False).by_kind()["category-unknown"]
     assert len(unknown) == (table.category_of < 0).sum() > 0
     assert "the classes are circle, star" in unknown[0].why
+    checked = check(read_voc_folder(str(voc), "train", "train", ["circle", "star"], chosen=True))
+    assert checked.sound
+    assert len(checked.by_kind()["class-left-out"]) == len(unknown)
 
 
 @pytest.mark.parametrize(

@@ -209,8 +209,11 @@ def _read_verified(table: AnnotationTable, images: list[dict]) -> None:
     for index, image in enumerate(images):
         record, lists = f"image {image['id']}", {}
         for key in ("neg_category_ids", "not_exhaustive_category_ids"):
-            values = image.get(key)
-            if not isinstance(values, list) or not all(map(is_number, values)):
+            values = image.get(key, [])
+            if key not in image:
+                problem = Problem("field-assumed", record, table.files[index], f"no {key}")
+                table.problems.append(problem)
+            elif not isinstance(values, list) or not all(map(is_number, values)):
                 why = f"{key} is {values!r}, expected a list of category ids"
                 table.problems.append(Problem("incomplete", record, table.files[index], why))
                 values = []

@@ -73,7 +73,11 @@ def read_catalog(name: str) -> AnnotationTable:
         return READERS[kind](metadata.json_file, metadata.image_root, name)
     if kind == "pascal_voc":
         return read_voc_folder(
-            metadata.dirname, metadata.split, name, metadata.get("thing_classes")
+            metadata.dirname,
+            metadata.split,
+            name,
+            metadata.get("thing_classes"),
+            metadata.get("chosen_classes", False),
         )
     raise InputError(
         f"'{name}' has evaluator_type {kind!r}; only data sets in the formats of COCO, LVIS and "

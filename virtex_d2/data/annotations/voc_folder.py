@@ -16,7 +16,11 @@ _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 def read_voc_folder(
-    folder: str, split: str, name: str, classes: Sequence[str] | None = None
+    folder: str,
+    split: str,
+    name: str,
+    classes: Sequence[str] | None = None,
+    chosen: bool = False,
 ) -> AnnotationTable:
     """Read Annotations/*.xml of the images that ImageSets/Main/<split>.txt lists.
 
@@ -27,6 +31,7 @@ def read_voc_folder(
         split: such as "trainval".
         name: of the data set.
         classes: its class names. None: VOC's twenty if they are enough, else those found.
+        chosen: whether objects of other classes are left out on purpose.
 
     Raises:
         InputError: there is no such list, or it is empty.
@@ -77,7 +82,8 @@ def read_voc_folder(
     for index in np.flatnonzero(table.category_of < 0):
         what = repr(objects[index].name) if objects[index].name else "missing"
         why = f"its name is {what}; the classes are {', '.join(list(classes)[:20])}"
-        problems.append(table.problem("category-unknown", index, why))
+        kind = "class-left-out" if chosen and objects[index].name else "category-unknown"
+        problems.append(table.problem(kind, index, why))
     seen: set[str] = set()
     for stem, file in zip(stems, table.files):
         if stem in seen:

@@ -19,7 +19,7 @@ class Kind:
 KINDS: dict[str, Kind] = {
     "unreadable": Kind("annotation file cannot be read"),
     "incomplete": Kind("field missing or of a wrong type"),
-    "field-assumed": Kind("no area or iscrowd, which stock evaluators need", serious=False),
+    "field-assumed": Kind("field missing that evaluators need", serious=False),
     "id-repeated": Kind("id there twice"),
     "file-repeated": Kind("image file there twice"),
     "content-repeated": Kind("image there twice, under two file names"),
@@ -27,6 +27,7 @@ KINDS: dict[str, Kind] = {
     "category-repeated": Kind("class name there twice"),
     "image-unknown": Kind("object of an unknown image"),
     "category-unknown": Kind("unknown class"),
+    "class-left-out": Kind("object of a class that the config leaves out", serious=False),
     "contradiction": Kind("class both annotated and declared absent"),
     "box-malformed": Kind("box that is not four finite numbers"),
     "box-empty": Kind("box of no width or height"),
