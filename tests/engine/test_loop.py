@@ -200,7 +200,8 @@ def test_clipping_all_gradients_together_keeps_their_direction(detection_cfg):
     assert whole.norm() > 0.1
     assert clipped.norm() == pytest.approx(0.01, rel=1e-3)
     assert torch.dot(whole, clipped) / whole.norm() / clipped.norm() > 0.9999
-    assert metrics["grad_norm"] == pytest.approx(whole.norm().item(), rel=1e-3)
+    # the free gradient is the weights' change, and has their rounding
+    assert metrics["grad_norm"] == pytest.approx(whole.norm().item(), rel=1e-2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="float16 training needs a CUDA device")

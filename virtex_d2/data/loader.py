@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -69,11 +69,13 @@ class TrainingSet:
         records: detectron2's, each with its `index` here.
         upright: (N,) bool, whether an image is at least as high as wide.
         factors: (N,) how often each appears in an epoch; None: all once.
+        skipped: the unusable files that this process has met so far, in any of its loaders.
     """
 
     records: DatasetFromList
     upright: np.ndarray
     factors: torch.Tensor | None
+    skipped: set[str] = field(default_factory=set)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -126,12 +128,10 @@ class TrainLoader:
 
     Attributes:
         training_set: the data set.
-        skipped: the unusable files met so far.
     """
 
     def __init__(self, cfg: CfgNode, training_set: TrainingSet, seed: int):
         self.training_set = training_set
-        self.skipped: set[str] = set()
         records, workers = training_set.records, cfg.DATALOADER.NUM_WORKERS
         self._order = TrainingOrder(
             build_sampler(cfg, len(records), training_set.factors, seed),
@@ -148,6 +148,11 @@ class TrainLoader:
             # else the global one's, which is the training's, would move on with every new pass
             generator=torch.Generator(),
         )
+
+    @property
+    def skipped(self) -> set[str]:
+        """The unusable files met so far."""
+        return self.training_set.skipped
 
     def start_at(self, iteration: int) -> None:
         """Begin the next pass with the batch of this iteration, from 0."""
