@@ -45,6 +45,7 @@ def main() -> None:
             args.opts,
             args.baseline,
             args.num_gpus,
+            ROOT,
         )
         comparison = Comparison(plan, ROOT, args.output.resolve())
         if args.list:
@@ -87,7 +88,13 @@ def _parse() -> argparse.Namespace:
         metavar="NAME KEY VALUE",
         help="config overrides for one initialisation alone; the report names such differences",
     )
-    add("--fractions", type=float, nargs="+", default=[1.0], help="of the training images")
+    add(
+        *("--fractions",),
+        type=float,
+        nargs="+",
+        default=[],
+        help="of the training images (default: VIRTEX.FRACTION of the config)",
+    )
     add("--seeds", type=int, nargs="+", default=[1], help="one run of each start for every seed")
     add("--baseline", default="", metavar="NAME", help="default: random, else the first --init")
     add("--num-gpus", type=int, default=1, help="of one run (default 1)")

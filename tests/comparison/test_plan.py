@@ -17,7 +17,18 @@ def test_every_config_fraction_start_and_seed_is_one_run_with_a_folder_of_its_ow
     command = " ".join(stages[-1].command)
     assert "SEED 2 MODEL.WEIGHTS virtex.safetensors" in command
     assert "VIRTEX.FRACTION 0.1 VIRTEX.FRACTION_SEED 2" in command
-    assert "FRACTION" not in " ".join(stages[0].command)
+    assert "VIRTEX.FRACTION 1.0" in " ".join(stages[0].command)
+
+
+def test_without_fractions_each_config_keeps_its_own(tmp_path):
+    (tmp_path / "whole.yaml").write_text("SOLVER: {MAX_ITER: 5}\n")
+    (tmp_path / "few.yaml").write_text("_BASE_: whole.yaml\nVIRTEX: {FRACTION: 0.05}\n")
+    inits = parse_inits(["random", "x=a"])
+    plan = make_plan(["whole.yaml", "few.yaml"], inits, root=tmp_path)
+    assert [(cell.config, cell.fraction) for cell in plan.cells[::2]] == [
+        ("whole", 1.0),
+        ("few", 0.05),
+    ]
 
 
 @given(st.integers(1, 1000))
@@ -28,15 +39,15 @@ def test_fractions_have_names_of_their_own(thousandth):
 
 def test_a_seed_in_a_checkpoints_path_is_replaced():
     plan = make_plan(
-        ["a.yaml"], parse_inits(["random", "x=run{seed}/backbone.safetensors"]), seeds=(3, 5)
+        ["a.yaml"], parse_inits(["random", "x=run{seed}/backbone.safetensors"]), [1], seeds=(3, 5)
     )
     assert plan.inits[1].weights_for(5) == "run5/backbone.safetensors"
 
 
 def test_the_baseline_is_random_wherever_it_stands_and_comes_first():
     inits = parse_inits(["x=a", "random", "y=b"])
-    assert [init.name for init in make_plan(["a.yaml"], inits).inits] == [RANDOM, "x", "y"]
-    plan = make_plan(["a.yaml"], inits, baseline="y")
+    assert [init.name for init in make_plan(["a.yaml"], inits, [1]).inits] == [RANDOM, "x", "y"]
+    plan = make_plan(["a.yaml"], inits, [1], baseline="y")
     assert plan.baseline == "y"
 
 
@@ -75,7 +86,7 @@ def test_initialisations_of_another_form_are_refused(texts, message):
 def test_arguments_that_make_no_comparison_are_refused(arguments, message):
     inits = parse_inits(["random", "virtex=a"])
     with pytest.raises(InputError, match=message):
-        make_plan(**{"configs": ["a.yaml"], "inits": inits, **arguments})
+        make_plan(**{"configs": ["a.yaml"], "inits": inits, "fractions": [1.0], **arguments})
 
 
 def test_overrides_of_a_start_reach_its_runs_alone(project):
@@ -96,7 +107,7 @@ def test_a_damaged_checkpoint_is_found_before_the_first_run(project):
 def test_every_seeds_checkpoint_is_looked_at(project):
     write_resnet(project / "run1.safetensors")
     plan = make_plan(
-        ["configs/tiny.yaml"], parse_inits(["random", "x=run{seed}.safetensors"]), seeds=(1, 2)
+        ["configs/tiny.yaml"], parse_inits(["random", "x=run{seed}.safetensors"]), [1], (1, 2)
     )
     with pytest.raises(InputError, match=r"run2\.safetensors"):
         check_weights(plan)

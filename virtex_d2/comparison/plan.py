@@ -75,7 +75,7 @@ class Plan:
     Attributes:
         configs: config files by the name under which they are shown.
         inits: the first is the baseline that the others are compared with.
-        fractions: of the training images, each in (0, 1].
+        fractions: of the training images, each in (0, 1]; by config's name.
         seeds: one run of each start for every seed.
         overrides: ("KEY", "VALUE", ...) for all runs.
         num_gpus: of one run.
@@ -83,15 +83,20 @@ class Plan:
 
     configs: Mapping[str, str]
     inits: tuple[Init, ...]
-    fractions: tuple[float, ...] = (1.0,)
+    fractions: Mapping[str, tuple[float, ...]]
     seeds: tuple[int, ...] = (1,)
     overrides: tuple[str, ...] = ()
     num_gpus: int = 1
     cells: tuple[Cell, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        grid = itertools.product(self.configs, self.fractions, self.seeds, self.inits)
-        cells = tuple(Cell(config, part, init.name, seed) for config, part, seed, init in grid)
+        cells = tuple(
+            Cell(config, part, init.name, seed)
+            for config in self.configs
+            for part, seed, init in itertools.product(
+                self.fractions[config], self.seeds, self.inits
+            )
+        )
         object.__setattr__(self, "cells", cells)
 
     @property
@@ -157,19 +162,22 @@ def parse_inits(texts: Sequence[str], overrides: Sequence[Sequence[str]] = ()) -
 def make_plan(
     configs: Sequence[str],
     inits: tuple[Init, ...],
-    fractions: Sequence[float] = (1.0,),
+    fractions: Sequence[float] = (),
     seeds: Sequence[int] = (1,),
     overrides: Sequence[str] = (),
     baseline: str = "",
     num_gpus: int = 1,
+    root: Path = Path(),
 ) -> Plan:
     """A plan whose arguments hold.
 
     Args:
         configs: paths of config files of `tools/train_net.py`.
         inits: of `parse_inits`.
-        fractions, seeds, overrides, num_gpus: as in `Plan`.
+        fractions: for all configs; none: VIRTEX.FRACTION of each.
+        seeds, overrides, num_gpus: as in `Plan`.
         baseline: a start's name; "": random where it is one of them, else the first.
+        root: where relative paths of configs begin.
 
     Raises:
         InputError: an argument cannot be used.
@@ -187,7 +195,8 @@ def make_plan(
         raise InputError(
             "--seeds: expected numbers that are not negative: a drawn seed pairs none."
         )
-    _check_distinct("--fractions", fractions)
+    if fractions:
+        _check_distinct("--fractions", fractions)
     _check_distinct("--seeds", seeds)
     if num_gpus < 1:
         raise InputError(f"--num-gpus {num_gpus}: expected at least 1.")
@@ -201,7 +210,10 @@ def make_plan(
     return Plan(
         by_name,
         ordered,
-        tuple(sorted(fractions, reverse=True)),
+        {
+            name: tuple(sorted(fractions, reverse=True)) or (_own_fraction(root / config),)
+            for name, config in by_name.items()
+        },
         tuple(seeds),
         _checked_overrides("command line", overrides),
         num_gpus,
@@ -222,6 +234,10 @@ def check_weights(plan: Plan) -> None:
                 read_backbone(local_path(weights), layout, copy)
 
 
+def _own_fraction(config: Path) -> float:
+    return float(read_config(config).get("VIRTEX", {}).get("FRACTION", 1.0))
+
+
 def percent(fraction: float) -> str:
     """0.1 -> "10", 0.005 -> "0.5"."""
     return f"{100 * fraction:.6g}"
@@ -230,12 +246,6 @@ def percent(fraction: float) -> str:
 def _stage(plan: Plan, cell: Cell, init: Init, root: Path, folder: Path) -> Stage:
     place = str(folder.relative_to(root)) if folder.is_relative_to(root) else str(folder)
     weights = init.weights_for(cell.seed)
-    part = (
-        # Other seeds take other images: which ones belongs to what is not known about a fraction.
-        ("VIRTEX.FRACTION", repr(cell.fraction), "VIRTEX.FRACTION_SEED", str(cell.seed))
-        if cell.fraction < 1
-        else ()
-    )
     config = plan.configs[cell.config]
     iterations = _number(read_config(root / config), plan.overrides + init.overrides)
     return Stage(
@@ -246,7 +256,8 @@ def _stage(plan: Plan, cell: Cell, init: Init, root: Path, folder: Path) -> Stag
             *("tools/train_net.py", "--config-file", config),
             *(("--num-gpus", str(plan.num_gpus)) if plan.num_gpus > 1 else ()),
             *("OUTPUT_DIR", place, "SEED", str(cell.seed), "MODEL.WEIGHTS", weights),
-            *part,
+            # Other seeds take other images: which ones belongs to what a fraction leaves open.
+            *("VIRTEX.FRACTION", repr(cell.fraction), "VIRTEX.FRACTION_SEED", str(cell.seed)),
             *plan.overrides,
             *init.overrides,
         ),

@@ -22,6 +22,7 @@ from .progress import Progress, clock
 from .stage import Stage, argv, grouped, shell
 
 LOG_TAIL = 25  # lines shown of a failed stage
+_MAKING = 1.0  # seconds in which another process has surely written its record
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -60,6 +61,7 @@ def claim_output(output: Path, kind: str, settings: Mapping[str, Any]) -> None:
         InputError: it holds something else, or the same with other settings.
     """
     record = output / f"{kind}.json"
+    _await_record(record)
     if record.is_file():
         found = _read_json(record)
         if found != settings:
@@ -74,6 +76,15 @@ def claim_output(output: Path, kind: str, settings: Mapping[str, Any]) -> None:
             "remove it."
         )
     _write_json(record, settings)
+
+
+def _await_record(record: Path) -> None:
+    """Jobs of an array that start together: where one is just making the folder, wait for it."""
+    deadline = time.monotonic() + _MAKING
+    while not record.is_file() and record.parent.is_dir() and any(record.parent.iterdir()):
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.05)
 
 
 def run_stages(
