@@ -10,8 +10,9 @@ python tools/check_dataset.py --config-file configs/coco/mask_rcnn_R_50_FPN_2x.y
 
 A data set is the last three parts of an entry of VIRTEX.DATASETS: type (coco, lvis or voc),
 annotation file (voc: folder), image folder (voc: split). With --config-file or KEY VALUE pairs the
-data sets are those of DATASETS.TRAIN and DATASETS.TEST. Exit code: 0 no problems, 1 problems found,
-2 bad usage.
+data sets are those of DATASETS.TRAIN and DATASETS.TEST, and the detector is the config's; without,
+it is one of boxes. Exit code: 0 no problems, and tools/train_net.py would start; 1 problems found;
+2 bad usage. With several sets, a contact sheet is written for each: sheet-1.png, sheet-2.png, ...
 """
 
 import argparse
@@ -20,6 +21,7 @@ import os
 from virtex_d2.config import get_virtex_cfg
 from virtex_d2.data.annotations.sources import read_annotations, read_config, source_name
 from virtex_d2.data.checking.main import Options, run
+from virtex_d2.data.checking.training import box_detector, refusal
 from virtex_d2.runtime.config import load_config
 from virtex_d2.runtime.errors import InputError, exit_on_input_error
 
@@ -50,12 +52,14 @@ def main() -> int:
     if from_config == bool(args.train or args.val):
         raise InputError("name data sets with --train and --val, or with --config-file: one way.")
     if from_config:
-        train, test = read_config(load_config(get_virtex_cfg(), args.config_file, args.opts))
+        cfg = load_config(get_virtex_cfg(), args.config_file, args.opts)
+        train, test = read_config(cfg)
     else:
         train, test = (
             [read_annotations(words, f"{role}: {source_name(words)}") for words in entries]
             for role, entries in (("train", args.train), ("val", args.val))
         )
+        cfg = box_detector(list(zip(args.train, train)), list(zip(args.val, test)))
     options = Options(
         decode=not args.no_images,
         sample=args.sample,
@@ -65,7 +69,7 @@ def main() -> int:
         contact_sheet=args.contact_sheet,
         sheet_images=args.sheet_images,
     )
-    return run(train, test, options)
+    return run(train, test, options, refusal(cfg))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 """Train the same detector from several initialisations, and report which is better by how much.
 
 python tools/compare_inits.py --output output/comparison \\
-    --config-file configs/voc/faster_rcnn_R_50_C4_voc07.yaml \\
+    --config-file configs/voc/faster_rcnn_R_50_C4_07.yaml \\
     --init random --init virtex=output/pretrain/backbone.safetensors \\
     --init imagenet=R-50.pth --seeds 1 2 3 --fractions 1 0.1
 
@@ -18,8 +18,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from virtex_d2.comparison.collection import collect
-from virtex_d2.comparison.main import Comparison, write_all
+from virtex_d2.comparison.main import Comparison, report_collected
 from virtex_d2.comparison.plan import make_plan, parse_inits
 from virtex_d2.comparison.tables import text_table
 from virtex_d2.pipeline.runner import StageFailedError
@@ -33,7 +32,7 @@ def main() -> None:
     if args.collect:
         if args.config_file or args.init:
             raise InputError("--collect: reads finished runs; leave --config-file and --init out.")
-        path, blocks = write_all(args.output, *collect(args.collect))
+        path, blocks = report_collected(args.output, args.collect, args.baseline)
     else:
         if not args.config_file:
             raise InputError("--config-file: name at least one config of tools/train_net.py.")

@@ -17,7 +17,7 @@ import yaml
 from tests.comparison.conftest import COMMAND, ROOT, comparison
 from virtex_d2.comparison import main
 from virtex_d2.comparison.collection import collect
-from virtex_d2.comparison.main import write_all
+from virtex_d2.comparison.main import report_collected, write_all
 from virtex_d2.comparison.runs import Metric
 from virtex_d2.pipeline.runner import StageFailedError
 from virtex_d2.reporting import plots
@@ -198,6 +198,37 @@ def test_another_config_than_that_of_finished_runs_is_refused(project):
     assert logs(project) == before
 
 
+def test_a_run_that_trained_nothing_may_be_begun_with_another_command(project):
+    script = project / "tools" / "train_net.py"
+    content = script.read_text()
+    script.write_text("raise SystemExit('no data set of this name')")
+    with pytest.raises(StageFailedError):
+        comparison(project).run(only=0)
+    script.write_text(content)
+    run = comparison(project, overrides=["SOLVER.BASE_LR", "0.5"])
+    run.run(only=0)
+    assert "--resume" not in (project / "out/stages" / f"{run.stages[0].name}.json").read_text()
+    assert len(run.finished()[0]) == 1
+
+
+def test_a_run_ends_with_the_comparison_that_is_killed(project):
+    script = project / "tools" / "train_net.py"
+    script.write_text("import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(60)\n")
+    command = [sys.executable, "tools/compare_inits.py", "--output", "out", *COMMAND]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not ((project / "pid").exists() and (project / "pid").read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    run = Path("/proc", (project / "pid").read_text())
+    while run.exists() and "zombie" not in (run / "status").read_text():
+        assert time.monotonic() < deadline, "the run goes on"
+        time.sleep(0.05)
+
+
 def test_runs_that_were_trained_elsewhere_give_the_same_numbers(project):
     run = comparison(project)
     run.run()
@@ -206,6 +237,7 @@ def test_runs_that_were_trained_elsewhere_give_the_same_numbers(project):
     inits, runs = collect(
         [f"{name}={project}/out/runs/tiny/*/{name}/seed*" for name in ("random", "virtex")]
     )
+    (project / "elsewhere").mkdir()
     write_all(project / "elsewhere", inits, runs)
     there = table(project / "elsewhere" / "results.csv")
 
@@ -215,6 +247,44 @@ def test_runs_that_were_trained_elsewhere_give_the_same_numbers(project):
 
     assert numbers(there) == numbers(here)
     assert {row["config"] for row in there} == {"tiny_val, R50, FPN, masks, 100 iterations"}
+
+
+def test_the_baseline_of_collected_runs_is_chosen_and_their_folder_is_their_own(project):
+    comparison(project, seeds=(1,), fractions=(1.0,)).run()
+    folder = "out/runs/tiny/100pct"
+    patterns = [f"virtex={folder}/virtex/seed1", f"random={folder}/random/seed1"]
+    _, blocks = report_collected(project / "report", patterns)
+    assert blocks[0].baseline == "random"
+    _, blocks = report_collected(project / "report", patterns, "virtex")
+    assert blocks[0].baseline == "virtex"
+    with pytest.raises(InputError, match="Did you mean 'virtex'"):
+        report_collected(project / "report", patterns, "virtx")
+    before = sorted((project / folder).rglob("*"))
+    for other in (project / folder / "virtex" / "seed1", project / "out"):
+        with pytest.raises(InputError, match="holds"):
+            report_collected(other, patterns)
+    assert sorted((project / folder).rglob("*")) == before
+
+
+def test_runs_on_other_files_of_the_same_name_are_not_compared(project):
+    comparison(project, seeds=(1,), fractions=(1.0,)).run()
+    for name in ("random", "virtex"):
+        path = project / "out/runs/tiny/100pct" / name / "seed1" / "config.yaml"
+        config = json.loads(path.read_text())
+        config["VIRTEX"]["DATASETS"] = [["tiny_val", "coco", f"/data/{name}.json", "/images"]]
+        path.write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"evaluated on virtex.json, and .* on random.json"):
+        collect([f"{name}=out/runs/tiny/100pct/{name}/seed1" for name in ("random", "virtex")])
+
+
+def test_equal_results_are_said_to_be_equal(project):
+    comparison(project, seeds=(1,), fractions=(1.0,)).run()
+    folder = project / "out/runs/tiny/100pct/random/seed1"
+    report_collected(project / "report", [f"a={folder}", f"b={folder}"])
+    html = (project / "report" / "report.html").read_text()
+    assert "Box AP: no difference of a tenth of a point between b and a." in html
+    assert "-0.0" not in html
+    assert "more than noise" not in html.split("<h2>")[0]
 
 
 @pytest.mark.parametrize(

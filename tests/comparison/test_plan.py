@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.comparison.conftest import comparison, write_resnet
-from virtex_d2.comparison.plan import RANDOM, Cell, check_weights, make_plan, parse_inits, percent
+from virtex_d2.comparison.plan import RANDOM, Cell, check_plan, make_plan, parse_inits, percent
 from virtex_d2.runtime.errors import InputError
 
 
@@ -104,13 +104,25 @@ def test_a_damaged_checkpoint_is_found_before_the_first_run(project):
     assert not (project / "out").exists()
 
 
+def test_a_mistyped_key_is_found_before_the_first_run(project):
+    for arguments in (
+        {"overrides": ["SOLVER.MAX_ITR", "3"]},
+        {"init_opts": [["virtex", "X", "1"]]},
+    ):
+        with pytest.raises(InputError, match=r"unknown key (SOLVER.MAX_ITR|X)"):
+            comparison(project, **arguments).run()
+        with pytest.raises(InputError, match="unknown key"):
+            comparison(project, **arguments).commands()
+    assert not (project / "out").exists()
+
+
 def test_every_seeds_checkpoint_is_looked_at(project):
     write_resnet(project / "run1.safetensors")
     plan = make_plan(
         ["configs/tiny.yaml"], parse_inits(["random", "x=run{seed}.safetensors"]), [1], (1, 2)
     )
     with pytest.raises(InputError, match=r"run2\.safetensors"):
-        check_weights(plan)
+        check_plan(plan, project)
 
 
 def test_another_content_of_a_checkpoint_is_another_stage(project):

@@ -2,7 +2,7 @@
 
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from virtex_d2.runtime.errors import InputError
@@ -46,8 +46,27 @@ def collect(patterns: Sequence[str]) -> tuple[list[str], list[Run]]:
                     f"{folder}: has the same start, config, fraction and seed as "
                     f"{runs[run.cell].folder}. Leave one out, or give it a name of its own."
                 )
+            _check_test_set(run, runs.values())
             runs[run.cell] = run
     return list(dict.fromkeys(names)), list(runs.values())
+
+
+def _check_test_set(run: Run, others: Iterable[Run]) -> None:
+    """Data sets that users name themselves may share a name and not their content."""
+    for other in others:
+        if other.cell.config == run.cell.config and _test_files(other) != _test_files(run):
+            raise InputError(
+                f"{run.folder}: was evaluated on {', '.join(_test_files(run))}, and {other.folder} "
+                f"on {', '.join(_test_files(other))}, under the same name: their results cannot be "
+                "compared."
+            )
+
+
+def _test_files(run: Run) -> list[str]:
+    """The files' names: their folder may be another one on another machine."""
+    names = run.config["DATASETS"]["TEST"]
+    entries = run.config.get("VIRTEX", {}).get("DATASETS", [])
+    return [os.path.basename(str(entry[2])) for entry in entries if entry[0] in names]
 
 
 def _cell(name: str, folder: Path) -> Cell:

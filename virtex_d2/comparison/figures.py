@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from virtex_d2.reporting.metrics import Curve
 from virtex_d2.reporting.plots import INK, MUTED, RULE, STYLE, draw_seeds, finish, mean_end, save
 
-from .runs import Metric
+from .runs import TASKS, Metric
 from .tables import FREQUENCIES, SIZES, Block, difference_text
 
 # The baseline first. Told apart by people of any colour vision; dark enough for text on white.
@@ -60,7 +60,7 @@ def draw_differences(path: Path, blocks: Sequence[Block], metrics: Sequence[Metr
         for axes in panels[0]:
             low, high = axes.get_xlim()
             low, high = min(low, -0.5), max(high, 0.5)
-            room = 0.1 * (high - low)  # for the numbers above the points
+            room = 0.14 * (high - low)  # for the numbers above the points
             axes.set_xlim(low - room, high + room)
         save(figure, path)
 
@@ -112,7 +112,7 @@ def draw_curves(path: Path, blocks: Sequence[Block], metrics: Sequence[Metric]) 
                     draw_seeds(axes, curves, color, marker="o")
                     if curves:
                         labels.append((mean_end(curves), init, color))
-                finish(axes, labels, number="{:.1f}", least_height=1.0)
+                finish(axes, labels, number="{:.1f}", least_height=0.1)
         save(figure, path)
 
 
@@ -145,7 +145,9 @@ def draw_classes(path: Path, block: Block, task: str) -> int:
     with matplotlib.rc_context({**STYLE, "axes.grid.axis": "x"}):
         figure = Figure(figsize=(_WIDTH, 1.1 + 0.24 * max(3, len(names))), layout="constrained")
         axes = figure.subplots()
-        axes.set_title(f"{block.config}: AP minus that of {block.baseline}, mean over seeds")
+        axes.set_title(
+            f"{block.config}: {TASKS[task]} AP minus that of {block.baseline}, mean over seeds"
+        )
         axes.axvline(0, color=MUTED, lw=1)
         for place, name in enumerate(names):
             axes.axhline(-place, color=RULE, lw=0.5, zorder=0)

@@ -14,7 +14,8 @@ from virtex_d2.reporting.page import Picture
 from virtex_d2.runtime.errors import InputError
 
 from . import figures, pictures, report, tables
-from .plan import Plan, check_weights
+from .collection import collect
+from .plan import Plan, check_plan, choose_baseline
 from .runs import TASKS, Run, read_run
 from .tables import Block
 
@@ -51,7 +52,15 @@ class Comparison:
         return self.plan.stages(self.root, self.output)
 
     def commands(self) -> list[str]:
-        """The command of every run, to be numbered from 0 in a job array."""
+        """The command of every run, to be numbered from 0 in a job array.
+
+        Raises:
+            InputError: a config or a checkpoint cannot be used.
+        """
+        check_plan(self.plan, self.root)
+        return [shell(argv(stage, self.root)) for stage in self.stages]
+
+    def _commands(self) -> list[str]:
         return [shell(argv(stage, self.root)) for stage in self.stages]
 
     def run(self, jobs: int = 0, only: int | None = None) -> None:
@@ -73,7 +82,7 @@ class Comparison:
                     f"--only {only}: expected a run's number, 0 to {len(stages) - 1} (see --list)."
                 )
             stages = stages[only : only + 1]
-        check_weights(self.plan)
+        check_plan(self.plan, self.root)
         claim_output(self.output, KIND, {"baseline": self.plan.baseline})
         print(
             f"{len(stages)} runs into {self.output}, on {cores()} cores. Commands run in "
@@ -106,9 +115,28 @@ class Comparison:
             InputError: no run is finished.
         """
         runs, missing = self.finished()
-        commands = {s.name: c for s, c in zip(self.stages, self.commands())}
+        commands = {s.name: c for s, c in zip(self.stages, self._commands())}
         names = [init.name for init in self.plan.inits]
         return write_all(self.output, names, runs, missing, commands)
+
+
+def report_collected(
+    output: Path, patterns: Sequence[str], baseline: str = ""
+) -> tuple[Path, list[Block]]:
+    """Report on runs that were trained elsewhere (see `collection.collect`).
+
+    Args:
+        output: a folder for it; new, or of an earlier such report.
+        patterns: "NAME=FOLDERS".
+        baseline: a name; "": random where it is one of them, else the first.
+
+    Raises:
+        InputError: as `collect`, or `output` holds something else.
+    """
+    names, runs = collect(patterns)
+    baseline = choose_baseline(names, baseline)
+    claim_output(output, KIND, {"collected": True})
+    return write_all(output, sorted(names, key=lambda name: name != baseline), runs)
 
 
 def write_all(
@@ -135,7 +163,6 @@ def write_all(
     if not runs:
         raise InputError(f"{output}: no run is finished yet; there is nothing to report.")
     blocks = tables.make_blocks(inits, runs)
-    output.mkdir(parents=True, exist_ok=True)
     tables.write_text(output / "results.csv", tables.results_csv(blocks))
     tables.write_text(output / "summary.csv", tables.summary_csv(blocks))
     folder = output / "pictures"

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from virtex_d2.checkpoint.source import read_backbone
 from virtex_d2.checkpoint.transfer import local_path
+from virtex_d2.config import get_virtex_cfg
 from virtex_d2.pipeline.stage import Stage, read_config
+from virtex_d2.runtime.config import load_config
 from virtex_d2.runtime.errors import InputError, nearest
 
 RANDOM = "random"  # the initialisation without weights
@@ -159,6 +161,20 @@ def parse_inits(texts: Sequence[str], overrides: Sequence[Sequence[str]] = ()) -
     return tuple(inits.values())
 
 
+def choose_baseline(names: Sequence[str], given: str) -> str:
+    """The start that others are compared with: what is given, else random, else the first.
+
+    Raises:
+        InputError: no start has this name.
+    """
+    baseline = given or (RANDOM if RANDOM in names else names[0])
+    if baseline not in names:
+        raise InputError(
+            f"--baseline {baseline}: no initialisation has this name.{nearest(baseline, names)}"
+        )
+    return baseline
+
+
 def make_plan(
     configs: Sequence[str],
     inits: tuple[Init, ...],
@@ -183,11 +199,7 @@ def make_plan(
         InputError: an argument cannot be used.
     """
     names = {init.name: init for init in inits}
-    baseline = baseline or (RANDOM if RANDOM in names else inits[0].name)
-    if baseline not in names:
-        raise InputError(
-            f"--baseline {baseline}: no --init has this name.{nearest(baseline, names)}"
-        )
+    baseline = choose_baseline(list(names), baseline)
     for fraction in fractions:
         if not 0 < fraction <= 1:
             raise InputError(f"--fractions {fraction}: expected numbers above 0, at most 1.")
@@ -220,12 +232,17 @@ def make_plan(
     )
 
 
-def check_weights(plan: Plan) -> None:
-    """Read every checkpoint once, so that no day of training ends at the last one.
+def check_plan(plan: Plan, root: Path) -> None:
+    """Read every config and checkpoint once, so that no day of training ends at the last one.
 
     Raises:
-        InputError: one is missing, damaged, or has no ResNet in it.
+        InputError: a config has an unknown key or a value of another type; a checkpoint is missing,
+            damaged, or has no ResNet in it.
     """
+    for config in plan.configs.values():
+        for init in plan.inits:
+            opts = [*plan.overrides, *init.overrides]
+            load_config(get_virtex_cfg(), str(root / config), opts)
     for init in plan.inits:
         options = dict(zip(init.overrides[::2], init.overrides[1::2]))
         for weights in dict.fromkeys(init.weights_for(seed) for seed in plan.seeds):

@@ -76,12 +76,27 @@ def _heading(blocks: Sequence[Block], missing: Sequence[str]) -> str:
     )
     return (
         "<h1>Which initialisation?</h1>"
-        '<p class="muted">The same detectors, trained from different starts: same images, order, '
-        "augmentation and length for equal seeds. AP in percent. Intervals are of the mean paired "
-        "difference (Student's t, 95 %): with few seeds they are wide, and should be.</p>"
+        f'<p class="muted">{_sameness(blocks)} AP in percent. Intervals are of the mean '
+        "paired difference (Student's t, 95 %): with few seeds they are wide, and should be.</p>"
         + incomplete
         + "".join(sentences)
     )
+
+
+def _sameness(blocks: Sequence[Block]) -> str:
+    if any(_config_differences(block) for block in blocks):
+        return (
+            "Detectors trained from different starts. <b>Their configs differ in more than the "
+            "start; the keys are at the end of this page.</b>"
+        )
+    return (
+        "The same detectors, trained from different starts: same images, order, augmentation and "
+        "length for equal seeds."
+    )
+
+
+def _config_differences(block: Block) -> dict[str, dict[str, str]]:
+    return config_differences(run for runs in block.runs.values() for run in runs.values())
 
 
 def _section(title: str, pictures: Sequence[Picture]) -> list[str]:
@@ -161,7 +176,7 @@ def _seeds(blocks: Sequence[Block]) -> str:
 
 def _differences(block: Block) -> str:
     """Where the starts' configs differ: it is not only the weights that are compared then."""
-    found = config_differences(run for runs in block.runs.values() for run in runs.values())
+    found = _config_differences(block)
     if not found:
         return (
             f'<p class="muted">{escape(_title(block))}: the runs\' configs differ in nothing but '

@@ -140,9 +140,16 @@ def difference_text(diff: Difference) -> str:
     if not diff.values:
         return "n/a"
     interval = (
-        "" if diff.interval is None else f" [{diff.interval[0]:+.1f}, {diff.interval[1]:+.1f}]"
+        ""
+        if diff.interval is None
+        else f" [{_signed(diff.interval[0])}, {_signed(diff.interval[1])}]"
     )
-    return f"{diff.mean:+.1f}{interval}"
+    return f"{_signed(diff.mean)}{interval}"
+
+
+def _signed(value: float) -> str:
+    """One decimal; what rounds to zero has no sign."""
+    return f"{value:+.1f}" if round(value, 1) else "0.0"
 
 
 def verdict(block: Block, init: str, metric: Metric) -> str:
@@ -153,7 +160,10 @@ def verdict(block: Block, init: str, metric: Metric) -> str:
     size = f"{metric.label}: {init} is {abs(diff.mean):.1f} points "
     size += "ahead of" if diff.mean > 0 else "behind"
     if round(diff.mean, 1) == 0:
-        size = f"{metric.label}: no difference between {init} and"
+        return (
+            f"{metric.label}: no difference of a tenth of a point between {init} and "
+            f"{block.baseline}."
+        )
     sentence = f"{size} {block.baseline}"
     count = len(diff.values)
     if diff.interval is None:

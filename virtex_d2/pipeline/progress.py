@@ -69,8 +69,11 @@ class Progress:
     def _parts(self) -> list[str]:
         several = len(self._states) > 1
         many = len(self._states) > FEW
+        begun = any(state.started for state in self._states.values())
         parts = [
-            f"{name}: {state}" if several else str(state)
+            f"{name}: {state if state.started or not begun else 'waiting'}"
+            if several
+            else str(state)
             for name, state in self._states.items()
             if not many or (state.started and not state.ended)
         ]

@@ -4,11 +4,14 @@ A stage that has ended well leaves a marker with the fingerprint of its command 
 next call skips it. One that was stopped goes on with the tool's --resume, or writes its files anew.
 """
 
+import ctypes
 import json
 import os
 import queue
 import re
+import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,10 +20,12 @@ from typing import Any
 
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import atomic_path
+from virtex_d2.runtime.setup import TRACES
 
 from .progress import Progress, clock
 from .stage import Stage, argv, grouped, shell
 
+_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 LOG_TAIL = 25  # lines shown of a failed stage
 _MAKING = 1.0  # seconds in which another process has surely written its record
 
@@ -146,6 +151,10 @@ def checked_marker(stage: Stage, root: Path, output: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     marker = _read_json(path)
+    folder = root / stage.folder
+    if not marker.get("complete") and not any((folder / name).exists() for name in TRACES):
+        # It has left nothing to go on from: after a mistake in the command it begins anew.
+        return {}
     if marker.get("fingerprint") != stage.fingerprint(root):
         raise InputError(
             f"{output}: its stage {stage.name} was made by another command, config or input file "
@@ -196,6 +205,7 @@ class _Run:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
         threading.Thread(target=self._read, args=(tell,), daemon=True).start()
 
@@ -222,6 +232,14 @@ class _Run:
         self._marker["seconds"] = self._seconds_before + time.monotonic() - self._start
         _write_json(self._path, self._marker)
         return code
+
+
+def _end_with_parent() -> None:
+    """A run whose parent is killed would go on unseen, beside the one that is started next.
+
+    In the child: Linux is to send it SIGTERM when the thread that started it is gone.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _run_together(

@@ -36,14 +36,11 @@ def predict(
     model = DetectionTrainer.build_model(cfg)
     DetectorCheckpointer(model, whole=True).load(weights, checkpointables=[])
     model.eval()
-    metadata = MetadataCatalog.get(dataset_name)
-    ids = metadata.get("thing_dataset_id_to_contiguous_id") or {}
+    data = DatasetCatalog.get(dataset_name)
+    # Known after loading: COCO's loader finds the ids in the file.
+    ids = MetadataCatalog.get(dataset_name).get("thing_dataset_id_to_contiguous_id") or {}
     own = {number: key for key, number in ids.items()}
-    wanted = [
-        record
-        for record in DatasetCatalog.get(dataset_name)
-        if only is None or record["image_id"] in only
-    ]
+    wanted = [record for record in data if only is None or record["image_id"] in only]
     mapper, records = DatasetMapper(cfg, is_train=False), []
     for record in tqdm(wanted, desc=dataset_name, unit="image", leave=False):
         try:

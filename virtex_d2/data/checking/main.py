@@ -39,11 +39,21 @@ class Options:
     sheet_images: int = 12
 
 
-def run(train: Sequence[AnnotationTable], test: Sequence[AnnotationTable], options: Options) -> int:
+def run(
+    train: Sequence[AnnotationTable],
+    test: Sequence[AnnotationTable],
+    options: Options,
+    refused: str = "",
+) -> int:
     """Check data sets and print a page on each; training sets are held against evaluation sets.
 
+    Args:
+        train, test: the data sets.
+        options: what else to do.
+        refused: why tools/train_net.py would not start on them; "" where it would.
+
     Returns:
-        The exit code: 0, or 1 where there are serious problems.
+        The exit code: 0, or 1 where there are serious problems or training would not start.
 
     Raises:
         InputError: an option is out of its range, or a file cannot be written.
@@ -69,13 +79,15 @@ def run(train: Sequence[AnnotationTable], test: Sequence[AnnotationTable], optio
         print(page(each), end="\n\n")
     if train and test:
         print(_compared(options))
+    if refused:
+        print(f"tools/train_net.py would not start on this: {refused}")
     if options.output:
         write_listing(options.output, every)
         print(f"all problems: {options.output}")
     if options.contact_sheet:
         for path in draw_sheets(options.contact_sheet, every, options.sheet_images, options.seed):
             print(f"contact sheet: {path}")
-    return 0 if all(each.sound for each in every) else PROBLEMS_FOUND
+    return 0 if not refused and all(each.sound for each in every) else PROBLEMS_FOUND
 
 
 def _compared(options: Options) -> str:
