@@ -1,6 +1,7 @@
 """tools/check_dataset.py as it is typed."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -43,6 +44,34 @@ def test_sets_are_named_by_type_file_and_folder(check, world, capsys):
     out = capsys.readouterr().out
     assert out.startswith("train: instances_train.json: COCO, ")
     assert "\nval: instances_test.json: COCO, " in out
+
+
+@pytest.mark.parametrize(
+    ("role", "change", "message"),
+    [
+        ("--val", {"images": [], "annotations": []}, "`images` is empty"),
+        ("--train", {"annotations": []}, "there is nothing to learn"),
+    ],
+)
+def test_what_training_would_refuse_is_no_sound_data_set(
+    role, change, message, check, world, capsys
+):
+    kind, file, images = _set(world, "test")
+    assert check(role, kind, file, images) == 0
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    assert check(role, kind, file, images) == 1
+    told = capsys.readouterr().out
+    assert "tools/train_net.py would not start on this" in told
+    assert message in told
+
+
+def test_sets_of_other_classes_do_not_go_together(check, world, capsys):
+    path = world / "annotations/instances_test.json"
+    content = json.loads(path.read_text())
+    content["categories"][0]["name"] = "zebra"
+    path.write_text(json.dumps(content))
+    assert check("--train", *_set(world, "train"), "--val", *_set(world, "test")) == 1
+    assert "different categories" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from virtex_d2.checkpoint.detector import DetectorCheckpointer
+from virtex_d2.data.catalog import register_entries
 from virtex_d2.runtime.errors import exit_on_input_error
 from virtex_d2.trainer import DetectionTrainer
+from virtex_d2.visualization.predict import predict
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "visualize_results.py"
 
@@ -65,6 +67,27 @@ def test_a_detector_predicts_on_the_data_set_of_its_config(
     assert "on 2 images" in printed
     assert " 0 right, 0 wrong" not in printed
     assert len(list((out / "pictures").iterdir())) == 2
+
+
+def test_predictions_have_the_data_sets_own_category_ids(world, detector_config, tmp_path):
+    """COCO's ids are known after its file was read, and not before."""
+    path = world / "annotations/instances_test.json"
+    content = json.loads(path.read_text())
+    for item in content["categories"]:
+        item["id"] += 70
+    for item in content["annotations"]:
+        item["category_id"] += 70
+    path.write_text(json.dumps(content))
+    count = len(content["categories"])
+    cfg = detector_config("FPN", "MODEL.ROI_HEADS.NUM_CLASSES", count)
+    torch.manual_seed(0)
+    DetectorCheckpointer(DetectionTrainer.build_model(cfg), str(tmp_path)).save("model")
+    name = f"seventy_{tmp_path.name}"
+    cfg.VIRTEX.DATASETS = [[name, "coco", str(path), str(world / "images/test")]]
+    register_entries(cfg)
+    records = predict(cfg, name, str(tmp_path / "model.pth"))
+    assert records
+    assert {item["category_id"] for item in records} <= {i["id"] for i in content["categories"]}
 
 
 @pytest.mark.parametrize(
