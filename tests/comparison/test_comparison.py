@@ -81,7 +81,13 @@ def test_an_interrupt_from_the_terminal_ends_the_tool_and_its_runs(project):
     command = [sys.executable, "tools/compare_inits.py", "--output", "out", *COMMAND]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # a test run in the background ignores the signal, and what it starts would, too
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     log = project / "out" / "logs" / "tiny-100pct-random-seed1.log"
     deadline = time.monotonic() + 60

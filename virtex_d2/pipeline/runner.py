@@ -151,11 +151,12 @@ def checked_marker(stage: Stage, root: Path, output: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     marker = _read_json(path)
-    folder = root / stage.folder
-    if not marker.get("complete") and not any((folder / name).exists() for name in TRACES):
-        # It has left nothing to go on from: after a mistake in the command it begins anew.
-        return {}
     if marker.get("fingerprint") != stage.fingerprint(root):
+        folder = root / stage.folder
+        trained = any((folder / name).exists() for name in TRACES)
+        if not marker.get("complete") and stage.again == "--resume" and not trained:
+            # It has left nothing to go on from: after a mistake in the command it begins anew.
+            return {}
         raise InputError(
             f"{output}: its stage {stage.name} was made by another command, config or input file "
             f"than now ({path}). Choose another --output, or remove the folder."
