@@ -23,6 +23,7 @@ from virtex_d2.runtime.checkpointer import AtomicCheckpointer
 from virtex_d2.runtime.compat import write_metrics
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.launch import wrap_ddp
+from virtex_d2.runtime.randomness import place_seed
 from virtex_d2.runtime.setup import write_config
 
 from .augment import normalize
@@ -220,7 +221,7 @@ class PretrainTrainer(TrainerBase):
         data_time = time.perf_counter() - start
 
         # dropout of an iteration does not depend on what was drawn before it
-        torch.manual_seed(_seed(self.cfg.SEED, self.iter, comm.get_rank()))
+        torch.manual_seed(place_seed(self.cfg.SEED, self.iter, comm.get_rank()))
         losses = self._losses(batch)
         total = sum(losses.values())
         if not torch.isfinite(total):
@@ -289,10 +290,6 @@ def _check_sizes(cfg: CfgNode) -> None:
             f"SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER} must be positive and larger than "
             f"SOLVER.WARMUP_ITERS {cfg.SOLVER.WARMUP_ITERS}: shorten the warm-up with the run."
         )
-
-
-def _seed(seed: int, iteration: int, rank: int) -> int:
-    return int(np.random.SeedSequence([seed, iteration, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _log_model(objective: nn.Module, data: PretrainData) -> None:

@@ -196,12 +196,14 @@ def test_clipping_all_gradients_together_keeps_their_direction(detection_cfg):
     clip = detection_cfg.SOLVER.CLIP_GRADIENTS
     clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE = True, "full_model", 0.01
     change, metrics = _first_update(detection_cfg)
-    whole, clipped = (torch.cat([part.flatten() for part in parts]) for parts in (free, change))
+    # in float64: a float32 sum over millions of squares is wrong in its third digit
+    whole, clipped = (
+        torch.cat([part.flatten().double() for part in parts]) for parts in (free, change)
+    )
     assert whole.norm() > 0.1
     assert clipped.norm() == pytest.approx(0.01, rel=1e-3)
     assert torch.dot(whole, clipped) / whole.norm() / clipped.norm() > 0.9999
-    # the free gradient is the weights' change, and has their rounding
-    assert metrics["grad_norm"] == pytest.approx(whole.norm().item(), rel=1e-2)
+    assert metrics["grad_norm"] == pytest.approx(whole.norm().item(), rel=1e-3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="float16 training needs a CUDA device")

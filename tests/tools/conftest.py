@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,26 @@ from virtex_d2.runtime.setup import LOGGERS, argument_parser
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "train_net.py"
 
 
-def _load_tool():
-    spec = importlib.util.spec_from_file_location("train_net", TOOL)
+def _load_tool(path=TOOL):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def run_tool(monkeypatch):
+    """`run_tool(path, *arguments)` -> the exit code of a tool whose `main` parses, run in here."""
+
+    def run(path, *arguments):
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        try:
+            with exit_on_input_error():
+                return _load_tool(path).main() or 0
+        except SystemExit as error:
+            return error.code
+
+    return run
 
 
 def _data(world):

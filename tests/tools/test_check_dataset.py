@@ -1,33 +1,18 @@
 """tools/check_dataset.py as it is typed."""
 
-import importlib.util
+import functools
 import json
-import sys
 from pathlib import Path
 
 import pytest
-
-from virtex_d2.runtime.errors import exit_on_input_error
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "check_dataset.py"
 
 
 @pytest.fixture
-def check(monkeypatch):
+def check(run_tool):
     """`check(*arguments)` -> exit code, in this process."""
-    spec = importlib.util.spec_from_file_location("check_dataset", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-        try:
-            with exit_on_input_error():
-                return module.main()
-        except SystemExit as error:
-            return error.code
-
-    return run
+    return functools.partial(run_tool, TOOL)
 
 
 def _set(world, split):

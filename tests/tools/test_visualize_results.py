@@ -1,8 +1,7 @@
 """tools/visualize_results.py as it is typed."""
 
-import importlib.util
+import functools
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 
 from virtex_d2.checkpoint.detector import DetectorCheckpointer
 from virtex_d2.data.catalog import register_entries
-from virtex_d2.runtime.errors import exit_on_input_error
 from virtex_d2.trainer import DetectionTrainer
 from virtex_d2.visualization.predict import predict
 
@@ -18,22 +16,9 @@ TOOL = Path(__file__).resolve().parents[2] / "tools" / "visualize_results.py"
 
 
 @pytest.fixture
-def visualize(monkeypatch):
+def visualize(run_tool):
     """`visualize(*arguments)` -> exit code, in this process."""
-    spec = importlib.util.spec_from_file_location("visualize_results", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-        try:
-            with exit_on_input_error():
-                module.main()
-        except SystemExit as error:
-            return error.code
-        return 0
-
-    return run
+    return functools.partial(run_tool, TOOL)
 
 
 def _truth(world):

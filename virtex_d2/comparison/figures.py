@@ -190,5 +190,4 @@ def _size(differences: Mapping[str, float]) -> float:
 def _place(block: Block, blocks: Sequence[Block]) -> str:
     """What tells a block from the others."""
     several = len({block.config for block in blocks}) > 1
-    part = f"{100 * block.fraction:.6g} % of the images"
-    return f"{block.config}, {part}" if several else part
+    return block.title if several else block.part

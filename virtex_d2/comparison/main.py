@@ -1,6 +1,7 @@
 """A comparison from beginning to end."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,7 @@ from .plan import Plan, check_plan, choose_baseline
 from .runs import TASKS, Run, read_run
 from .tables import Block
 
-# Where a job array stops and the report begins: nothing but the finished runs is needed.
-KIND = "comparison"
+KIND = "comparison"  # of folder, in its record's name and in messages
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Comparison:
                 f"{self.root}: expected the project's folder, with tools/train_net.py."
             )
 
-    @property
+    @functools.cached_property
     def stages(self) -> list[Stage]:
         """A stage for every run, in the plan's order."""
         return self.plan.stages(self.root, self.output)
@@ -193,7 +193,7 @@ def _draw(folder: Path, blocks: Sequence[Block]) -> dict[str, list[Picture]]:
         path = folder / f"classes{number}.png"
         left_out = figures.draw_classes(path, block, task)
         alternative, words = _WORDS["classes"]
-        place = f"{block.config}, {100 * block.fraction:.6g} % of the images, {TASKS[task]} AP."
+        place = f"{block.title}, {TASKS[task]} AP."
         others = f" {left_out} that change least are left out." if left_out else ""
         drawn["classes"].append(Picture(path, alternative, f"{place} {words}{others}"))
     return drawn

@@ -41,7 +41,7 @@ def draw(folder: Path, blocks: Sequence[Block]) -> tuple[list[Picture], str]:
     """
     pictures, missing = [], []
     for number, block in enumerate(blocks):
-        title = f"{block.config}, {100 * block.fraction:.6g} % of the images"
+        title = block.title
         shared = set.intersection(*(set(runs) for runs in block.complete.values()))
         if not shared:
             missing.append(f"{title}: no seed is finished for all starts.")

@@ -114,8 +114,12 @@ class Plan:
             output: the comparison's.
         """
         inits = {init.name: init for init in self.inits}
+        configs = {name: read_config(root / path) for name, path in self.configs.items()}
         return [
-            _stage(self, cell, inits[cell.init], root, output / "runs" / cell.folder)
+            _stage(
+                *(self, cell, inits[cell.init], configs[cell.config]),
+                *(root, output / "runs" / cell.folder),
+            )
             for cell in self.cells
         ]
 
@@ -260,11 +264,12 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.6g}"
 
 
-def _stage(plan: Plan, cell: Cell, init: Init, root: Path, folder: Path) -> Stage:
+def _stage(plan: Plan, cell: Cell, init: Init, content: Mapping, root: Path, folder: Path) -> Stage:
+    """The run of a cell; `content` is that of its config file."""
     place = str(folder.relative_to(root)) if folder.is_relative_to(root) else str(folder)
     weights = init.weights_for(cell.seed)
     config = plan.configs[cell.config]
-    iterations = _number(read_config(root / config), plan.overrides + init.overrides)
+    iterations = _number(content, plan.overrides + init.overrides)
     return Stage(
         name=cell.name,
         title=f"{cell.config}, {percent(cell.fraction)} % of the images: {init.name}, "

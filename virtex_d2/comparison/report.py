@@ -59,7 +59,7 @@ def write_report(
 
 def _heading(blocks: Sequence[Block], missing: Sequence[str]) -> str:
     sentences = [
-        f"<p><b>{escape(_title(block))}</b></p><ul>"
+        f"<p><b>{escape(block.title)}</b></p><ul>"
         + "".join(
             f"<li>{escape(verdict(block, init, metric))}</li>"
             for init in list(block.complete)
@@ -113,7 +113,7 @@ def _table(block: Block) -> str:
             f'<td class="n">{len(block.runs[init])}</td>{cells}</tr>'
         )
     return (
-        f"<p><b>{escape(_title(block))}</b></p>"
+        f"<p><b>{escape(block.title)}</b></p>"
         f'<div class="scroll"><table><tr><th></th><th class="n">seeds</th>{head}</tr>'
         f'{"".join(rows)}</table></div><p class="muted">Mean ± sample standard deviation over '
         f"seeds; below it the mean paired difference from {escape(block.baseline)} with its 95 % "
@@ -162,7 +162,7 @@ def _seeds(blocks: Sequence[Block]) -> str:
                 )
                 hours = run.hours * (run.processes or 1)
                 rows.append(
-                    f"<tr><td>{escape(_title(block))}</td><td>{escape(init)}</td>"
+                    f"<tr><td>{escape(block.title)}</td><td>{escape(init)}</td>"
                     f'<td class="n">{seed}</td>{cells}<td class="n">{run.iterations}</td>'
                     f'<td class="n">{hours:.2f}</td></tr>'
                 )
@@ -179,7 +179,7 @@ def _differences(block: Block) -> str:
     found = _config_differences(block)
     if not found:
         return (
-            f'<p class="muted">{escape(_title(block))}: the runs\' configs differ in nothing but '
+            f'<p class="muted">{escape(block.title)}: the runs\' configs differ in nothing but '
             "start, seed and folder.</p>"
         )
     head = "".join(f"<th>{escape(init)}</th>" for init in block.complete)
@@ -190,7 +190,7 @@ def _differences(block: Block) -> str:
         for key, values in found.items()
     )
     return (
-        f"<p><b>{escape(_title(block))}: the starts differ in more than their weights.</b></p>"
+        f"<p><b>{escape(block.title)}: the starts differ in more than their weights.</b></p>"
         f'<div class="scroll"><table><tr><th>key</th>{head}</tr>{rows}</table></div>'
     )
 
@@ -201,7 +201,3 @@ def _commands(commands: Mapping[str, str]) -> str:
         for name, command in commands.items()
     )
     return f"<details><summary>Commands</summary>{parts}</details>" if commands else ""
-
-
-def _title(block: Block) -> str:
-    return f"{block.config}, {100 * block.fraction:.6g} % of the images"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from virtex_d2.runtime.files import atomic_path
 
+from .plan import percent
 from .runs import AVERAGES, Metric, Run
 from .statistics import Difference, Summary, difference, summarise
 
@@ -29,6 +30,16 @@ class Block:
     config: str
     fraction: float
     runs: Mapping[str, Mapping[int, Run]]
+
+    @property
+    def title(self) -> str:
+        """For people: "mask_rcnn_R_50_FPN_2x, 10 % of the images"."""
+        return f"{self.config}, {self.part}"
+
+    @property
+    def part(self) -> str:
+        """The fraction alone: "10 % of the images"."""
+        return f"{percent(self.fraction)} % of the images"
 
     @property
     def baseline(self) -> str:
@@ -195,7 +206,7 @@ def text_table(blocks: Iterable[Block]) -> str:
             "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
             for row in rows
         ]
-        parts.append("\n".join([f"{block.config}, {100 * block.fraction:.6g} % of images", *lines]))
+        parts.append("\n".join([block.title, *lines]))
     return "\n\n".join(parts)
 
 

@@ -9,12 +9,12 @@ import torch
 
 
 def place_seed(*place: int) -> int:
-    """A seed below 2**31 for one place.
+    """A seed below 2**63 for one place.
 
     Args:
         place: not negative; of one purpose always as many, because numpy takes missing ones for 0.
     """
-    return int(np.random.SeedSequence(place).generate_state(1)[0] >> 1)
+    return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1)
 
 
 @contextlib.contextmanager
@@ -35,7 +35,7 @@ def own_randomness(*place: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         seed = place_seed(*place)
         random.seed(seed)
-        np.random.seed(seed)
+        np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
         try:
             yield
