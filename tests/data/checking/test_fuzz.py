@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
@@ -39,6 +39,7 @@ _FIELDS = {
         max_size=4,
     ),
 )
+@example(kind="coco", changes=[("categories", 1, 1, 0)])  # a name that is a number, like any id
 @_SETTINGS
 def test_no_content_of_a_field_ends_the_check(kind, changes, sound, tmp_path):
     content = copy.deepcopy(json.loads(Path(words(sound, kind)[1]).read_text()))

@@ -102,7 +102,10 @@ def _records(content: dict, part: str, path: str, problems: list[Problem]) -> li
         )
     # Almost all are whole: a look at the keys of each, and at what types there are at all.
     required = set(_KEYS[part])
-    typical = all({type(record.get(key)) for record in records} <= {int, str} for key in essential)
+    typical = all(
+        {type(record.get(key)) for record in records} <= ({str} if key == "name" else {int, str})
+        for key in essential
+    )
     odd = {
         index
         for index, record in enumerate(records)
@@ -113,7 +116,7 @@ def _records(content: dict, part: str, path: str, problems: list[Problem]) -> li
         missing = ", ".join(sorted(required - record.keys()))
         why = [f"lacks {missing}"] if missing else []
         why += [
-            f"{key} is {record[key]!r}, no number and no text"
+            f"{key} is {record[key]!r}, no {'text' if key == 'name' else 'number and no text'}"
             for key in essential
             if key in record and not _is_usable(record, [key])
         ]
