@@ -1,7 +1,7 @@
 # The project in four words: demo, test, lint, clean. Each builds what it needs.
 #
 #   make demo   DEMO_SCALE=2 DEMO_SEEDS=3      a longer demo, repeated with three seeds
-#   make test   TESTS="-m 'not slow'"          arguments for pytest
+#   make test   TESTS="-m 'not slow'" JOBS=4   arguments for pytest, and how many processes
 #   make ...    PYTHON=python3.12              the interpreter for the environment
 #   make ...    VENV=/some/where/venv          another place for it
 #   make ...    WHEELS=folder                  build it from wheels, without internet
@@ -11,6 +11,7 @@ PYTHON ?= python3
 DEMO_SCALE ?= 1
 DEMO_SEEDS ?= 1
 TESTS ?=
+JOBS ?= auto
 
 export PYTHON WHEELS DEMO_SCALE DEMO_SEEDS
 
@@ -20,7 +21,7 @@ demo: environment
 	$(VENV)/bin/python tools/demo.py --scale $(DEMO_SCALE) --seeds $(DEMO_SEEDS)
 
 test: environment
-	$(VENV)/bin/python -m pytest $(TESTS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal $(TESTS)
 
 lint: environment
 	$(VENV)/bin/ruff check .

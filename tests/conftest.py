@@ -8,10 +8,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 import virtex_d2  # noqa: F401  # before detectron2, so that its bridges are in place
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# The same examples every time, so that a change is not held up by what another one left. New
+# ones: pytest --hypothesis-profile explore
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None, derandomize=False, print_blob=True)
+settings.load_profile("repeatable")
+
 SLURM_PROGRAMS = ("sbatch", "srun", "munged")
 
 

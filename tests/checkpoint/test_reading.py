@@ -353,9 +353,7 @@ contents = st.recursive(
 
 
 class TestAnyContent:
-    @settings(
-        max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-    )
+    @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(content=contents, protocol=st.sampled_from([2, 4, 5]), is_zip=st.booleans())
     def test_nested_values_come_back_as_they_were(self, tmp_path, content, protocol, is_zip):
         content = {"weight": torch.ones(1), "content": content}
@@ -363,9 +361,7 @@ class TestAnyContent:
         save(content, tmp_path / "model.pth", pickle_protocol=protocol)
         assert equal(read_tensors(tmp_path / "model.pth").content, content)
 
-    @settings(
-        max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-    )
+    @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
         size=st.lists(st.integers(0, 4), max_size=3),
         stride=st.lists(st.integers(0, 5), min_size=3, max_size=3),

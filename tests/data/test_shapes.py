@@ -50,7 +50,7 @@ def is_true(claim: Claim, objects, size: int) -> bool:
 
 
 @given(SEEDS, st.integers(0, 10**6), st.sampled_from([64, 97, 128]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_claim_of_every_caption_is_true(seed, index, size):
     scene = render(seed, index, size)
     for caption in scene.captions:
@@ -60,7 +60,7 @@ def test_every_claim_of_every_caption_is_true(seed, index, size):
 
 
 @given(SEEDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_caption_names_what_it_claims_and_stays_short(seed):
     scene = render(seed, 0)
     for caption in scene.captions:
@@ -78,7 +78,7 @@ def test_a_caption_names_what_it_claims_and_stays_short(seed):
 
 
 @given(SEEDS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_five_captions_name_every_object(seed):
     scene = render(seed, 3)
     named = " ".join(caption.text for caption in scene.captions)
@@ -86,7 +86,7 @@ def test_five_captions_name_every_object(seed):
 
 
 @given(SEEDS, st.sampled_from([64, 128, 200]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_masks_are_disjoint_visible_and_inside_their_boxes(seed, size):
     scene = render(seed, 1, size)
     assert scene.image.shape == (size, size, 3)

@@ -116,7 +116,7 @@ def assert_true(text: str, objects, size: int) -> None:
 
 
 @given(SEEDS, st.integers(0, 10**6), st.sampled_from([64, 97, 128]))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_every_caption_is_true_as_it_reads(seed, index, size):
     scene = render(seed, index, size)
     for caption in scene.captions:
@@ -124,7 +124,7 @@ def test_every_caption_is_true_as_it_reads(seed, index, size):
 
 
 @given(SEEDS)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_captions_stay_true_of_a_mirrored_image_when_left_and_right_are_swapped(seed):
     scene = render(seed, 0)
     mirrored = [
@@ -138,7 +138,7 @@ def test_captions_stay_true_of_a_mirrored_image_when_left_and_right_are_swapped(
 
 
 @given(SEEDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_plain_objects_have_the_colour_of_their_name(seed):
     scene = render(seed, 2)
     for item in scene.objects:
@@ -151,7 +151,7 @@ def test_plain_objects_have_the_colour_of_their_name(seed):
 
 
 @given(SEEDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_patterned_objects_show_two_tones(seed):
     scene = render(seed, 4)
     for item in scene.objects:

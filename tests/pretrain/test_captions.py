@@ -171,7 +171,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     images=st.lists(VALUES, max_size=3) | VALUES, annotations=st.lists(VALUES, max_size=3) | VALUES
 )

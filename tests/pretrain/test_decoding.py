@@ -42,7 +42,7 @@ heads = st.fixed_dictionaries(
 
 
 @given(heads, st.integers(1, 4), st.integers(1, 6), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_cache_changes_neither_captions_nor_their_probabilities(sizes, images, beams, data):
     head, features = random_head(**sizes), random_features(images, sizes["seed"])
     max_words = data.draw(st.integers(1, sizes["length"]))
@@ -55,7 +55,7 @@ def test_the_cache_changes_neither_captions_nor_their_probabilities(sizes, image
 
 
 @given(heads, st.integers(1, 4), st.floats(0.05, 1.0), st.floats(0.2, 3.0))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_samples_have_the_probability_that_the_model_gives_them(sizes, images, top_p, temperature):
     head, features = random_head(**sizes), random_features(images, sizes["seed"])
     generator = torch.Generator().manual_seed(sizes["seed"])
@@ -75,7 +75,7 @@ def test_samples_have_the_probability_that_the_model_gives_them(sizes, images, t
 
 
 @given(heads, st.integers(1, 5))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_specials_and_repeated_words_are_never_produced(sizes, beams):
     head, features = random_head(**sizes), random_features(2)
     captions = beam_search(head, features, beams)

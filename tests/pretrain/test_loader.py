@@ -99,7 +99,7 @@ def assert_same(one: list[dict], other: list[dict]) -> None:
 # What a sample depends on
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(positions=st.lists(st.integers(0, 5 * NUM_IMAGES) | st.integers(0, 2**40), max_size=6))
 def test_a_sample_does_not_depend_on_what_was_asked_before(records, tokenizer, positions):
     used = training(records, tokenizer)

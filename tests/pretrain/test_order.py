@@ -90,7 +90,7 @@ def content(records: Records) -> dict[int, set[str]]:
     return {record.image_id: set(record.captions) for record in records}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     num_images=st.integers(1, 40),
     fractions=st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)).map(sorted),
@@ -158,7 +158,7 @@ def test_a_fraction_keeps_images_of_shards_readable(tmp_path):
 WEIGHTS = st.lists(st.floats(0.01, 100), min_size=1, max_size=5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(weights=WEIGHTS, sizes=st.data(), seed=st.integers(0, 2**20), start=st.integers(0, 10**7))
 def test_a_mixture_is_a_function_of_the_position(weights, sizes, seed, start):
     sizes = [sizes.draw(st.integers(1, 50)) for _ in weights]

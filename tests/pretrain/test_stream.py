@@ -135,7 +135,7 @@ def test_blocks_are_shuffled_by_lane_and_number():
     assert all(sorted(order) == list(range(50)) for order in orders)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(lane=st.integers(0, 2), count=st.integers(1, 30), block=st.integers(1, 8), cut=st.booleans())
 def test_a_lane_goes_on_at_any_cursor(shards, damaged, lane, count, block, cut):
     plan = plan_of(damaged if cut else shards, lanes=3, block=block)

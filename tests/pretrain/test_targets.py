@@ -38,7 +38,7 @@ def extended(target, words: list[int], seed: int = 0, index: int = 0) -> dict:
 # Hidden words
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.integers(4, VOCAB - 1), max_size=28),
     st.integers(0, 2**32),

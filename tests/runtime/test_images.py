@@ -93,7 +93,7 @@ def jpeg_bytes() -> bytes:
     return stream.getvalue()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     changes=st.lists(
         st.tuples(st.integers(0, 200) | st.integers(0, 5000), st.integers(0, 255)), max_size=8

@@ -85,7 +85,7 @@ _BOX = st.tuples(*[st.integers(0, 12)] * 2, *[st.integers(1, 12)] * 2)
     st.lists(st.tuples(_BOX, st.integers(1, 2)), max_size=8),
     st.sampled_from([0.3, 0.5, 0.75]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_it_is_what_cocos_evaluation_matches(truth, predicted, threshold):
     annotations = [
         {

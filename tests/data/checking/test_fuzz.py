@@ -17,9 +17,7 @@ from virtex_d2.data.checking.page import page
 from virtex_d2.visualization import draw_instances
 from virtex_d2.visualization.truth import objects
 
-_SETTINGS = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+_SETTINGS = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 _VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.just(1e300),
     lambda inner: st.lists(inner, max_size=7) | st.dictionaries(st.text(max_size=3), inner),
