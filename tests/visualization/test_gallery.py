@@ -92,7 +92,7 @@ def test_no_predictions_at_all_miss_everything(show, perfect, write, capsys):
     assert show(write([])).is_file()
     out = capsys.readouterr().out
     assert f"0 right, 0 wrong, {len(perfect)} missed" in out
-    assert "no prediction has that score" in out
+    assert "no prediction on 6 of 6 images, at that score" in out
 
 
 def test_a_page_of_boxes_alone_is_matched_by_boxes(show, perfect, write, capsys):
@@ -140,19 +140,45 @@ def test_objects_of_classes_that_are_left_out_are_not_missed(tmp_path, write, ca
     assert f"0 right, 0 wrong, {count} missed" in capsys.readouterr().out
 
 
-def test_an_image_that_is_missing_or_of_another_size_is_named_and_nothing_is_left(
-    show, world, perfect, write, tmp_path
+def test_an_image_that_is_missing_or_of_another_size_is_named_and_the_next_one_drawn(
+    show, world, perfect, write, tmp_path, capsys
 ):
     path = write(perfect)
-    image = world / "images/train/000002.jpg"
-    Image.new("RGB", (32, 64)).save(image)
-    with pytest.raises(InputError, match=r"000002.jpg: it is 32x64, recorded as 64x64"):
-        show(path)
-    image.unlink()
-    with pytest.raises(InputError, match=r"000002.jpg: cannot read this image"):
-        show(path)
+    Image.new("RGB", (32, 64)).save(world / "images/train/000002.jpg")
+    (world / "images/train/000001.jpg").unlink()
+    page = show(path, sort="file", num_images=3)
+    assert order_of(page) == [1, 4, 5]
+    assert len(list((tmp_path / "out/pictures").iterdir())) == 3
+    text, out = page.read_text(), capsys.readouterr().out
+    for reason in ("000002.jpg: it is 32x64, recorded as 64x64", "000001.jpg: cannot read this"):
+        assert reason in text
+        assert reason in out
+    assert f"3 images: {page}" in out
+
+
+def test_where_no_image_can_be_drawn_nothing_is_left(show, world, perfect, write, tmp_path):
+    path = write(perfect)
+    for image in (world / "images/train").iterdir():
+        image.unlink()
+    with pytest.raises(InputError, match=r"none of 6 images can be drawn; the first: .*000000.jpg"):
+        show(path, sort="file")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_images_without_a_prediction_are_counted(show, perfect, write, capsys):
+    show(write(damaged(perfect)))
+    assert "no prediction on 1 of 6 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("detectors", [1, 2, 3, 4, 5])
+def test_no_panel_stands_alone_where_rows_can_be_full(show, perfect, write, detectors):
+    page = show(*(f"{n}={write(perfect, f'{n}.json')}" for n in range(detectors)), num_images=1)
+    width, height = map(int, re.search(r'width="(\d+)" height="(\d+)"', page.read_text()).groups())
+    rows = {1: 1, 2: 1, 3: 2, 4: 3, 5: 2}[detectors]
+    side = 1040 // (3 if detectors in (2, 5) else 2)  # the images are square
+    assert abs(height - rows * (side + 30)) < 12
+    assert 1040 < width < 1100
 
 
 @pytest.mark.parametrize(

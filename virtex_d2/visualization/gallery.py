@@ -6,7 +6,7 @@ import os
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -22,7 +22,8 @@ from .panels import LEGEND, grid, with_legend
 from .select import Judged, count_classes
 
 PAGE = "index.html"
-_SIDE = 520  # pixels of a panel's longer side
+_ROW = 1040  # pixels of a row's panels, longer sides together
+_NAMED = 10  # images that could not be drawn
 _CSS = """
 main { max-width: 1120px; padding-top: 40px; }
 .muted { overflow-wrap: anywhere; }
@@ -36,9 +37,7 @@ figcaption { margin: 0 0 6px; }
 """
 
 
-def picture(
-    table: AnnotationTable, judged: Judged, *, side: int = _SIDE, columns: int = 2
-) -> Image.Image:
+def picture(table: AnnotationTable, judged: Judged) -> Image.Image:
     """One image: its objects in the colours of their classes, then for each detector what is right,
     wrong and missed.
 
@@ -54,6 +53,8 @@ def picture(
             "all such images."
         )
     names, count = table.categories, len(judged.truth)
+    columns = 3 if len(judged.matches) % 3 == 2 else 2  # so that no row has a single one
+    side = _ROW // columns
     title = f"truth: {count} object{'s' if count != 1 else ''}"
     panels = [(title, draw_instances(image, judged.truth, names, side=side))]
     for name, result in judged.matches.items():
@@ -68,23 +69,27 @@ def write_gallery(
     output: str | os.PathLike,
     table: AnnotationTable,
     every: Sequence[Judged],
-    shown: Sequence[Judged],
+    shown: Iterable[Judged],
+    count: int,
     facts: Mapping[str, str],
-) -> Path:
-    """Write pictures/*.png of the shown images, and a page that needs no other file.
+) -> tuple[Path, list[str]]:
+    """Write pictures/*.png of images, and a page that needs no other file.
+
+    Images that cannot be drawn are left out, and named on the page.
 
     Args:
         output: a folder that is not there, or empty.
         table: the data set.
         every: all images that were judged; the page counts them.
-        shown: those with a picture, in their order.
+        shown: those to draw, in their order.
+        count: how many of them.
         facts: about how it was made, for the page.
 
     Returns:
-        The page.
+        The page, and for each image that was left out why.
 
     Raises:
-        InputError: the folder holds something, or cannot be written; an image is unusable. Nothing
+        InputError: the folder holds something, or cannot be written; no image can be drawn. Nothing
             is left behind then.
     """
     output = Path(output)
@@ -92,21 +97,40 @@ def write_gallery(
     temporary = output.with_name(f".tmp-{output.name}-{uuid.uuid4().hex[:12]}")
     try:
         (temporary / "pictures").mkdir(parents=True)
-        figures = []
-        for number, judged in enumerate(shown, start=1):
-            drawn = picture(table, judged)
+        figures: list[str] = []
+        left_out: list[str] = []
+        for judged in shown:
+            try:
+                drawn = picture(table, judged)
+            except InputError as error:
+                left_out.append(str(error))
+                continue
             stem = Path(table.files[judged.index]).stem
-            with_legend(drawn).save(temporary / "pictures" / f"{number:03d}_{stem}.png")
+            with_legend(drawn).save(temporary / "pictures" / f"{len(figures) + 1:03d}_{stem}.png")
             figures.append(_figure(table, judged, drawn))
+            if len(figures) == count:
+                break
+        if not figures:
+            raise InputError(
+                f"none of {len(left_out)} images can be drawn; the first: {left_out[0]}"
+            )
         title = f"Predictions on {table.name}"
-        body = _body(title, table, every, figures, facts)
+        body = _body(title, table, every, figures, left_out, facts)
         write_page(temporary / PAGE, title, body, _CSS)
         os.replace(temporary, output)
     except OSError as error:
         raise InputError(f"--output {output}: cannot be written: {error.strerror}.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return output / PAGE
+    return output / PAGE, left_out
+
+
+def not_drawn(reasons: Sequence[str]) -> list[str]:
+    """A line for each of the first images that could not be drawn, and one for the others."""
+    lines = [f"not drawn: {why}" for why in reasons[:_NAMED]]
+    if len(reasons) > _NAMED:
+        lines.append(f"not drawn: {len(reasons) - _NAMED} more images")
+    return lines
 
 
 def require_empty(output: str | os.PathLike) -> None:
@@ -145,6 +169,7 @@ def _body(
     table: AnnotationTable,
     every: Sequence[Judged],
     figures: Sequence[str],
+    left_out: Sequence[str],
     facts: Mapping[str, str],
 ) -> str:
     names = list(every[0].matches) if every else []
@@ -153,6 +178,7 @@ def _body(
             f"<h1>{escape(title)}</h1>",
             f'<p class="muted">{len(figures)} of {len(every)} images shown.</p>',
             definitions(facts),
+            *(f'<p class="muted">{escape(line)}</p>' for line in not_drawn(left_out)),
             f'<p class="legend">{_legend()}</p>',
             *(_tables(table, every, name) for name in names),
             *figures,

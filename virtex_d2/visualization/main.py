@@ -18,7 +18,7 @@ from virtex_d2.data.annotations.table import AnnotationTable
 from virtex_d2.data.catalog import register_entries
 from virtex_d2.runtime.errors import InputError
 
-from .gallery import require_empty, write_gallery
+from .gallery import not_drawn, require_empty, write_gallery
 from .instances import Instance
 from .predict import predict
 from .results import collect, read_results
@@ -124,7 +124,7 @@ def run(
     every = judge(table, predictions, threshold=options.iou, by=by, classes=wanted, images=images)
     if not every:
         raise InputError("no image has an object or a prediction of these classes.")
-    shown = arrange(every, options.sort, options.seed)[: options.num_images]
+    ordered = arrange(every, options.sort, options.seed)
     overlap = "masks" if by == "segm" else "boxes"
     facts = {
         "truth": table.source,
@@ -134,7 +134,7 @@ def run(
         "order": options.sort,
         **({"classes": ", ".join(options.classes)} if options.classes else {}),
     }
-    page = write_gallery(options.output, table, every, shown, facts)
+    page, left_out = write_gallery(options.output, table, every, ordered, options.num_images, facts)
     for name in predictions:
         right, wrong, missed = (
             sum(image.matches[name].count(verdict) for image in every)
@@ -144,9 +144,14 @@ def run(
             f"{name}: {right} right, {wrong} wrong, {missed} missed on {len(every)} images "
             f"(score >= {options.score_threshold:g}, IoU of {overlap} >= {options.iou:g})"
         )
-        if not right and not wrong:
-            print(f"{name}: no prediction has that score; see --score-threshold.")
-    print(f"{len(shown)} images: {page}")
+        if empty := sum(not image.matches[name].predictions for image in every):
+            print(
+                f"{name}: no prediction on {empty} of {len(every)} images, at that score; see "
+                "--score-threshold."
+            )
+    for line in not_drawn(left_out):
+        print(line)
+    print(f"{min(options.num_images, len(every) - len(left_out))} images: {page}")
     return page
 
 
