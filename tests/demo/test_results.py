@@ -43,11 +43,6 @@ def test_half_a_line_of_a_killed_run_is_left_out(tmp_path):
     assert run.curve("lr").iterations == (2,)
 
 
-def test_a_detector_that_finds_nothing_has_ap_0(tmp_path):
-    run = metrics(tmp_path, '{"iteration": 10, "segm/AP": NaN}')
-    assert run.ap_curve("segm/AP").values == (0.0,)
-
-
 def test_a_run_without_an_evaluation_is_an_error_and_not_a_zero(tmp_path):
     run = metrics(tmp_path, '{"iteration": 10, "total_loss": 1}')
     with pytest.raises(InputError, match=r"metrics\.json: expected bbox/AP"):

@@ -90,6 +90,7 @@ def test_exponents_that_yaml_reads_as_text_become_numbers(cfg, tmp_path):
         (["MODEL.FREEZE", "1"], "MODEL.FREEZE expects a bool such as False; found 1 (int)"),
         (["SOLVER", "1"], "SOLVER expects a group of keys"),
         (["DATASETS.TRAIN", "shapes_train"], """Write "('shapes_train',)"."""),
+        (["DATASETS.TRAIN", "(a, b_c)"], """Write "('a', 'b_c')"."""),
         (["SOLVER.MAX_ITER"], "the key SOLVER.MAX_ITER has no value"),
         (["SOLVER.MAX_ITER", "5", "--resum"], "--resum stands where a config key was expected"),
         (["NO.SUCH", "1", "SOLVER.MAX_ITER", "x"], "SOLVER.MAX_ITER expects"),  # both are told
@@ -125,6 +126,13 @@ def test_a_wrong_file_names_file_and_key_and_changes_nothing(cfg, tmp_path, text
     assert str(tmp_path) in str(error.value)
     assert message in str(error.value)
     assert cfg == before
+
+
+def test_the_config_of_another_tool_is_told_in_a_few_lines(cfg, tmp_path):
+    text = "\n".join(f"KEY{number}: 1" for number in range(40))
+    with pytest.raises(InputError, match="35 more: is this the config of another") as error:
+        load_config(cfg, write(tmp_path / "run.yaml", text), [])
+    assert len(str(error.value).splitlines()) == 6
 
 
 def test_a_wrong_key_of_a_base_is_reported_with_the_base(cfg, tmp_path):

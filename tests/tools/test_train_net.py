@@ -176,6 +176,13 @@ def test_evaluation_refuses_what_is_not_the_whole_detector(tool, backbone_file, 
     other = ("MODEL.FPN.OUT_CHANNELS", 24, "MODEL.WEIGHTS", tool.output / "model_final.pth")
     assert tool("--eval-only", *other) == 2
     assert "tensors are missing in it or of another shape" in capsys.readouterr().err
+    content = torch.load(tool.output / "model_final.pth", weights_only=True)
+    weight = content["model"]["roi_heads.box_predictor.cls_score.weight"]
+    content["model"]["roi_heads.box_predictor.cls_score.weight"] = weight[:6].clone()
+    torch.save(content, tool.output / "of_five.pth")
+    assert tool("--eval-only", "MODEL.WEIGHTS", tool.output / "of_five.pth") == 2
+    message = "It knows 5 classes, this config has 14 (MODEL.ROI_HEADS.NUM_CLASSES)"
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,7 @@ class DetectorCheckpointer(AtomicDetectionCheckpointer):
         wrong_shape = {name for name, *_ in incompatible.incorrect_shapes}
         missing = {name for name in incompatible.missing_keys if "num_batches" not in name}
         self._not_set, self._first_names = missing | wrong_shape, names[:3]
+        self._class_counts = _class_counts(incompatible.incorrect_shapes)
         return incompatible
 
     def _average_of(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -99,6 +100,18 @@ class DetectorCheckpointer(AtomicDetectionCheckpointer):
         if whole:
             raise InputError(
                 f"{path}: {len(not_set)} of the detector's {len(state)} tensors are missing in it "
-                f"or of another shape, the first: {', '.join(sorted(not_set)[:5])}. Use the config "
-                "that it was trained with (config.yaml beside it)."
+                f"or of another shape, the first: {', '.join(sorted(not_set)[:5])}."
+                f"{self._class_counts} Use the config that it was trained with (config.yaml beside "
+                "it)."
             )
+
+
+def _class_counts(incorrect_shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> str:
+    """What a classifier of another length says: it is the commonest reason."""
+    for name, found, expected in incorrect_shapes:
+        if name.endswith("cls_score.weight"):  # one output more, for the background
+            return (
+                f" It knows {found[0] - 1} classes, this config has {expected[0] - 1} "
+                "(MODEL.ROI_HEADS.NUM_CLASSES)."
+            )
+    return ""

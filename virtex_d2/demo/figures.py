@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from virtex_d2.reporting.metrics import Metrics, read_json
+from virtex_d2.reporting.metrics import Metrics
 from virtex_d2.reporting.plots import (
     MUTED,
     STYLE,
@@ -21,6 +21,7 @@ from virtex_d2.reporting.plots import (
     show_image,
     xy,
 )
+from virtex_d2.runtime.files import read_json
 from virtex_d2.visualization.instances import read_pixels
 
 from .masks import Instance, Picture
@@ -110,7 +111,7 @@ def draw_ap(axes: Axes, runs: Mapping[str, Sequence[Metrics]], metric: str) -> N
     axes.set_title(f"{METRICS[metric]} on held-out images")
     labels = []
     for start, metrics in runs.items():
-        curves = [run.ap_curve(metric) for run in metrics]
+        curves = [run.evaluated(metric) for run in metrics]
         draw_seeds(axes, curves, COLORS[start], marker="o")
         labels.append((mean_end(curves), LABELS[start], COLORS[start]))
     finish(axes, labels, number="{:.1f}", least_height=1.0)

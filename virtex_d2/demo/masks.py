@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from virtex_d2.reporting.metrics import read_json
+from virtex_d2.runtime.files import read_json
 from virtex_d2.visualization.instances import read_pixels, to_mask, to_rle
 
 RIGHT_IOU = 0.5  # mask IoU from which a prediction of the right class counts as right, as in AP50
@@ -61,7 +61,7 @@ def load_pictures(
     coco = read_json(annotations)
     names = {category["id"]: category["name"] for category in coco["categories"]}
     truth = _by_image(coco["annotations"])
-    results = {start: _by_image(read_json(path)) for start, path in predictions.items()}
+    results = {start: _by_image(read_json(path, list)) for start, path in predictions.items()}
     pictures = []
     for record in coco["images"]:
         objects = truth.get(record["id"], [])

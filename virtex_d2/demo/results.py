@@ -62,8 +62,8 @@ def compare(
     return [
         Comparison(
             metric,
-            tuple(run.ap_curve(metric).last for run in random),
-            tuple(run.ap_curve(metric).last for run in pretrained),
+            tuple(run.evaluated(metric).last for run in random),
+            tuple(run.evaluated(metric).last for run in pretrained),
         )
         for metric in metrics
     ]

@@ -1,7 +1,6 @@
 """What a run has recorded: curves of its metrics.json."""
 
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,34 +73,22 @@ class Metrics:
         ordered = sorted(points.items())
         return Curve(tuple(i for i, _ in ordered), tuple(value for _, value in ordered))
 
-    def ap_curve(self, key: str) -> Curve:
-        """As `curve`; NaN, which the evaluator gives where nothing was detected, becomes AP 0.
+    def evaluated(self, key: str) -> Curve:
+        """As `curve`, of a number that an evaluation must have recorded.
 
         Raises:
-            InputError: the number was never recorded.
+            InputError: it was never recorded.
         """
         curve = self.curve(key)
         if not curve:
             raise InputError(f"{self.path}: expected {key} of an evaluation; there is none.")
-        return Curve(curve.iterations, tuple(0.0 if math.isnan(v) else v for v in curve.values))
+        return curve
 
 
 def mean_and_spread(values: Sequence[float], signed: bool = False) -> str:
     """ "12.3 ± 0.4" (standard deviation), or "12.3" for one value."""
     mean = f"{statistics.fmean(values):{'+' if signed else ''}.1f}"
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file's content.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: expected JSON that can be read: {error}") from error
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:

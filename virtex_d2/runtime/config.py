@@ -1,6 +1,7 @@
 """Configs from YAML files and the command line: safe, and with errors that name file and key."""
 
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,8 @@ from fvcore.common.config import BASE_KEY
 from yacs.config import CfgNode
 
 from .errors import InputError, nearest
+
+_LISTED = 5  # problems of one file that are named
 
 
 def load_config(cfg: CfgNode, config_file: str | None, opts: list[str] | None) -> CfgNode:
@@ -51,7 +54,7 @@ def _merge_file(cfg: CfgNode, path: str, including: tuple[str, ...]) -> None:
         _merge_file(cfg, base, including=(*including, os.path.realpath(path)))
     problems = list(_merge_mapping(cfg, cfg, content, prefix=""))
     if problems:
-        raise InputError(f"{path}: " + "\n  ".join(problems))
+        raise InputError(f"{path}: " + _listed(problems))
 
 
 def _read_yaml(path: str, including: tuple[str, ...]) -> dict[str, Any]:
@@ -108,7 +111,14 @@ def _merge_opts(cfg: CfgNode, opts: list[str]) -> None:
     for key, value in zip(opts[::2], opts[1::2]):
         problems.extend(_set(cfg, key, value))
     if problems:
-        raise InputError("command line: " + "\n  ".join(problems))
+        raise InputError("command line: " + _listed(problems))
+
+
+def _listed(problems: list[str]) -> str:
+    if len(problems) <= _LISTED:
+        return "\n  ".join(problems)
+    more = f"and {len(problems) - _LISTED} more: is this the config of another tool?"
+    return "\n  ".join([*problems[:_LISTED], more])
 
 
 def _set(cfg: CfgNode, full_key: str, value: Any) -> Iterator[str]:
@@ -137,12 +147,18 @@ def _set(cfg: CfgNode, full_key: str, value: Any) -> Iterator[str]:
     except (ValueError, AssertionError, KeyError):
         yield (
             f"{full_key} expects {_kind(old)} such as {old!r}; found {_described(decoded)}."
-            + (f" Write \"('{decoded}',)\"." if _wants_comma(old, decoded) else "")
+            + _how_to_write(old, decoded)
         )
 
 
-def _wants_comma(old: Any, found: Any) -> bool:
-    return isinstance(old, (tuple, list)) and isinstance(found, str) and found.isidentifier()
+def _how_to_write(old: Any, found: Any) -> str:
+    if not (isinstance(old, (tuple, list)) and isinstance(found, str)):
+        return ""
+    names = [name.strip() for name in found.strip("()[] ").split(",") if name.strip()]
+    if not names or any(re.search(r"[\s'\"()\[\]]", name) for name in names):
+        return ""
+    quoted = ", ".join(f"'{name}'" for name in names)
+    return f' Write "({quoted}{"," if len(names) == 1 else ""})".'
 
 
 def _get(cfg: CfgNode, dotted: str) -> Any:

@@ -151,11 +151,11 @@ def read_text(path: str | os.PathLike) -> str:
         ) from error
 
 
-def read_json(path: str | os.PathLike) -> dict[str, Any]:
-    """Read an annotation file: a JSON object.
+def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
+    """Read JSON whose top is an object (`kind` dict) or a list.
 
     Raises:
-        InputError: no such file, or it is cut short, not UTF-8, not JSON, or not an object.
+        InputError: no such file, or it is cut short, not UTF-8, not JSON, or of another kind.
     """
     try:
         content = json.loads(read_text(path))
@@ -165,8 +165,9 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
         raise InputError(
             f"{path}: expected JSON, but it is cut short or not JSON ({error}). Copy it again."
         ) from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object, found a {type(content).__name__}.")
+    if not isinstance(content, kind):
+        expected = {dict: "a JSON object", list: "a JSON list"}[kind]
+        raise InputError(f"{path}: expected {expected}, found a {type(content).__name__}.")
     return content
 
 
