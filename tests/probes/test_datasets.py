@@ -81,7 +81,7 @@ VOC_DAMAGES = {
         r"1 images are in both splits.*a\.",
     ),
     "twice": (lambda v: _write(v / "ImageSets/Main/test.txt", "d\nd\n"), r"more than once: d"),
-    "empty list": (lambda v: _write(v / "ImageSets/Main/test.txt", "\n"), r"found none"),
+    "empty list": (lambda v: _write(v / "ImageSets/Main/test.txt", "\n"), r"is empty"),
 }
 
 

@@ -53,7 +53,7 @@ def read_voc_folder(folder: str, split: str) -> list[VocImage]:
     Raises:
         InputError: the list, an XML file or an image is missing, repeated or cannot be read.
     """
-    names = _split_ids(folder, split)
+    names = split_ids(folder, split)
     images = os.path.join(folder, "JPEGImages")
     files = _files_by_stem(images)
     refuse(
@@ -144,8 +144,18 @@ def load_voc_folder(folder: str, split: str, classes: Sequence[str]) -> list[dic
     ]
 
 
-def _split_ids(folder: str, split: str) -> list[str]:
-    path = os.path.join(folder, "ImageSets", "Main", f"{split}.txt")
+def split_list(folder: str, split: str) -> str:
+    """The path of a split's list of images."""
+    return os.path.join(folder, "ImageSets", "Main", f"{split}.txt")
+
+
+def split_ids(folder: str, split: str) -> list[str]:
+    """The ids of a split's images, in the order of its list.
+
+    Raises:
+        InputError: there is no such list, it is empty, repeats an image, or is that of a class.
+    """
+    path = split_list(folder, split)
     if not os.path.isfile(path):
         raise InputError(_no_split(folder, split, path))
     names = [line.strip() for line in read_text(path).splitlines() if line.strip()]

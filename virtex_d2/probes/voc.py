@@ -2,7 +2,6 @@
 
 import os
 import xml.etree.ElementTree as ElementTree
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data.datasets.pascal_voc import CLASS_NAMES as VOC_CLASSES
 
+from virtex_d2.data.voc_folder import split_ids, split_list
 from virtex_d2.runtime.errors import InputError, nearest
 from virtex_d2.runtime.files import read_text
 
@@ -54,7 +54,7 @@ def load_voc(cfg: CfgNode) -> tuple[VocImages, VocImages]:
     classes = tuple(cfg.DATA.CLASSES or VOC_CLASSES)
     if len(set(classes)) < len(classes):
         raise InputError(f"DATA.CLASSES names a class twice: {', '.join(classes)}.")
-    names = [_split_names(root, split) for split in (cfg.DATA.TRAIN, cfg.DATA.TEST)]
+    names = [split_ids(root, split) for split in (cfg.DATA.TRAIN, cfg.DATA.TEST)]
     shared = sorted(set(names[0]) & set(names[1]))
     if shared:
         raise InputError(
@@ -68,32 +68,11 @@ def load_voc(cfg: CfgNode) -> tuple[VocImages, VocImages]:
             [os.path.join(root, "JPEGImages", f"{name}.jpg") for name in split],
             np.array([_labels(found[name], classes) for name in split], np.int8),
             classes,
-            _list_of(root, which),
+            split_list(root, which),
         )
         for split, found, which in zip(names, objects, (cfg.DATA.TRAIN, cfg.DATA.TEST))
     )
     return train, test
-
-
-def _list_of(root: str, split: str) -> str:
-    return os.path.join(root, "ImageSets", "Main", f"{split}.txt")
-
-
-def _split_names(root: str, split: str) -> list[str]:
-    path = _list_of(root, split)
-    if not os.path.isfile(path):
-        known = [n[:-4] for n in os.listdir(os.path.dirname(path)) if n.endswith(".txt")]
-        raise InputError(
-            f"{path}: there is no such split; the folder has {', '.join(sorted(known)[:20])}."
-            f"{nearest(split, known)}"
-        )
-    names = [line.split()[0] for line in read_text(path).splitlines() if line.strip()]
-    if not names:
-        raise InputError(f"{path}: expected a name of an image in each line, found none.")
-    repeated = [name for name, count in Counter(names).items() if count > 1]
-    if repeated:
-        raise InputError(f"{path}: names images more than once: {', '.join(repeated[:10])}.")
-    return names
 
 
 def _read_objects(root: str, name: str) -> list[tuple[str, bool]]:
