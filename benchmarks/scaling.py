@@ -161,9 +161,7 @@ def estimate(args: argparse.Namespace) -> None:
     count = sum(parameter.numel() for parameter in model.parameters())
     gbytes = 4 * count / 1e9
     computation = args.images_per_gpu / args.images_per_second
-    print(
-        f"{PAPER.stem}: {count / 1e6:.1f} M parameters, gradients of {gbytes * 1000:.0f} MB (float32)"
-    )
+    print(f"{PAPER.stem}: {count / 1e6:.1f} M parameters, gradients of {1000 * gbytes:.0f} MB")
     print(
         f"assumed: {args.images_per_second:g} images/s on one GPU, {args.images_per_gpu} in an "
         f"iteration: {1000 * computation:.0f} ms of computation; {args.gpus_per_node} GPUs a node, "
