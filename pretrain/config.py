@@ -131,6 +131,14 @@ _C.SOLVER.WARMUP_ITERS = 10000
 _C.SOLVER.CLIP_GRAD_NORM = 10.0
 # Iterations between checkpoints.
 _C.SOLVER.CHECKPOINT_PERIOD = 2000
+# Checkpoints are copied to the CPU's memory, which must have room for one more, and written from
+# there while training goes on. False: training waits until they are on disk.
+_C.SOLVER.CHECKPOINT_BACKGROUND = True
+# How many of the last checkpoints stay (0: all; 1 leaves none to fall back to), and after how many
+# iterations each the first checkpoint stays for good (0: none). model_final and model_best are
+# never removed.
+_C.SOLVER.CHECKPOINT_KEEP_LAST = 0
+_C.SOLVER.CHECKPOINT_KEEP_EVERY = 0
 
 # Lookahead (Zhang et al., arXiv 1907.08610): every STEPS updates the weights move ALPHA of the way.
 _C.SOLVER.LOOKAHEAD = CN()

@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from virtex_d2.runtime.errors import InputError
+from virtex_d2.runtime.last_checkpoint import has_checkpoint
 
 from .augment import EvalTransform, TrainTransform
 from .baselines import label_entropy, unigram_entropy
@@ -114,8 +115,7 @@ def load_or_train_tokenizer(cfg: CfgNode, records: Sequence[CaptionRecord]) -> T
     if cfg.DATA.TOKENIZER:
         return Tokenizer(cfg.DATA.TOKENIZER)
     path = os.path.join(cfg.OUTPUT_DIR, "tokenizer.model")
-    has_checkpoint = os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
-    if not (has_checkpoint and os.path.isfile(path)):
+    if not (has_checkpoint(cfg.OUTPUT_DIR) and os.path.isfile(path)):
         if not records:
             raise InputError(
                 f"{path}: expected the tokenizer of a checkpoint in this folder, found none. Give "

@@ -1,11 +1,11 @@
 """Training checkpoint -> backbone file: the one thing that pretraining hands to detection."""
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 import torchvision
 from detectron2.config import CfgNode
-from torch import nn
 
 import virtex_d2
 from virtex_d2.runtime.errors import InputError
@@ -17,23 +17,28 @@ FORMAT = "virtex_d2.backbone"
 FORMAT_VERSION = "1"
 
 
-def backbone_state_dict(visual: nn.Module) -> dict[str, torch.Tensor]:
-    """`VisualBackbone` -> float32 CPU tensors by torchvision name, with running statistics.
+_PREFIX = "visual.cnn."  # of the ResNet's tensors in an objective
+
+
+def backbone_state_dict(model: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """An objective's tensors -> float32 CPU tensors by torchvision name, with running statistics.
 
     The batch counters (`num_batches_tracked`) stay behind: no detector uses them.
     """
     return {
-        name: tensor.detach().to("cpu", torch.float32).contiguous()
-        for name, tensor in visual.cnn.state_dict().items()
-        if not name.endswith("num_batches_tracked")
+        name.removeprefix(_PREFIX): tensor.detach().to("cpu", torch.float32).contiguous()
+        for name, tensor in model.items()
+        if name.startswith(_PREFIX) and not name.endswith("num_batches_tracked")
     }
 
 
-def export_backbone(visual: nn.Module, cfg: CfgNode, iteration: int, path: str) -> None:
+def export_backbone(
+    model: Mapping[str, torch.Tensor], cfg: CfgNode, iteration: int, path: str
+) -> None:
     """Write the backbone with all that its user has to know to feed it right; atomic.
 
     Args:
-        visual: a `VisualBackbone`.
+        model: an objective's state dict.
         cfg: the run's config; its sha256 is recorded.
         iteration: iterations trained.
         path: the file to write or replace, `.safetensors`.
@@ -41,7 +46,7 @@ def export_backbone(visual: nn.Module, cfg: CfgNode, iteration: int, path: str) 
     Raises:
         InputError: a weight is NaN or infinite; nothing is written.
     """
-    tensors = backbone_state_dict(visual)
+    tensors = backbone_state_dict(model)
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise InputError(
@@ -54,7 +59,7 @@ def export_backbone(visual: nn.Module, cfg: CfgNode, iteration: int, path: str) 
         {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            "architecture": visual.name,
+            "architecture": cfg.MODEL.VISUAL.NAME,
             "channel_order": "RGB",
             "pixel_mean": ",".join(map(str, PIXEL_MEAN)),
             "pixel_std": ",".join(map(str, PIXEL_STD)),

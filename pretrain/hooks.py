@@ -210,26 +210,6 @@ class BestCheckpoint(HookBase):
         self._best, self._best_iteration = state["best"], state["iteration"]
 
 
-class BackboneExport(HookBase):
-    """Writes the backbone file whenever a checkpoint is written, and at the end.
-
-    Args:
-        export: (iterations done) -> path of the file it wrote.
-        period: in iterations; 0 writes at the end only.
-    """
-
-    def __init__(self, export: Callable[[int], str], period: int):
-        self._export = export
-        self._period = period
-
-    def after_step(self) -> None:
-        if _is_due(self.trainer, self._period):
-            iteration = self.trainer.iter + 1
-            path = self._export(iteration)
-            if iteration == self.trainer.max_iter:
-                logger.info("The backbone is in %s.", path)
-
-
 class PretrainMetricPrinter(EventWriter):
     """One line of progress: losses, both learning rates, images a second, ETA, peak memory."""
 

@@ -10,6 +10,8 @@ import logging
 import os
 import time
 import weakref
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +21,15 @@ from detectron2.utils import comm
 from detectron2.utils.events import JSONWriter, TensorboardXWriter
 from torch import nn
 
+from virtex_d2.runtime.background import StateWriter
 from virtex_d2.runtime.checkpointer import AtomicCheckpointer
 from virtex_d2.runtime.compat import write_metrics
+from virtex_d2.runtime.disk import stop_where_disk_is_full
 from virtex_d2.runtime.errors import InputError
+from virtex_d2.runtime.hooks import PeriodicCheckpointer
 from virtex_d2.runtime.launch import wrap_ddp
 from virtex_d2.runtime.randomness import place_seed
+from virtex_d2.runtime.retention import Retention
 from virtex_d2.runtime.setup import write_config
 
 from .augment import normalize
@@ -31,7 +37,6 @@ from .captioner import can_caption
 from .data import PretrainData, build_data
 from .export import export_backbone
 from .hooks import (
-    BackboneExport,
     BestCheckpoint,
     CaptionPictures,
     LearningRate,
@@ -97,6 +102,9 @@ class PretrainTrainer(TrainerBase):
             self.objective,
             cfg.OUTPUT_DIR,
             save_to_disk=comm.is_main_process(),
+            writer=StateWriter(cfg.SOLVER.CHECKPOINT_BACKGROUND),
+            retention=Retention(cfg.SOLVER.CHECKPOINT_KEEP_LAST, cfg.SOLVER.CHECKPOINT_KEEP_EVERY),
+            after_save=self._export,  # behind it, so that the backbone is one to go on from
             run=RunIdentity(cfg, self.data),  # first: it refuses before others are confused
             trainer=weakref.proxy(self),
             **state,
@@ -136,10 +144,10 @@ class PretrainTrainer(TrainerBase):
                 built.append(CaptionPictures(cfg.TEST.EVAL_PERIOD, self._draw_captions))
         if main:
             built += [
-                hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
-                BackboneExport(self._export, cfg.SOLVER.CHECKPOINT_PERIOD),
+                PeriodicCheckpointer(
+                    self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, self.optimizer
+                )
             ]
-        if main:
             writers = [
                 PretrainMetricPrinter(self.max_iter, cfg.SOLVER.IMS_PER_BATCH),
                 JSONWriter(os.path.join(cfg.OUTPUT_DIR, "metrics.json")),
@@ -148,17 +156,20 @@ class PretrainTrainer(TrainerBase):
             built.append(hooks.PeriodicWriter(writers, cfg.LOG_PERIOD))
         return built
 
-    def _export(self, iteration: int, name: str = "backbone") -> str:
-        """Write OUTPUT_DIR/<name>.safetensors, the backbone after so many iterations."""
+    def _export(self, checkpoint: Mapping[str, Any], name: str = "backbone") -> None:
+        """Write OUTPUT_DIR/<name>.safetensors, the backbone in a checkpoint."""
         path = os.path.join(self.cfg.OUTPUT_DIR, f"{name}.safetensors")
-        export_backbone(self.objective.visual, self.cfg, iteration, path)
-        return path
+        done = checkpoint["trainer"]["iteration"] + 1
+        export_backbone(checkpoint["model"], self.cfg, done, path)
 
     def _keep_best(self, iteration: int) -> None:
         """Write the present model beside the periodic checkpoints, which stay the last ones."""
         if comm.is_main_process():
-            self.checkpointer.save_beside("model_best", iteration=iteration - 1)
-            self._export(iteration, "backbone_best")
+            self.checkpointer.save_beside(
+                "model_best",
+                then=lambda checkpoint: self._export(checkpoint, "backbone_best"),
+                iteration=iteration - 1,
+            )
 
     def _draw_captions(self) -> list[tuple[str, np.ndarray]]:
         """Pictures of TEST.NUM_CAPTIONS validation images, the same ones every time."""
@@ -193,9 +204,8 @@ class PretrainTrainer(TrainerBase):
         Raises:
             InputError: there is neither, or the file is not of this model.
         """
-        path = self.cfg.MODEL.WEIGHTS
-        if not path and self.checkpointer.has_checkpoint():
-            path = self.checkpointer.get_checkpoint_file()
+        # The last one and, should it be damaged, no older one, which would be taken for it.
+        path = self.cfg.MODEL.WEIGHTS or self.checkpointer.get_checkpoint_file()
         if not path:
             raise InputError(
                 f"There is nothing to evaluate: {self.cfg.OUTPUT_DIR} holds no checkpoint and "
@@ -209,11 +219,14 @@ class PretrainTrainer(TrainerBase):
             logger.info("All %d iterations are done: there is nothing to train.", self.max_iter)
             if comm.is_main_process():
                 # A stop between the last checkpoint and the export has left an older one.
-                self._export(self.start_iter)
+                self._export(self.checkpointer.states())
             return
         self._batches = iter(self.data.train_loader(self.cfg, self.start_iter))
         self.model.train()
-        super().train(self.start_iter, self.max_iter)
+        folder = self.cfg.OUTPUT_DIR
+        with stop_where_disk_is_full(folder):
+            super().train(self.start_iter, self.max_iter)
+        logger.info("The backbone is in %s.", os.path.join(folder, "backbone.safetensors"))
 
     def run_step(self) -> None:
         start = time.perf_counter()

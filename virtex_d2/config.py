@@ -75,5 +75,13 @@ def add_virtex_config(cfg: CN) -> None:
     # What SOLVER.AMP.ENABLED computes losses in: "bfloat16" (CPUs, and GPUs from Ampere on) or
     # "float16" (any GPU; the loss is scaled).
     cfg.SOLVER.AMP.DTYPE = "bfloat16"
+    # Checkpoints are copied to the CPU's memory, which must have room for one more, and written
+    # from there while training goes on. False: training waits until they are on disk.
+    cfg.SOLVER.CHECKPOINT_BACKGROUND = True
+    # How many of the last checkpoints stay (0: all; 1 leaves none to fall back to), and after how
+    # many iterations each the first checkpoint stays for good (0: none). model_final and model_ema
+    # are never removed.
+    cfg.SOLVER.CHECKPOINT_KEEP_LAST = 0
+    cfg.SOLVER.CHECKPOINT_KEEP_EVERY = 0
     # Seeds initialisation, data order and augmentation. Negative: drawn, and logged.
     cfg.SEED = 0

@@ -23,9 +23,13 @@ from virtex_d2.engine.loop import build_loop
 from virtex_d2.engine.options import check_augmented_evaluation, check_training, clips_full_model
 from virtex_d2.engine.precise_bn import PreciseBN
 from virtex_d2.evaluation import build_evaluator
+from virtex_d2.runtime.background import StateWriter
+from virtex_d2.runtime.disk import stop_where_disk_is_full
 from virtex_d2.runtime.errors import InputError
+from virtex_d2.runtime.hooks import PeriodicCheckpointer
 from virtex_d2.runtime.launch import wrap_ddp
 from virtex_d2.runtime.randomness import own_randomness
+from virtex_d2.runtime.retention import Retention
 from virtex_d2.runtime.setup import write_config
 
 logger = logging.getLogger(__name__)
@@ -72,6 +76,8 @@ class DetectionTrainer(DefaultTrainer):
             cfg.OUTPUT_DIR,
             save_to_disk=comm.is_main_process(),
             preprocessing=config_preprocessing(cfg),
+            writer=StateWriter(cfg.SOLVER.CHECKPOINT_BACKGROUND),
+            retention=Retention(cfg.SOLVER.CHECKPOINT_KEEP_LAST, cfg.SOLVER.CHECKPOINT_KEEP_EVERY),
             trainer=weakref.proxy(self),
             **({"ema": self.ema} if self.ema else {}),
         )
@@ -93,13 +99,15 @@ class DetectionTrainer(DefaultTrainer):
         averaged = cfg.VIRTEX.EMA.ENABLED and cfg.VIRTEX.EMA.EVALUATE
         checkpointer = DetectorCheckpointer(model, cfg.OUTPUT_DIR, whole=True, averaged=averaged)
         weights = cfg.MODEL.WEIGHTS
-        if not (resume and checkpointer.has_checkpoint()) and (not weights or is_backbone(weights)):
+        # The last one and, should it be damaged, no older one: whose results would be taken for it.
+        last = checkpointer.get_checkpoint_file() if resume else ""
+        if not last and (not weights or is_backbone(weights)):
             raise InputError(
                 f"MODEL.WEIGHTS {weights!r}: --eval-only needs a detector's checkpoint, such as "
                 "OUTPUT_DIR/model_final.pth, or --resume and one in OUTPUT_DIR; a backbone alone "
                 "detects nothing."
             )
-        checkpointer.resume_or_load(weights, resume=resume)
+        checkpointer.load(last or weights, checkpointables=[])
         if averaged:
             logger.info("What is evaluated is the moving average of the checkpoint's weights.")
         results = cls.test(cfg, model)
@@ -135,7 +143,8 @@ class DetectionTrainer(DefaultTrainer):
         """
         if comm.is_main_process():  # last, so that they write what the other hooks found
             self.register_hooks([hooks.PeriodicWriter(self.build_writers(), LOG_PERIOD)])
-        return super().train()
+        with stop_where_disk_is_full(self.cfg.OUTPUT_DIR):
+            return super().train()
 
     def state_dict(self) -> dict:
         """Iteration, schedule (of its hook), optimizer and scaler, and what an iteration is."""
@@ -186,7 +195,7 @@ class DetectionTrainer(DefaultTrainer):
             self._precise_bn() if cfg.TEST.PRECISE_BN.ENABLED else None,
             # After PreciseBN, whose statistics are to be saved; before the evaluation, so that what
             # was trained is safe when that fails.
-            hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
+            PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, self.optimizer)
             if main
             else None,
             ExportEMA(self._ema_checkpointer()) if self.ema and main else None,
@@ -272,7 +281,10 @@ class DetectionTrainer(DefaultTrainer):
 
     def _ema_checkpointer(self) -> DetectorCheckpointer:
         return DetectorCheckpointer(
-            self.ema.model, self.cfg.OUTPUT_DIR, preprocessing=config_preprocessing(self.cfg)
+            self.ema.model,
+            self.cfg.OUTPUT_DIR,
+            preprocessing=config_preprocessing(self.cfg),
+            writer=self.checkpointer.writer,
         )
 
     def _evaluated_model(self) -> nn.Module:

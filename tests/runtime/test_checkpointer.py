@@ -9,6 +9,7 @@ import pytest
 import torch
 from fvcore.common.checkpoint import PeriodicCheckpointer
 
+from virtex_d2.runtime.background import StateWriter
 from virtex_d2.runtime.checkpointer import AtomicCheckpointer, AtomicDetectionCheckpointer
 from virtex_d2.runtime.errors import InputError
 
@@ -27,10 +28,14 @@ def train(model, optimizer):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_resumes_with_its_model_its_optimizer_and_its_iteration(tmp_path, kind):
+@pytest.mark.parametrize("background", [False, True])
+def test_a_run_resumes_with_its_model_its_optimizer_and_its_iteration(tmp_path, kind, background):
     model, optimizer = model_and_optimizer()
     train(model, optimizer)
-    kind(model, str(tmp_path), optimizer=optimizer).save("model_0000006", iteration=6)
+    writer = StateWriter(background)
+    saving = kind(model, str(tmp_path), writer=writer, optimizer=optimizer)
+    saving.save("model_0000006", iteration=6)
+    saving.wait()
 
     resumed, its_optimizer = model_and_optimizer(9.0)
     checkpointer = kind(resumed, str(tmp_path), optimizer=its_optimizer)
@@ -79,35 +84,45 @@ def test_a_process_that_may_not_save_saves_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("moment", ["while the tensors are written", "before the name is written"])
-def test_a_kill_while_saving_leaves_the_last_checkpoint_whole(tmp_path, run_python, moment):
+def test_a_kill_while_saving_leaves_the_last_checkpoint_whole(
+    tmp_path, run_python, moment, background
+):
     script = textwrap.dedent("""
-        import os, signal, sys
+        import os, signal, sys, time
         import torch
-        from virtex_d2.runtime import checkpointer as module
+        from virtex_d2.runtime.background import StateWriter
+        from virtex_d2.runtime.checkpointer import AtomicCheckpointer
 
-        folder, moment = sys.argv[1:]
+        folder, moment, background = sys.argv[1:]
         model = torch.nn.Linear(3, 2)
         torch.nn.init.constant_(model.weight, 1.0)
-        checkpointer = module.AtomicCheckpointer(model, folder)
+        writer = StateWriter(background == "True")
+        checkpointer = AtomicCheckpointer(model, folder, writer=writer)
         checkpointer.save("model_0000001", iteration=1)
+        checkpointer.wait()
 
         def die(*args):
             os.kill(os.getpid(), signal.SIGKILL)
 
-        def write_half_and_die(data, path):
-            with open(path, "wb") as file:
-                file.write(b"PK half a checkpoint")
+        def write_half_and_die(data, file):
+            file.write(b"PK half a checkpoint")
+            file.flush()
             die()
 
         if moment.startswith("while"):
-            module.torch.save = write_half_and_die
+            torch.save = write_half_and_die
         else:
             checkpointer.tag_last_checkpoint = die
         torch.nn.init.constant_(model.weight, 2.0)
         checkpointer.save("model_0000002", iteration=2)
+        time.sleep(60)
     """)
-    assert run_python("-c", script, tmp_path, moment).returncode == -signal.SIGKILL
+    done = run_python("-c", script, tmp_path, moment, background)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = {path.name.partition("-")[0] for path in tmp_path.iterdir()}
+    assert (".tmp" in left) == moment.startswith("while")
 
     model, _ = model_and_optimizer()
     checkpointer = AtomicCheckpointer(model, str(tmp_path))
@@ -122,16 +137,22 @@ def test_a_kill_while_saving_leaves_the_last_checkpoint_whole(tmp_path, run_pyth
 
 
 @pytest.mark.slow
-def test_a_kill_at_any_time_during_saves_leaves_a_checkpoint_that_loads(tmp_path, run_python):
+@pytest.mark.parametrize("background", [False, True])
+def test_a_kill_at_any_time_during_saves_leaves_a_checkpoint_that_loads(
+    tmp_path, run_python, background
+):
     """Guards against checkpoints that are written in place, as detectron2's own are."""
     script = textwrap.dedent("""
         import os, signal, sys, threading
         import torch
+        from virtex_d2.runtime.background import StateWriter
         from virtex_d2.runtime.checkpointer import AtomicCheckpointer
 
         model = torch.nn.Linear(1000, 1000)
-        checkpointer = AtomicCheckpointer(model, sys.argv[1])
+        writer = StateWriter(sys.argv[3] == "True")
+        checkpointer = AtomicCheckpointer(model, sys.argv[1], writer=writer)
         checkpointer.save("model_0000000", iteration=0)
+        checkpointer.wait()
         threading.Timer(float(sys.argv[2]), os.kill, (os.getpid(), signal.SIGKILL)).start()
         for iteration in range(1, 100000):
             torch.nn.init.constant_(model.weight, iteration)
@@ -139,7 +160,8 @@ def test_a_kill_at_any_time_during_saves_leaves_a_checkpoint_that_loads(tmp_path
     """)
     for delay in (0.05, 0.061, 0.083):
         folder = tmp_path / str(delay)
-        assert run_python("-c", script, folder, delay).returncode == -signal.SIGKILL
+        done = run_python("-c", script, folder, delay, background)
+        assert done.returncode == -signal.SIGKILL, done.stderr
         model = torch.nn.Linear(1000, 1000)
         state = AtomicCheckpointer(model, str(folder)).resume_or_load("", resume=True)
         if state["iteration"]:
@@ -178,7 +200,7 @@ def test_a_missing_checkpoint_is_named(tmp_path, kind):
     with pytest.raises(InputError, match=r"absent\.pth: expected a checkpoint, found no file"):
         kind(model, "").load(str(tmp_path / "absent.pth"))
     (tmp_path / "last_checkpoint").write_text("gone.pth")
-    with pytest.raises(InputError, match=r"gone\.pth: expected a checkpoint, found no file"):
+    with pytest.raises(InputError, match=r"nothing to resume from: .*gone\.pth: there is no such"):
         kind(model, str(tmp_path)).resume_or_load("", resume=True)
 
 

@@ -20,7 +20,7 @@ class DetectorCheckpointer(AtomicDetectionCheckpointer):
     the file must hold the whole detector: on resuming, and for evaluation.
 
     Args:
-        model, save_dir, **kwargs: of `DetectionCheckpointer`.
+        model, save_dir, **kwargs: of `AtomicDetectionCheckpointer`.
         whole: whether every file must hold the whole detector.
         averaged: whether to load the moving average of the weights (VIRTEX.EMA) that a file holds
             beside them.
@@ -42,11 +42,11 @@ class DetectorCheckpointer(AtomicDetectionCheckpointer):
         self._averaged = averaged
         self._preprocessing = preprocessing
 
-    def save_beside(self, name: str, **kwargs: Any) -> None:
-        """Write a file, with the preprocessing beside the tensors."""
+    def states(self, **kwargs: Any) -> dict[str, Any]:
+        """What goes into a file, with the preprocessing beside the tensors."""
         if self._preprocessing:
             kwargs = {"virtex_d2": self._preprocessing.metadata(), **kwargs}
-        super().save_beside(name, **kwargs)
+        return super().states(**kwargs)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """As detectron2's; `checkpointables` is None on resuming.

@@ -16,6 +16,7 @@ from torch import nn
 import virtex_d2
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import atomic_path
+from virtex_d2.runtime.last_checkpoint import has_checkpoint, last_whole_checkpoint
 
 from .layouts import IMAGENET_RGB, Preprocessing
 from .naming import DETECTRON2, TORCHVISION, is_counter, translate
@@ -123,10 +124,9 @@ def apply_preprocessing(cfg: CfgNode, resume: bool = False) -> list[str]:
             f"{', '.join(MODES)}."
         )
     mode, weights = cfg.VIRTEX.PREPROCESSING, cfg.MODEL.WEIGHTS
-    last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
-    if resume and os.path.isfile(last):
-        with open(last, encoding="utf-8") as file:
-            weights = os.path.join(cfg.OUTPUT_DIR, file.read().strip())
+    if resume and has_checkpoint(cfg.OUTPUT_DIR):
+        # There is no log yet; where it is not the last one, that is told when it is loaded.
+        weights = last_whole_checkpoint(cfg.OUTPUT_DIR, tell=False)
     if mode == "config" or not weights:
         return []
     path = local_path(weights)

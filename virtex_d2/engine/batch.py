@@ -76,6 +76,9 @@ def _scale(cfg: CfgNode, processes: int) -> CfgNode:
         group, name = key.split(".")
         if cfg[group][name] > 0:
             scaled[group][name] = max(1, scaled[group][name])
+    scaled.SOLVER.CHECKPOINT_KEEP_EVERY = round(
+        cfg.SOLVER.CHECKPOINT_KEEP_EVERY * cfg.SOLVER.REFERENCE_WORLD_SIZE / processes
+    )
     # The average is to span as many images as before.
     scaled.VIRTEX.EMA.DECAY **= processes / cfg.SOLVER.REFERENCE_WORLD_SIZE
     if frozen:

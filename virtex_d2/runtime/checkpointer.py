@@ -1,43 +1,134 @@
 """Checkpoints that are whole or absent, and that load without running code."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from fvcore.common.checkpoint import Checkpointer
 
+from .background import State, StateWriter
+from .checksum import save_with_checksum
+from .disk import not_written, stop_where_disk_is_full
 from .errors import InputError
 from .files import TEMPORARY_PREFIX, atomic_path, read_checkpoint, read_numpy_pickle
+from .last_checkpoint import LAST_CHECKPOINT, has_checkpoint, last_whole_checkpoint
+from .retention import Retention
+from .snapshot import num_bytes
+
+# What a killed process may have left of those files that are written at checkpoints.
+_LEFTOVERS = ("*.pth", "*.safetensors", f"{LAST_CHECKPOINT}-*")
 
 
 class _AtomicMixin:
-    """Over a `Checkpointer`: the same files, written atomically, read with tensors only.
+    """Over a `Checkpointer`: the same files, which cannot be lost.
 
     A kill at any moment leaves `last_checkpoint` naming a whole checkpoint: the checkpoint is
-    complete on disk before the name is written, and each appears by a rename.
+    complete on disk before the name is written, and each appears by a rename. A file has its
+    checksum in it, and is read with tensors only.
+
+    Args:
+        *args, **kwargs: of fvcore's or detectron2's class.
+        writer: shared by all checkpointers of a folder in a process; None: files are written in
+            place, before `save` returns.
+        retention: which checkpoints are removed when a newer one is there; None: none.
+        after_save: called with the state in a checkpoint once it is the last one, on disk; in the
+            writer's thread. Writes what must not be newer than the checkpoint.
     """
 
-    def save(self, name: str, **kwargs: Any) -> None:
-        """Write `<save_dir>/<name>.pth` (model, checkpointables, `kwargs`), then tag it as last."""
-        if self.save_dir and self.save_to_disk:
-            self.save_beside(name, **kwargs)
-            self.tag_last_checkpoint(f"{name}.pth")
+    def __init__(
+        self,
+        *args: Any,
+        writer: StateWriter | None = None,
+        retention: Retention | None = None,
+        after_save: Callable[[State], None] | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.writer = writer or StateWriter()
+        self.retention = retention or Retention()
+        self._after_save = after_save
 
-    def save_beside(self, name: str, **kwargs: Any) -> None:
-        """As `save`, in the process that may write, without becoming the last checkpoint."""
-        path = Path(self.save_dir) / f"{name}.pth"
-        for leftover in path.parent.glob(f"{TEMPORARY_PREFIX}*.pth"):
-            leftover.unlink(missing_ok=True)  # of a killed save; one process saves at a time
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write `<save_dir>/<name>.pth` (model, checkpointables, `kwargs`), then tag it as last.
+
+        With a writer in the background it returns when the state has been copied.
+
+        Raises:
+            InputError: the file cannot be written, or the one before could not. What is in the
+                folder is as it was.
+        """
+
+        def finish(state: State) -> None:
+            self.tag_last_checkpoint(f"{name}.pth")
+            self.retention.prune(Path(self.save_dir), f"{name}.pth")
+            if self._after_save:
+                self._after_save(state)
+
+        self._write(name, kwargs, finish)
+
+    def save_beside(
+        self, name: str, then: Callable[[State], None] | None = None, **kwargs: Any
+    ) -> None:
+        """As `save`, without becoming the last checkpoint; `then` is called with the state."""
+        self._write(name, kwargs, then)
+
+    def wait(self) -> None:
+        """Until all that was saved is on disk.
+
+        Raises:
+            InputError: it could not be written.
+        """
+        self.writer.wait()
+
+    def states(self, **kwargs: Any) -> dict[str, Any]:
+        """What a checkpoint of this moment holds: model, checkpointables and `kwargs`."""
         states = {key: item.state_dict() for key, item in self.checkpointables.items()}
+        return {"model": self.model.state_dict(), **states, **kwargs}
+
+    def _write(self, name: str, more: dict[str, Any], then: Callable[[State], None] | None) -> None:
+        if not (self.save_dir and self.save_to_disk):
+            return
+        path = Path(self.save_dir) / f"{name}.pth"
+
+        def action(state: State) -> None:
+            try:
+                with atomic_path(path) as temporary:
+                    save_with_checksum(state, temporary)
+            except OSError as error:
+                raise not_written(path, error, num_bytes(state)) from error
+            if then:
+                with stop_where_disk_is_full(path.parent):
+                    then(state)
+
+        self.writer.wait()
+        self._remove_leftovers()
         self.logger.info("Saving checkpoint to %s", path)
-        with atomic_path(path) as temporary:
-            torch.save({"model": self.model.state_dict(), **states, **kwargs}, temporary)
+        self.writer.write(self.states(**more), action)
+
+    def _remove_leftovers(self) -> None:
+        for pattern in _LEFTOVERS:  # of killed processes; in this one nothing is being written
+            for leftover in Path(self.save_dir).glob(f"{TEMPORARY_PREFIX}{pattern}"):
+                leftover.unlink(missing_ok=True)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Let `last_checkpoint` name a file of the same folder."""
-        with atomic_path(Path(self.save_dir) / "last_checkpoint") as temporary:
+        with atomic_path(Path(self.save_dir) / LAST_CHECKPOINT) as temporary:
             temporary.write_text(last_filename_basename, encoding="utf-8")
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is something to resume in the folder."""
+        return bool(self.save_dir) and has_checkpoint(self.save_dir)
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """As the base class; a last checkpoint that is damaged falls back to the one before.
+
+        Raises:
+            InputError: as `load`; there are checkpoints, and none is whole.
+        """
+        if resume and self.has_checkpoint():
+            return self.load(last_whole_checkpoint(self.save_dir))
+        return self.load(path, checkpointables=[])
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As the base class.

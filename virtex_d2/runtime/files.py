@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .checksum import damage
 from .errors import InputError
 
 # Files that are being written. A killed process leaves its one behind; the name tells what it is.
@@ -86,10 +87,15 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """Read a torch checkpoint (.pth) onto the CPU; it may hold tensors and plain values only.
 
     Raises:
-        InputError: no such file, a truncated one, one that is no checkpoint, or one with Python
-            objects in it, which could run code on loading.
+        InputError: no such file, one that is truncated or otherwise not what was written, one that
+            is no checkpoint, or one with Python objects in it, which could run code on loading.
     """
     require_file(path)
+    if found := damage(path):
+        raise InputError(
+            f"{path}: expected a torch checkpoint, but the file is truncated or damaged: {found}. "
+            "Copy it again, or use an older one."
+        )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -15,6 +15,7 @@ from yacs.config import CfgNode
 
 from .errors import InputError
 from .files import atomic_path
+from .last_checkpoint import has_checkpoint
 
 LOGGERS = ("virtex_d2", "pretrain", "detectron2", "fvcore")
 # What a run that has trained leaves in its output folder. One that stopped at its first check has
@@ -116,7 +117,7 @@ def setup_run(cfg: CfgNode, args: argparse.Namespace, check_output: bool = True)
 
     logger.info("Config:\n%s", cfg.dump())
     # A run that goes on keeps its config until its checkpoint has agreed to the new one.
-    goes_on = resume and os.path.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+    goes_on = resume and has_checkpoint(cfg.OUTPUT_DIR)
     if not eval_only and not goes_on:
         write_config(cfg)
     if was_frozen:
