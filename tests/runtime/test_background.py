@@ -135,8 +135,9 @@ class Trainer:
     def train(self, after_iteration=lambda iteration: None):
         self.hook.before_train()
         try:
-            for self.iter in range(self.max_iter):
-                after_iteration(self.iter)
+            for iteration in range(self.max_iter):
+                self.iter = iteration
+                after_iteration(iteration)
                 self.hook.after_step()
         finally:  # as detectron2's
             self.hook.after_train()

@@ -66,7 +66,7 @@ class Retention:
         written = last // period - first // period
         if not self.last:
             return written
-        for_good = last // self.every - first // self.every if self.every else 0
+        for_good = last // self.every - first // self.every + 1 if self.every else 0
         # One more than are kept: the oldest goes when the newest is there.
         return min(written, self.last + 1 + for_good)
 
