@@ -23,6 +23,7 @@ from tests.checkpoint.layout_files import (
 from virtex_d2.checkpoint.convert import SUFFIXES, convert, inspect, verify
 from virtex_d2.checkpoint.naming import DETECTRON2, TORCHVISION, translate
 from virtex_d2.checkpoint.source import read_backbone
+from virtex_d2.runtime.checksum import has_checksum, save_with_checksum
 from virtex_d2.runtime.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -250,6 +251,23 @@ def test_a_detector_that_stock_detectron2_saved_gives_its_backbone(tmp_path, run
         assert torch.equal(
             tensor, saved[f"backbone.bottom_up.{translate(name, TORCHVISION, DETECTRON2)}"]
         )
+
+
+def test_stock_detectron2_resumes_from_a_checkpoint_with_a_checksum(tmp_path, run_stock):
+    """Its own class, without a line of this project, finds it by last_checkpoint and reads it."""
+    run_stock('DetectionCheckpointer(model, "run").save("model_0000003", iteration=3)\n')
+    path = tmp_path / "run" / "model_0000003.pth"
+    content = torch.load(path, weights_only=True)
+    content["model"]["proposal_generator.rpn_head.conv.bias"].fill_(0.25)
+    save_with_checksum(content, path)
+    assert has_checksum(path)
+    printed = run_stock(
+        """
+rest = DetectionCheckpointer(model, "run").resume_or_load("", resume=True)
+print(rest["iteration"], model.proposal_generator.rpn_head.conv.bias.unique().tolist())
+"""
+    )
+    assert printed.split() == ["3", "[0.25]"]
 
 
 # For every line it reads, starts a process that writes one of two networks after the other into the

@@ -67,7 +67,7 @@ def test_a_file_with_a_checksum_is_one_of_torchs(file):
     assert file.stat().st_size == len(torch_alone.getvalue()) + 81
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_whatever_bytes_change_it_is_found_or_changes_nothing(file, data):
     content = bytearray(file.read_bytes())

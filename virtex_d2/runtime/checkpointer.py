@@ -34,7 +34,12 @@ class _AtomicMixin:
         retention: which checkpoints are removed when a newer one is there; None: none.
         after_save: called with the state in a checkpoint once it is the last one, on disk; in the
             writer's thread. Writes what must not be newer than the checkpoint.
+
+    Attributes:
+        last_saved: name of the last checkpoint that this process has saved; "" before.
     """
+
+    last_saved = ""
 
     def __init__(
         self,
@@ -66,6 +71,7 @@ class _AtomicMixin:
                 self._after_save(state)
 
         self._write(name, kwargs, finish)
+        self.last_saved = name
 
     def save_beside(
         self, name: str, then: Callable[[State], None] | None = None, **kwargs: Any
