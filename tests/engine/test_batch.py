@@ -28,6 +28,7 @@ def cfg():
     cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR = 16, 0.02
     cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 180000, (120000, 160000)
     cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.CHECKPOINT_PERIOD = 1000, 5000
+    cfg.SOLVER.CHECKPOINT_KEEP_EVERY = 50000
     cfg.TEST.EVAL_PERIOD = 0
     cfg.VIRTEX.EMA.DECAY = 0.999
     return cfg
@@ -59,7 +60,7 @@ def test_linear_scaling_changes_all_that_is_counted_in_images_or_iterations(cfg,
     assert (scaled.SOLVER.IMS_PER_BATCH, scaled.SOLVER.BASE_LR) == (4, 0.005)
     assert (scaled.SOLVER.MAX_ITER, scaled.SOLVER.STEPS) == (720000, (480000, 640000))
     assert (scaled.SOLVER.WARMUP_ITERS, scaled.SOLVER.CHECKPOINT_PERIOD) == (4000, 20000)
-    assert scaled.TEST.EVAL_PERIOD == 0
+    assert (scaled.SOLVER.CHECKPOINT_KEEP_EVERY, scaled.TEST.EVAL_PERIOD) == (200000, 0)
     assert scaled.VIRTEX.EMA.DECAY**4 == pytest.approx(0.999)
     assert scaled.is_frozen()
     assert "scaled from 8 processes with 16 images, learning rate 0.02 and 180000" in caplog.text
@@ -73,9 +74,10 @@ def test_scaling_up_leaves_no_period_at_zero(cfg, processes):
     processes(64)
     cfg.SOLVER.REFERENCE_WORLD_SIZE = 8
     cfg.TEST.EVAL_PERIOD = cfg.SOLVER.CHECKPOINT_PERIOD = cfg.SOLVER.MAX_ITER = 2
+    cfg.SOLVER.CHECKPOINT_KEEP_EVERY = 2
     scaled = resolve_batch(cfg)
     assert (scaled.TEST.EVAL_PERIOD, scaled.SOLVER.CHECKPOINT_PERIOD) == (1, 1)
-    assert scaled.SOLVER.MAX_ITER == 1
+    assert (scaled.SOLVER.CHECKPOINT_KEEP_EVERY, scaled.SOLVER.MAX_ITER) == (1, 1)
 
 
 def test_a_number_of_processes_that_the_batch_does_not_fit_is_no_error_when_scaled(cfg, processes):

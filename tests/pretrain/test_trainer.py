@@ -185,6 +185,28 @@ def test_a_killed_run_resumes_to_bit_identical_weights(
         assert torch.equal(whole[name], resumed[name]), name
 
 
+def test_a_damaged_last_checkpoint_costs_iterations_and_changes_nothing(
+    captioned_images, finished_run, tmp_path
+):
+    """Two checkpoints of the finished run are damaged, the third is gone."""
+    output = Path(shutil.copytree(finished_run, tmp_path / "output"))
+    for name in ("model_final.pth", "model_0000011.pth"):
+        content = bytearray((output / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (output / name).write_bytes(content)
+    (output / "model_0000007.pth").unlink()
+    done = run("--resume", *options(captioned_images, output, "SOLVER.CHECKPOINT_KEEP_LAST", 1))
+    assert done.returncode == 0, done.stderr
+    assert "THE LAST CHECKPOINT CANNOT BE USED" in done.stdout
+    assert f"from an older one, {output}/model_0000003.pth" in done.stdout
+    assert "Resumed after iteration 3" in (output / "log.txt").read_text()
+    whole, resumed = final_model(finished_run), final_model(output)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    backbones = [read_safetensors(f / "backbone.safetensors")[0] for f in (finished_run, output)]
+    assert all(torch.equal(backbones[0][name], backbones[1][name]) for name in backbones[0])
+    assert [path.name for path in output.glob("model_0*.pth")] == ["model_0000011.pth"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

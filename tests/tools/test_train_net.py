@@ -65,6 +65,28 @@ def test_a_resumed_run_goes_on_with_iteration_optimizer_and_schedule(tool, backb
     assert rates[3] == pytest.approx(0.1 * rates[1])
 
 
+def test_damaged_checkpoints_cost_iterations_and_change_nothing(tool, capsys):
+    """The last two of a finished run; each would load without a word."""
+    opts = ("SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 1, "DATASETS.TEST", "()")
+    opts += ("SOLVER.CHECKPOINT_KEEP_LAST", 2)
+    assert tool(*opts) == 0, capsys.readouterr().err
+    expected = tool.checkpoint("model_final.pth")
+    names = ["model_0000002.pth", "model_0000003.pth", "model_final.pth"]
+    assert sorted(path.name for path in tool.output.glob("*.pth")) == names
+    for name in names[1:]:
+        content = bytearray((tool.output / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (tool.output / name).write_bytes(content)
+    capsys.readouterr()
+    assert tool("--eval-only", "--resume", *opts) == 2
+    assert "model_final.pth: expected a torch checkpoint, but" in capsys.readouterr().err
+    assert tool("--resume", *opts) == 0, capsys.readouterr().err
+    assert f"from an older one, {tool.output}/model_0000002.pth" in tool.log()
+    assert "Starting training from iteration 3" in tool.log()
+    found = tool.checkpoint("model_final.pth")["model"]
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected["model"].items())
+
+
 def test_the_same_seed_trains_the_same_detector(tool, make_tool):
     opts = ("SOLVER.MAX_ITER", 2, "DATASETS.TEST", "()")
     second = make_tool(folder="second")

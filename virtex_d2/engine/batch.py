@@ -10,8 +10,13 @@ from virtex_d2.runtime.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# detectron2 rounds these; a period of 0 would mean "never", or divide by zero.
-_AT_LEAST_ONE = ("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD")
+# These are rounded; a period of 0 would mean "never", or divide by zero.
+_AT_LEAST_ONE = (
+    "SOLVER.MAX_ITER",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "SOLVER.CHECKPOINT_KEEP_EVERY",
+    "TEST.EVAL_PERIOD",
+)
 
 
 def resolve_batch(cfg: CfgNode) -> CfgNode:
@@ -72,13 +77,12 @@ def _scale(cfg: CfgNode, processes: int) -> CfgNode:
         return cfg
     frozen = scaled.is_frozen()
     scaled.defrost()
+    every = cfg.SOLVER.CHECKPOINT_KEEP_EVERY * cfg.SOLVER.REFERENCE_WORLD_SIZE / processes
+    scaled.SOLVER.CHECKPOINT_KEEP_EVERY = round(every)
     for key in _AT_LEAST_ONE:
         group, name = key.split(".")
         if cfg[group][name] > 0:
             scaled[group][name] = max(1, scaled[group][name])
-    scaled.SOLVER.CHECKPOINT_KEEP_EVERY = round(
-        cfg.SOLVER.CHECKPOINT_KEEP_EVERY * cfg.SOLVER.REFERENCE_WORLD_SIZE / processes
-    )
     # The average is to span as many images as before.
     scaled.VIRTEX.EMA.DECAY **= processes / cfg.SOLVER.REFERENCE_WORLD_SIZE
     if frozen:
