@@ -255,6 +255,7 @@ def test_a_detector_that_stock_detectron2_saved_gives_its_backbone(tmp_path, run
 
 def test_stock_detectron2_resumes_from_a_checkpoint_with_a_checksum(tmp_path, run_stock):
     """Its own class, without a line of this project, finds it by last_checkpoint and reads it."""
+    (tmp_path / "run").mkdir()
     run_stock('DetectionCheckpointer(model, "run").save("model_0000003", iteration=3)\n')
     path = tmp_path / "run" / "model_0000003.pth"
     content = torch.load(path, weights_only=True)

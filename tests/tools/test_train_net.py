@@ -78,7 +78,7 @@ def test_damaged_checkpoints_cost_iterations_and_change_nothing(tool, capsys):
         content[len(content) // 2] ^= 1
         (tool.output / name).write_bytes(content)
     capsys.readouterr()
-    assert tool("--eval-only", "--resume", *opts) == 2
+    assert tool("--eval-only", "--resume") == 2
     assert "model_final.pth: expected a torch checkpoint, but" in capsys.readouterr().err
     assert tool("--resume", *opts) == 0, capsys.readouterr().err
     assert f"from an older one, {tool.output}/model_0000002.pth" in tool.log()
