@@ -4,6 +4,7 @@ import datetime
 import logging
 import math
 import resource
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, get_event_storage
 
 from virtex_d2.runtime.errors import InputError
+from virtex_d2.runtime.evaluations import RECORD
 
 from .stream import CaptionStream
 
@@ -159,8 +161,11 @@ class Validation(HookBase):
 
     def after_step(self) -> None:
         if _is_due(self.trainer, self._period):
+            start = time.perf_counter()
             for name, value in self._evaluate().items():
                 self.trainer.storage.put_scalar(f"val/{name}", value, smoothing_hint=False)
+            seconds = time.perf_counter() - start
+            self.trainer.storage.put_scalar(RECORD, seconds, smoothing_hint=False)
             comm.synchronize()
 
 

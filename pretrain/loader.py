@@ -8,7 +8,6 @@ restarts. Iteration i takes the positions from i * batch on, and process r of W 
 
 import itertools
 import logging
-import signal
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.images import read_image
+from virtex_d2.runtime.signals import held_back, start_helper
 
 from .augment import EvalTransform, TrainTransform
 from .captions import CaptionRecord, caption_counts
@@ -257,7 +257,7 @@ class CaptionLoader(DataLoader):
         self._full_size = full_size
 
     def __iter__(self) -> Iterator[dict]:
-        for batch in super().__iter__():
+        for batch in held_back(super().__iter__):
             check_batch(batch, self._named_by, self._full_size)
             yield batch
 
@@ -346,6 +346,4 @@ def loader_options(num_workers: int) -> dict:
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)  # a worker is a thread's worth of work: more would fight each other
-    # Ctrl-C reaches every process of the terminal: the training process alone answers, and its
-    # workers end with it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    start_helper()

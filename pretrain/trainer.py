@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import TrainerBase, hooks
+from detectron2.engine import hooks
 from detectron2.utils import comm
 from detectron2.utils.events import JSONWriter, TensorboardXWriter
 from torch import nn
@@ -27,10 +27,12 @@ from virtex_d2.runtime.compat import write_metrics
 from virtex_d2.runtime.disk import stop_where_disk_is_full
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.hooks import PeriodicCheckpointer
+from virtex_d2.runtime.evaluations import MetricsWriter
 from virtex_d2.runtime.launch import wrap_ddp
 from virtex_d2.runtime.randomness import place_seed
 from virtex_d2.runtime.retention import Retention
 from virtex_d2.runtime.setup import write_config
+from virtex_d2.runtime.stopping import StopHook, StoppableTrainer
 
 from .augment import normalize
 from .captioner import can_caption
@@ -60,7 +62,7 @@ logger = logging.getLogger(__name__)
 AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class PretrainTrainer(TrainerBase):
+class PretrainTrainer(StoppableTrainer):
     """Pretrains a backbone on captions as the config says.
 
         trainer = PretrainTrainer(cfg)
@@ -132,6 +134,7 @@ class PretrainTrainer(TrainerBase):
                 ),
                 StreamCursors(self.data.stream, cfg.SOLVER.CHECKPOINT_PERIOD),
             ]
+        built.append(StopHook())  # what stands behind it is what a resumed run makes up for
         if self.data.val is None and cfg.TEST.BEST_METRIC:
             raise InputError("TEST.BEST_METRIC needs validation: DATA.VAL_CAPTIONS is empty.")
         if self.data.val is not None:
@@ -143,18 +146,24 @@ class PretrainTrainer(TrainerBase):
             if main and cfg.TEST.NUM_CAPTIONS > 0 and can_caption(self.objective):
                 built.append(CaptionPictures(cfg.TEST.EVAL_PERIOD, self._draw_captions))
         if main:
-            built += [
-                PeriodicCheckpointer(
-                    self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, self.optimizer
-                )
-            ]
             writers = [
                 PretrainMetricPrinter(self.max_iter, cfg.SOLVER.IMS_PER_BATCH),
                 JSONWriter(os.path.join(cfg.OUTPUT_DIR, "metrics.json")),
                 TensorboardXWriter(cfg.OUTPUT_DIR),
             ]
-            built.append(hooks.PeriodicWriter(writers, cfg.LOG_PERIOD))
+            built += [
+                # before the checkpoint: a run that goes on from there does not validate again
+                MetricsWriter(writers, cfg.LOG_PERIOD),
+                PeriodicCheckpointer(
+                    self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, self.optimizer
+                ),
+            ]
         return built
+
+    def before_checkpoint(self) -> None:
+        """Bring together how far all processes have read."""
+        if self.data.stream is not None:
+            self.data.stream.gather(self.iter + 1)
 
     def _export(self, checkpoint: Mapping[str, Any], name: str = "backbone") -> None:
         """Write OUTPUT_DIR/<name>.safetensors, the backbone in a checkpoint."""
@@ -215,7 +224,7 @@ class PretrainTrainer(TrainerBase):
 
     def train(self) -> None:
         """Train from `start_iter` to SOLVER.MAX_ITER; a run that is finished is left as it is."""
-        if self.start_iter >= self.max_iter:
+        if self.start_iter >= self.max_iter and not self.unfinished:
             logger.info("All %d iterations are done: there is nothing to train.", self.max_iter)
             if comm.is_main_process():
                 # A stop between the last checkpoint and the export has left an older one.

@@ -1,5 +1,6 @@
 """Validation: the mean loss over every caption, beside what a blind model would reach."""
 
+import logging
 import math
 from collections.abc import Callable
 
@@ -10,9 +11,12 @@ from detectron2.utils import comm
 from torch import nn
 
 from virtex_d2.runtime.errors import InputError, nearest
+from virtex_d2.runtime.preemption import abandonable
 
 from .data import PretrainData
 from .loader import build_eval_loader
+
+logger = logging.getLogger(__name__)
 
 # Losses of which a perplexity can be told: those that predict a word.
 _OF_WORDS = ("loss_captioning", "loss_masked_lm")
@@ -55,18 +59,21 @@ def validate(
 
     Raises:
         InputError: no image can be decoded, or nothing can be predicted.
+        StopRequested: all processes are to stop; the objective is left in evaluation mode.
     """
     training = objective.training
     objective.eval()
     _share_buffers(objective)
     sums: dict[str, float] = {}
     predicted = skipped = 0
-    for batch in build_eval_loader(
+    loader = build_eval_loader(
         data.val,
         cfg.TEST.IMS_PER_BATCH,
         cfg.DATA.NUM_WORKERS,
         one_caption=data.val_labels is not None,
-    ):
+    )
+    logger.info("Validating on %d captions or images ...", len(loader.dataset))
+    for batch in abandonable(loader):
         skipped += int(batch["num_skipped"])
         count = objective.num_predictions(batch) if len(batch["position"]) else 0
         if not count:

@@ -5,6 +5,10 @@ python tools/pretrain_net.py --config-file configs/pretrain/bicaptioning_R_50_L1
     DATA.TRAIN_CAPTIONS captions.json DATA.TRAIN_IMAGES images OUTPUT_DIR output
 """
 
+import virtex_d2.runtime.listening  # noqa: F401 - first: the other imports take seconds
+
+# isort: split
+
 from pretrain.config import get_pretrain_cfg
 from pretrain.trainer import PretrainTrainer
 from virtex_d2.runtime.config import load_config

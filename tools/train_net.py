@@ -11,6 +11,10 @@ python tools/train_net.py --config-file configs/shapes/mask_rcnn_R_50_FPN.yaml \
     DATASETS.TRAIN "('mine',)" OUTPUT_DIR output/detector
 """
 
+import virtex_d2.runtime.listening  # noqa: F401 - first: the other imports take seconds
+
+# isort: split
+
 import argparse
 import logging
 

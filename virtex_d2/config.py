@@ -56,6 +56,9 @@ def add_virtex_config(cfg: CN) -> None:
     cfg.VIRTEX.LAYOUT = ""
     # The network to take where a file holds several, such as "momentum". "": the layout's first.
     cfg.VIRTEX.COPY = ""
+    # Iterations between lines of the log, metrics.json and TensorBoard; also between exchanges of
+    # what processes have skipped.
+    cfg.VIRTEX.LOG_PERIOD = 20
     # After loading, compare the detector's stages with those of the pretrained network.
     cfg.VIRTEX.PROBE = True
 

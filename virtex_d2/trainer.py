@@ -18,7 +18,7 @@ from virtex_d2.checkpoint.transfer import config_preprocessing, is_backbone, loa
 from virtex_d2.data.loader import TestLoader, TrainLoader, build_train_loader
 from virtex_d2.engine.batch import resolve_batch
 from virtex_d2.engine.ema import ExportEMA, UpdateEMA, WeightEMA
-from virtex_d2.engine.hooks import ImagesPerSecond, SeedIteration, SkippedImages
+from virtex_d2.engine.hooks import Evaluation, ImagesPerSecond, SeedIteration, SkippedImages
 from virtex_d2.engine.loop import build_loop
 from virtex_d2.engine.options import check_augmented_evaluation, check_training, clips_full_model
 from virtex_d2.engine.precise_bn import PreciseBN
@@ -27,17 +27,17 @@ from virtex_d2.runtime.background import StateWriter
 from virtex_d2.runtime.disk import stop_where_disk_is_full
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.hooks import PeriodicCheckpointer
+from virtex_d2.runtime.evaluations import MetricsWriter
 from virtex_d2.runtime.launch import wrap_ddp
 from virtex_d2.runtime.randomness import own_randomness
 from virtex_d2.runtime.retention import Retention
 from virtex_d2.runtime.setup import write_config
+from virtex_d2.runtime.stopping import StopHook, StoppableTrainer
 
 logger = logging.getLogger(__name__)
 
-LOG_PERIOD = 20  # iterations, as in detectron2
 
-
-class DetectionTrainer(DefaultTrainer):
+class DetectionTrainer(StoppableTrainer, DefaultTrainer):
     """Trains a detector as the config says.
 
         trainer = DetectionTrainer(cfg)
@@ -62,7 +62,7 @@ class DetectionTrainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode):
         # Not DefaultTrainer's own: that opens metrics.json before the weights are known to load,
         # and its mixed precision is for GPUs only.
-        super(DefaultTrainer, self).__init__()
+        TrainerBase.__init__(self)
         check_training(cfg)
         self._given_cfg = cfg
         self.cfg = cfg = resolve_batch(cfg)
@@ -142,7 +142,7 @@ class DetectionTrainer(DefaultTrainer):
             The last evaluation's results where TEST.EXPECTED_RESULTS asks for a check of them.
         """
         if comm.is_main_process():  # last, so that they write what the other hooks found
-            self.register_hooks([hooks.PeriodicWriter(self.build_writers(), LOG_PERIOD)])
+            self.register_hooks([MetricsWriter(self.build_writers(), self.cfg.VIRTEX.LOG_PERIOD)])
         with stop_where_disk_is_full(self.cfg.OUTPUT_DIR):
             return super().train()
 
@@ -184,14 +184,15 @@ class DetectionTrainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase | None]:
         """detectron2's hooks but for the writers, which `train` adds, and this project's."""
         cfg, main = self.cfg, comm.is_main_process()
-        evaluates = bool(cfg.DATASETS.TEST)
+        evaluates, folder = bool(cfg.DATASETS.TEST), cfg.OUTPUT_DIR
         return [
             hooks.IterationTimer(),
             SeedIteration(cfg.SEED),
             hooks.LRScheduler(),
             ImagesPerSecond(cfg.SOLVER.IMS_PER_BATCH),
-            SkippedImages(cfg.VIRTEX.MAX_SKIPPED_SHARE, LOG_PERIOD),
+            SkippedImages(cfg.VIRTEX.MAX_SKIPPED_SHARE, cfg.VIRTEX.LOG_PERIOD),
             UpdateEMA(self.ema) if self.ema else None,
+            StopHook(),  # what stands behind it is what a resumed run makes up for
             self._precise_bn() if cfg.TEST.PRECISE_BN.ENABLED else None,
             # After PreciseBN, whose statistics are to be saved; before the evaluation, so that what
             # was trained is safe when that fails.
@@ -199,9 +200,11 @@ class DetectionTrainer(DefaultTrainer):
             if main
             else None,
             ExportEMA(self._ema_checkpointer()) if self.ema and main else None,
-            hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._test) if evaluates else None,
+            Evaluation(cfg.TEST.EVAL_PERIOD, self._test, folder) if evaluates else None,
             # Once, as detectron2's train_net.py: it takes as many times longer as there are sizes.
-            hooks.EvalHook(0, self._test_with_tta) if evaluates and cfg.TEST.AUG.ENABLED else None,
+            Evaluation(0, self._test_with_tta, folder)
+            if evaluates and cfg.TEST.AUG.ENABLED
+            else None,
         ]
 
     @classmethod

@@ -25,6 +25,9 @@ Content = TypeVar("Content")
 # Each member of a sample by its suffix: its bytes, or where they are.
 Sample = tuple[str, dict[str, Content]]
 
+# What stops a run is no concern of a command that it reads from: a schedulers' signals go to all.
+_IGNORE_SIGNALS = "trap '' USR1 TERM INT; "
+
 _BLOCK = 512  # bytes; a tar ends with two blocks of zeros (POSIX.1-2001, pax)
 
 
@@ -169,7 +172,7 @@ def stream_members(shard: str) -> Iterator[tuple[str, bytes]]:
     Raises:
         Unusable: at the end: it is cut short, no tar, or its command has failed.
     """
-    pipe = gopen(shard)
+    pipe = gopen(shard.replace("pipe:", f"pipe:{_IGNORE_SIGNALS}", 1))
     # a command's failure is asked for after its last byte: earlier, it would depend on timing how
     # many samples were seen
     set_options(pipe, ignore_errors=True)

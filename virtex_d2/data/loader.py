@@ -19,7 +19,9 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
 from virtex_d2.runtime.errors import InputError
+from virtex_d2.runtime.preemption import abandonable
 from virtex_d2.runtime.randomness import own_randomness
+from virtex_d2.runtime.signals import held_back, start_helper
 
 from .fraction import register_fraction
 from .order import Draw, TrainingOrder, build_sampler, repeat_factors
@@ -145,6 +147,7 @@ class TrainLoader:
             batch_sampler=self._order,
             num_workers=workers,
             collate_fn=trivial_batch_collator,
+            worker_init_fn=start_helper,
             # else the global one's, which is the training's, would move on with every new pass
             generator=torch.Generator(),
         )
@@ -159,7 +162,7 @@ class TrainLoader:
         self._order.first = iteration
 
     def __iter__(self) -> Iterator[list[dict]]:
-        for batch in self._loader:
+        for batch in held_back(lambda: iter(self._loader)):
             for sample in batch:
                 self._note(sample.pop("unusable"))
                 if "image" not in sample:
@@ -203,7 +206,7 @@ def build_train_loader(
 
 
 class TestLoader:
-    """A test loader that stops with the file's name at an unusable image.
+    """A test loader that stops with the file's name at an unusable image, or where the run stops.
 
     To leave it out would change what the AP means.
     """
@@ -214,12 +217,13 @@ class TestLoader:
         self._loader = build_detection_test_loader(
             cfg, dataset_name, mapper=_NamingMapper(DatasetMapper(cfg, is_train=False))
         )
+        self._loader.worker_init_fn = start_helper
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[list[dict]]:
-        for batch in self._loader:
+        for batch in abandonable(held_back(lambda: iter(self._loader))):
             for sample in batch:
                 if "unusable" in sample:
                     raise InputError(

@@ -1,6 +1,7 @@
 """An exponential moving average of the weights, beside those that are trained."""
 
 import logging
+import os
 
 import torch
 from detectron2.engine import HookBase
@@ -98,3 +99,8 @@ class ExportEMA(HookBase):
     def after_step(self) -> None:
         if self.trainer.iter + 1 == self.trainer.max_iter:
             self._checkpointer.save_beside("model_ema", iteration=self.trainer.iter, is_ema=True)
+
+    def owed(self, iteration: int) -> bool:
+        """Whether a run was killed between its last checkpoint and this file."""
+        path = os.path.join(self._checkpointer.save_dir, "model_ema.pth")
+        return iteration + 1 == self.trainer.max_iter and not os.path.exists(path)

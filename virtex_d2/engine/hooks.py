@@ -1,10 +1,14 @@
 """Small hooks of fine-tuning, each with one duty."""
 
+import time
+from collections.abc import Callable
+
 import torch
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 
 from virtex_d2.runtime.errors import InputError
+from virtex_d2.runtime.evaluations import RECORD, is_on_record
 from virtex_d2.runtime.randomness import place_seed
 
 
@@ -35,6 +39,43 @@ class SeedIteration(HookBase):
 
     def before_step(self) -> None:
         torch.manual_seed(place_seed(self._seed, self.trainer.iter, comm.get_rank()))
+
+
+class Evaluation(hooks.EvalHook):
+    """detectron2's, whose last evaluation is part of the last iteration, and which misses none.
+
+    A run that was killed between a checkpoint and the end of the evaluation that follows it does
+    that evaluation when it is resumed.
+
+    Args:
+        period: in iterations; 0: after the last only.
+        evaluate: () -> nested results; called in every process.
+        folder: OUTPUT_DIR, whose metrics.json tells what has been evaluated.
+    """
+
+    def __init__(self, period: int, evaluate: Callable[[], dict], folder: str):
+        super().__init__(period, evaluate)
+        self._folder = folder
+
+    def after_step(self) -> None:
+        if self._is_due(self.trainer.iter):
+            start = time.perf_counter()
+            self._do_eval()
+            self.trainer.storage.put_scalar(
+                RECORD, time.perf_counter() - start, smoothing_hint=False
+            )
+
+    def after_train(self) -> None:
+        """Nothing: the last evaluation has been done, unless training has failed."""
+
+    def owed(self, iteration: int) -> bool:
+        """Whether it is due and not on record; that of a finished run is done once more."""
+        last = iteration + 1 == self.trainer.max_iter
+        return self._is_due(iteration) and (last or not is_on_record(self._folder, iteration))
+
+    def _is_due(self, iteration: int) -> bool:
+        done = iteration + 1
+        return done == self.trainer.max_iter or (self._period > 0 and done % self._period == 0)
 
 
 class SkippedImages(HookBase):

@@ -9,6 +9,7 @@ from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
 from torch import nn
 
+from virtex_d2.runtime.preemption import StopRequested, checked
 from virtex_d2.runtime.randomness import own_randomness
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,25 @@ class PreciseBN(HookBase):
             self.update()
 
     def update(self) -> None:
-        """Measure the statistics of every model on the same batches."""
+        """Measure the statistics of every model on the same batches.
+
+        Doing it twice is doing it once: a resumed run may repeat it.
+
+        Raises:
+            StopRequested: all processes are to stop; then the statistics are what they were.
+        """
+        layers = [layer for model in self._models.values() for layer in get_bn_modules(model)]
+        before = [{k: v.clone() for k, v in layer.state_dict().items()} for layer in layers]
+        try:
+            self._measure()
+        except StopRequested:
+            for layer, state in zip(layers, before):
+                layer.load_state_dict(state)
+            raise
+        for layer, state in zip(layers, before):  # it counts the batches of training
+            layer.num_batches_tracked.copy_(state["num_batches_tracked"])
+
+    def _measure(self) -> None:
         for name, model in self._models.items():
             layers = len(get_bn_modules(model))
             logger.info(
@@ -61,4 +80,5 @@ class PreciseBN(HookBase):
             )
             # What the heads report is about training iterations: to another storage, and away.
             with own_randomness(self._seed, self.trainer.iter, comm.get_rank()), EventStorage():
-                update_bn_stats(model, iter(self._build_loader()), self._num_batches)
+                batches = checked(self._build_loader())
+                update_bn_stats(model, batches, self._num_batches)

@@ -16,6 +16,9 @@ from yacs.config import CfgNode
 from .errors import InputError
 from .files import atomic_path
 from .last_checkpoint import has_checkpoint
+from .preemption import watch
+from .signals import stop_listening
+from .stopping import remove_stale_marker
 
 LOGGERS = ("virtex_d2", "pretrain", "detectron2", "fvcore")
 # What a run that has trained leaves in its output folder. One that stopped at its first check has
@@ -51,6 +54,12 @@ def argument_parser(description: str | None = None) -> argparse.ArgumentParser:
         "--eval-only",
         action="store_true",
         help="only evaluate MODEL.WEIGHTS, or where that is empty OUTPUT_DIR's last checkpoint",
+    )
+    parser.add_argument(
+        "--time-budget",
+        metavar="TIME",
+        help="after so long (45m, 23.5h or [DAYS-]HH:MM:SS since the start) write a checkpoint and "
+        "end with exit code 75; default: VIRTEX_TIME_BUDGET, else before a Slurm job ends",
     )
     parser.add_argument("--num-gpus", type=int, default=1, help="GPUs per machine (default 1)")
     parser.add_argument("--num-machines", type=int, default=1, help="machines (default 1)")
@@ -112,7 +121,12 @@ def setup_run(cfg: CfgNode, args: argparse.Namespace, check_output: bool = True)
     cfg.SEED = _resolved_seed(cfg.SEED, cfg.OUTPUT_DIR if resume else None)
     logger.info("SEED %d%s", cfg.SEED, " (drawn)" if drawn else "")
     seed_all_rng(cfg.SEED + rank)
-    if not eval_only:
+    if eval_only:
+        stop_listening()  # there is nothing to save
+    else:
+        watch(cfg.OUTPUT_DIR, getattr(args, "time_budget", None))
+        if rank == 0:
+            remove_stale_marker()
         torch.backends.cudnn.benchmark = cfg.get("CUDNN_BENCHMARK", False)
 
     logger.info("Config:\n%s", cfg.dump())
