@@ -25,6 +25,7 @@ from virtex_d2.modeling import resolve_norms
 from virtex_d2.runtime.config import load_config
 from virtex_d2.runtime.errors import exit_on_input_error
 from virtex_d2.runtime.launch import launch
+from virtex_d2.runtime.preemption import exit_at_once_if_unfinished
 from virtex_d2.runtime.setup import argument_parser, setup_run
 from virtex_d2.trainer import DetectionTrainer
 
@@ -48,5 +49,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_input_error():
+    with exit_on_input_error(), exit_at_once_if_unfinished():
         launch(main, argument_parser(__doc__).parse_args())

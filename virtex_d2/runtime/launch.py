@@ -12,8 +12,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from .errors import EXIT_CODE, InputError, exit_on_input_error, report
-from .preemption import EXIT_UNFINISHED, Unfinished, exit_unfinished
-from .signals import forwarded_to_children
+from .preemption import Unfinished
 
 Main = Callable[[argparse.Namespace], Any]
 
@@ -36,7 +35,7 @@ def launch(main: Main, args: argparse.Namespace) -> None:
     elif args.num_gpus * args.num_machines > 1:
         _spawn(main, args)
     else:
-        _main(main, args)
+        main(args)
 
 
 def wrap_ddp(model: nn.Module) -> nn.Module:
@@ -68,7 +67,7 @@ def _join(main: Main, args: argparse.Namespace) -> None:
         main(args)
     except Unfinished:  # all of them, at the same place
         _leave()
-        exit_unfinished()
+        raise
     except InputError as error:
         # The others may be gone, or wait in a collective: there is no orderly end of the group, and
         # gloo's threads abort the interpreter's (SIGABRT instead of the exit code) now and then.
@@ -108,33 +107,23 @@ def _spawn(main: Main, args: argparse.Namespace) -> None:
     if args.num_machines > 1 and args.dist_url == "auto":
         raise InputError("--dist-url auto works on one machine; give tcp://HOST:PORT of the first.")
     try:
-        with forwarded_to_children():
-            detectron2_launch(
-                _exit_on_input_error,
-                args.num_gpus,
-                num_machines=args.num_machines,
-                machine_rank=args.machine_rank,
-                dist_url=args.dist_url,
-                args=(main, args),
-            )
+        detectron2_launch(
+            _exit_on_input_error,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(main, args),
+        )
     except ProcessExitedException as error:
         if error.exit_code == EXIT_CODE:  # the process has printed its InputError
             raise SystemExit(EXIT_CODE) from None
-        if error.exit_code == EXIT_UNFINISHED:
-            exit_unfinished()
         raise
 
 
 def _exit_on_input_error(main: Main, args: argparse.Namespace) -> None:
     with exit_on_input_error():
-        _main(main, args)
-
-
-def _main(main: Main, args: argparse.Namespace) -> None:
-    try:
         main(args)
-    except Unfinished:
-        exit_unfinished()
 
 
 def _number(key: str) -> int:

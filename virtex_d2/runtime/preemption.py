@@ -11,6 +11,7 @@ iterations or two batches of an evaluation:
 `pretrain.trainer` and `virtex_d2.trainer` answer through `virtex_d2.runtime.stopping`.
 """
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -70,19 +71,25 @@ class Unfinished(SystemExit):
         super().__init__(EXIT_UNFINISHED)
 
 
-def exit_unfinished() -> NoReturn:
-    """End this process at once with exit code 75; everything has been written and closed.
+@contextlib.contextmanager
+def exit_at_once_if_unfinished() -> Iterator[None]:
+    """Around all that a tool does: ends the process when the body has come to `Unfinished`.
 
     Without the interpreter's own shutdown: with torch and detectron2 loaded that takes seconds on a
-    busy machine, of the few that a scheduler leaves.
+    busy machine, of the few that a scheduler leaves. Everything has been written and closed before.
     """
-    signals.ignore()
-    for helper in multiprocessing.active_children():  # loader workers
-        helper.terminate()
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(EXIT_UNFINISHED)
+    try:
+        yield
+    except SystemExit as end:
+        if end.code != EXIT_UNFINISHED:
+            raise
+        signals.ignore()
+        for helper in multiprocessing.active_children():  # loader workers
+            helper.terminate()
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(EXIT_UNFINISHED)
 
 
 class Watch:

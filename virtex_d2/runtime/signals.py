@@ -5,13 +5,12 @@ USR1 and TERM are what schedulers send before they kill. Here they only leave a 
 Imports nothing but the standard library: what a signal finds before `listen`, it ends.
 """
 
-import contextlib
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FrameType
 from typing import TypeVar
 
@@ -32,7 +31,7 @@ def listen() -> None:
     _started, _listening = time.monotonic(), True
     for number in STOPPING:
         signal.signal(number, _note)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # `forwarded_to_children` held them back
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # who started this may have `held_back`
 
 
 def stop_listening() -> None:
@@ -98,39 +97,3 @@ def _end_with_parents_term() -> None:
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != (parent.pid if parent else os.getppid()):
         pass
     os._exit(0)
-
-
-@contextlib.contextmanager
-def forwarded_to_children() -> Iterator[None]:
-    """For a process that only waits for those it starts: they get its USR1 and TERM.
-
-    Children begin with the signals blocked, and get them when they `listen`. Nothing changes where
-    this process does not listen itself.
-    """
-    if not _listening:
-        yield
-        return
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    # The handler would run in the main thread, which waits; this goes to the other one at once.
-    signal.set_wakeup_fd(writing)
-    threading.Thread(target=_forward, args=(reading,), daemon=True).start()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        signal.set_wakeup_fd(-1)
-        os.close(writing)
-
-
-def _forward(reading: int) -> None:
-    while numbers := os.read(reading, 1):
-        if numbers[0] not in STOPPING:
-            continue
-        while not (children := multiprocessing.active_children()):
-            time.sleep(0.05)  # not started yet
-        for child in children:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child.pid, numbers[0])
-    os.close(reading)
