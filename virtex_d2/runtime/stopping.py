@@ -18,6 +18,7 @@ from detectron2.engine import HookBase, TrainerBase
 from detectron2.utils import comm
 
 from . import preemption, signals
+from .evaluations import MetricsWriter
 from .files import atomic_path
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,9 @@ class StoppableTrainer(TrainerBase):
             return
         following = self._hooks[self._hooks.index(stop) + 1 :]
         if not stop.unfinished:
-            following = [hook for hook in following if getattr(hook, "owed", _never)(iteration)]
+            owed = [hook for hook in following if getattr(hook, "owed", _never)(iteration)]
+            writers = [hook for hook in following if isinstance(hook, MetricsWriter)]
+            following = owed + writers if owed else []
         stop.unfinished = False
         if following:
             logger.info("Doing what the stopped run has left of iteration %d.", iteration)

@@ -1,0 +1,171 @@
+"""A trainer that is asked to stop, and the one that goes on."""
+
+import json
+import weakref
+
+import pytest
+import torch
+from detectron2.engine import HookBase, hooks
+from detectron2.utils.events import JSONWriter
+
+from virtex_d2.engine.hooks import Evaluation
+from virtex_d2.runtime import preemption
+from virtex_d2.runtime.checkpointer import AtomicCheckpointer
+from virtex_d2.runtime.evaluations import MetricsWriter, is_on_record
+from virtex_d2.runtime.stopping import StopHook, StoppableTrainer, remove_stale_marker
+
+LAST = 6
+
+
+class Told(HookBase):
+    """Notes its iterations."""
+
+    def __init__(self):
+        self.iterations = []
+
+    def after_step(self):
+        self.iterations.append(self.trainer.iter)
+
+
+class Trainer(StoppableTrainer):
+    """Adds 1 to its weight; `stop_in` says where STOP appears: ("update" or "evaluation", n)."""
+
+    def __init__(self, folder, stop_in=None):
+        super().__init__()
+        self.folder, self.stop_in = folder, stop_in
+        self.model = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(self.model.weight)
+        self.checkpointer = AtomicCheckpointer(self.model, str(folder), trainer=weakref.proxy(self))
+        self.evaluated, self.following = [], Told()
+        writers = [JSONWriter(str(folder / "metrics.json"))]
+        self.register_hooks(
+            [
+                StopHook(),
+                hooks.PeriodicCheckpointer(self.checkpointer, 2),
+                Evaluation(2, self.evaluate, str(folder)),
+                self.following,
+                MetricsWriter(writers, 100),
+            ]
+        )
+
+    def run_step(self):
+        with torch.no_grad():
+            self.model.weight += 1
+        self._touch("update")
+
+    def evaluate(self):
+        self._touch("evaluation")
+        for _ in preemption.abandonable(range(3)):
+            pass
+        self.evaluated.append(self.iter)
+        return {"bbox": {"AP": self.model.weight.item()}}
+
+    def _touch(self, place):
+        if (place, self.iter) == self.stop_in:
+            (self.folder / "STOP").touch()
+
+    def run(self):
+        preemption.watch(str(self.folder))
+        if self.checkpointer.has_checkpoint():
+            self.checkpointer.resume_or_load("", resume=True)
+            self.start_iter = self.iter + 1
+        self.train(self.start_iter, LAST)
+        return self
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch, tmp_path):
+    monkeypatch.setattr(preemption, "STOP_FILE_PERIOD", 0.0)
+    monkeypatch.setattr("virtex_d2.runtime.signals.ignore", lambda: None)
+    monkeypatch.setenv("VIRTEX_REQUEUE_MARKER", str(tmp_path / "marker"))
+    (tmp_path / "run").mkdir()
+    yield
+    preemption.stop_watching()
+
+
+def evaluations(folder):
+    records = map(json.loads, (folder / "metrics.json").read_text().splitlines())
+    return {r["iteration"]: r["bbox/AP"] for r in records if "bbox/AP" in r}
+
+
+def files(folder):
+    return sorted(path.name for path in folder.glob("*.pth"))
+
+
+@pytest.mark.parametrize(
+    ("place", "iteration"),
+    [*(("update", i) for i in range(LAST)), *(("evaluation", i) for i in range(1, LAST, 2))],
+)
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(place, iteration, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(preemption.Unfinished) as end:
+        Trainer(folder, (place, iteration)).run()
+    assert end.value.code == 75
+    marker = json.loads((tmp_path / "marker").read_text())
+    assert (marker["iteration"], marker["max_iter"]) == (iteration + 1, LAST)
+    assert marker["reason"] == "the file STOP"
+    assert not marker["requeue"]  # who writes the file wants the run to stop
+    assert marker["checkpoint"].endswith((folder / "last_checkpoint").read_text())
+    assert not (folder / "STOP").exists()
+
+    resumed = Trainer(folder).run()
+    assert resumed.model.weight.item() == LAST
+    assert evaluations(folder) == {1: 2.0, 3: 4.0, 5: 6.0}
+    assert "model_final.pth" in files(folder)
+
+
+def test_a_checkpoint_that_has_just_been_written_is_not_written_again(tmp_path, monkeypatch):
+    saved = []
+    save = AtomicCheckpointer.save
+
+    def note(self, name, **kwargs):
+        saved.append(name)
+        save(self, name, **kwargs)
+
+    monkeypatch.setattr(AtomicCheckpointer, "save", note)
+    with pytest.raises(preemption.Unfinished):
+        Trainer(tmp_path / "run", ("evaluation", 3)).run()
+    assert saved == ["model_0000001", "model_0000003"]
+
+
+def test_a_run_that_is_asked_before_its_first_iteration_saves_nothing(tmp_path):
+    folder = tmp_path / "run"
+    (folder / "STOP").touch()
+    with pytest.raises(preemption.Unfinished):
+        Trainer(folder).run()
+    marker = json.loads((tmp_path / "marker").read_text())
+    assert (marker["iteration"], marker["checkpoint"]) == (0, "")
+    assert files(folder) == []
+    assert Trainer(folder).run().model.weight.item() == LAST
+
+
+def test_an_evaluation_that_a_kill_has_cost_is_made_up_for(tmp_path):
+    folder = tmp_path / "run"
+
+    class DyingTrainer(Trainer):
+        def evaluate(self):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        DyingTrainer(folder).run()
+    assert files(folder) == ["model_0000001.pth"]
+    resumed = Trainer(folder).run()
+    assert resumed.evaluated == [1, 3, 5]
+    assert evaluations(folder) == {1: 2.0, 3: 4.0, 5: 6.0}
+
+
+def test_an_evaluation_on_record_is_not_done_again(tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(preemption.Unfinished):
+        Trainer(folder, ("update", 2)).run()
+    (folder / "last_checkpoint").write_text("model_0000001.pth")
+    assert is_on_record(str(folder), 1)
+    assert not is_on_record(str(folder), 3)
+    assert Trainer(folder).run().evaluated == [3, 5]
+
+
+def test_a_finished_run_leaves_no_marker_and_a_new_one_removes_an_old_one(tmp_path):
+    (tmp_path / "marker").touch()
+    remove_stale_marker()
+    Trainer(tmp_path / "run").run()
+    assert not (tmp_path / "marker").exists()
