@@ -1,6 +1,7 @@
 """Precise statistics: of which models, from how many images, and without a trace in training."""
 
 import copy
+import itertools
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from virtex_d2.data.loader import build_train_loader
 from virtex_d2.engine.precise_bn import PreciseBN
+from virtex_d2.runtime import preemption
 from virtex_d2.runtime.randomness import own_randomness
 from virtex_d2.trainer import DetectionTrainer
 
@@ -138,3 +140,52 @@ def test_own_randomness_depends_on_seed_and_iteration_and_leaves_no_trace():
     found.append(draw())
     assert found == expected
     assert len({value for values in inside.values() for value in values}) == 9
+
+
+class _Batches:
+    """Endless; with the second one STOP is there."""
+
+    def __init__(self, stop_file=None):
+        self._stop_file = stop_file
+
+    def __iter__(self):
+        for number in itertools.count(1):
+            if number == 2 and self._stop_file:
+                self._stop_file.touch()
+            yield torch.arange(8.0).reshape(4, 2) * number
+
+
+def _measure(model, stop_file=None):
+    hook = PreciseBN(0, {"model": model}, lambda: _Batches(stop_file), 3, 0)
+    hook.trainer = type("Trainer", (), {"iter": 2})
+    hook.update()
+    return copy.deepcopy(model.state_dict())
+
+
+def _same(one, other):
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def _small_model():
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2))
+    model(torch.ones(4, 2))
+    return model
+
+
+def test_measuring_twice_is_measuring_once():
+    """A resumed run repeats what the stopped one had begun; counters must not count twice."""
+    model = _small_model()
+    once = _measure(model)
+    assert not _same(once, _small_model().state_dict())
+    assert _same(once, _measure(model))
+
+
+def test_a_stop_while_they_are_measured_leaves_them_as_they_were(tmp_path, monkeypatch):
+    monkeypatch.setattr(preemption, "STOP_FILE_PERIOD", 0.0)
+    monkeypatch.setattr(preemption, "_watch", None)
+    preemption.watch(str(tmp_path))
+    model = _small_model()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(preemption.StopRequested):
+        _measure(model, tmp_path / "STOP")
+    assert _same(before, model.state_dict())

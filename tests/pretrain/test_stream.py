@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from pretrain import lanes as lanes_module
 from pretrain.augment import TrainTransform
+from pretrain.captions.tars import stream_members
 from pretrain.config import get_pretrain_cfg
 from pretrain.lanes import Cursor, Lane, Plan
 from pretrain.loader import CaptionDataset
@@ -409,3 +410,10 @@ def test_a_run_whose_stream_is_mostly_of_no_use_ends_with_the_names(
 ):
     with pytest.raises(InputError, match=r"samples cannot be used.*DATA.MAX_SKIPPED_SHARE"):
         run_of(tmp_path / "run", damaged, tokenizer_file, MAX_SKIPPED_SHARE=0.001)
+
+
+def test_a_command_that_is_read_from_survives_what_stops_the_run(tmp_path):
+    """Schedulers send USR1 and TERM to all processes of a job; half a shard would be skipped."""
+    shard = write_tar(tmp_path / "a.tar", [("a.txt", b"one")])
+    signals = "kill -USR1 $$; kill -TERM $$; kill -INT $$"
+    assert list(stream_members(f"pipe:{signals}; cat {shard}")) == [("a.txt", b"one")]
