@@ -46,6 +46,7 @@ class TestArgumentParser:
         assert vars(parsed) == {
             "config_file": "a.yaml",
             "resume": True,
+            "time_budget": None,
             "eval_only": True,
             "num_gpus": 2,
             "num_machines": 3,
