@@ -29,6 +29,7 @@ from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.hooks import PeriodicCheckpointer
 from virtex_d2.runtime.evaluations import MetricsWriter
 from virtex_d2.runtime.launch import wrap_ddp
+from virtex_d2.runtime.preemption import settled
 from virtex_d2.runtime.randomness import own_randomness
 from virtex_d2.runtime.retention import Retention
 from virtex_d2.runtime.setup import write_config
@@ -303,11 +304,11 @@ class DetectionTrainer(StoppableTrainer, DefaultTrainer):
 
     def _test(self) -> dict:
         with own_randomness(self.cfg.SEED, self.iter, comm.get_rank()):
-            self._last_eval_results = self.test(self.cfg, self._evaluated_model())
+            self._last_eval_results = settled(lambda: self.test(self.cfg, self._evaluated_model()))
         return self._last_eval_results
 
     def _test_with_tta(self) -> dict:
         with own_randomness(self.cfg.SEED, self.iter, comm.get_rank()):
-            results = self.test_with_tta(self.cfg, self._evaluated_model())
+            results = settled(lambda: self.test_with_tta(self.cfg, self._evaluated_model()))
         self._last_eval_results.update(results)
         return results

@@ -1,6 +1,9 @@
 """A trainer that is asked to stop, and the one that goes on."""
 
 import json
+import os
+import signal
+import time
 import weakref
 
 import pytest
@@ -9,7 +12,7 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils.events import JSONWriter
 
 from virtex_d2.engine.hooks import Evaluation
-from virtex_d2.runtime import preemption
+from virtex_d2.runtime import preemption, signals
 from virtex_d2.runtime.checkpointer import AtomicCheckpointer
 from virtex_d2.runtime.evaluations import MetricsWriter, is_on_record
 from virtex_d2.runtime.stopping import StopHook, StoppableTrainer, remove_stale_marker
@@ -152,6 +155,35 @@ def test_an_evaluation_that_a_kill_has_cost_is_made_up_for(tmp_path):
     resumed = Trainer(folder).run()
     assert resumed.evaluated == [1, 3, 5]
     assert evaluations(folder) == {1: 2.0, 3: 4.0, 5: 6.0}
+
+
+def test_a_signal_ends_what_the_first_process_computes_alone(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    monkeypatch.setattr(signals, "_received", [])
+    monkeypatch.setattr(signals, "_listening", False)
+    before = [signal.getsignal(number) for number in signals.STOPPING]
+
+    class SlowTrainer(Trainer):
+        def evaluate(self):
+            return preemption.settled(self.compute)
+
+        @signals.interruptible()
+        def compute(self):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(60)
+
+    try:
+        signals.listen()
+        start = time.monotonic()
+        with pytest.raises(preemption.Unfinished):
+            SlowTrainer(folder).run()
+        assert time.monotonic() - start < 30  # of the 60
+    finally:
+        for number, handler in zip(signals.STOPPING, before):
+            signal.signal(number, handler)
+    assert json.loads((tmp_path / "marker").read_text())["reason"] == "USR1"
+    signals._received.clear()
+    assert Trainer(folder).run().evaluated == [1, 3, 5]
 
 
 def test_an_evaluation_on_record_is_not_done_again(tmp_path):

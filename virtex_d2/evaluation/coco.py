@@ -12,6 +12,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from virtex_d2.runtime.compat import has_compiled_ops
+from virtex_d2.runtime.signals import interruptible
 
 from .ground_truth import complete
 from .per_class import ClassResult, class_aps, log_without_objects, write_per_class
@@ -47,6 +48,10 @@ class CocoEvaluator(COCOEvaluator):
             log_without_objects(self._class_results, self._dataset_name)
             write_per_class(self._output_dir, self._class_results)
         return results
+
+    @interruptible()
+    def _eval_predictions(self, *args: Any, **kwargs: Any) -> None:
+        super()._eval_predictions(*args, **kwargs)
 
     def _derive_coco_results(
         self, coco_eval: COCOeval | None, iou_type: str, class_names: list[str] | None = None

@@ -12,6 +12,7 @@ from detectron2.utils.logger import create_small_table
 from lvis import LVIS, LVISEval, LVISResults
 
 from virtex_d2.runtime.files import atomic_path
+from virtex_d2.runtime.signals import interruptible
 
 from .ground_truth import complete
 from .per_class import ClassResult, class_aps, log_without_objects, write_per_class
@@ -45,6 +46,7 @@ class LvisEvaluator(LVISEvaluator):
         self._lvis_api._create_index()
         self._dataset_name = dataset_name
 
+    @interruptible()
     def _eval_predictions(self, predictions: list[dict]) -> None:
         numbers = sorted(self._lvis_api.get_cat_ids())
         detections = list(itertools.chain(*(item["instances"] for item in predictions)))

@@ -23,6 +23,7 @@ from detectron2.utils.logger import create_small_table
 
 from virtex_d2.data.voc_folder import VocImage, read_voc_folder
 from virtex_d2.runtime.files import atomic_path
+from virtex_d2.runtime.signals import interruptible
 
 from .per_class import ClassResult, log_without_objects, write_per_class
 
@@ -78,7 +79,10 @@ class VocEvaluator(DatasetEvaluator):
         gathered = comm.gather(self._predictions, dst=0)
         if not comm.is_main_process():
             return {}
-        detections = list(itertools.chain(*gathered))
+        return self._results_of(list(itertools.chain(*gathered)))
+
+    @interruptible()
+    def _results_of(self, detections: list[dict]) -> dict[str, dict[str, float]]:
         path = os.path.join(self._output_dir, "voc_instances_results.json")
         with atomic_path(path) as file:
             file.write_text(json.dumps(detections))

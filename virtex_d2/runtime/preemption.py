@@ -18,7 +18,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -48,6 +48,7 @@ _NUMBER = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 Batch = TypeVar("Batch")
+Result = TypeVar("Result")
 
 
 class StopRequested(BaseException):
@@ -175,6 +176,22 @@ def check() -> None:
     if comm.get_world_size() > 1:
         dist.all_reduce(votes, dist.ReduceOp.MAX, group=comm._get_global_gloo_group())
     _raise_if_agreed(votes)
+
+
+def settled(evaluate: Callable[[], Result]) -> Result:
+    """What `evaluate` returns, once it is done in all processes.
+
+    Where the first process still computes results, alone and `signals.interruptible`, a signal to
+    it ends that.
+
+    Raises:
+        StopRequested: one has a reason to stop; in all of them.
+    """
+    result = None
+    with contextlib.suppress(signals.Interrupted):
+        result = evaluate()
+    check()
+    return result
 
 
 def checked(batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -5,12 +5,13 @@ USR1 and TERM are what schedulers send before they kill. Here they only leave a 
 Imports nothing but the standard library: what a signal finds before `listen`, it ends.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TypeVar
 
@@ -20,7 +21,13 @@ _IGNORED_BY_HELPERS = (signal.SIGUSR1, signal.SIGINT)
 
 Result = TypeVar("Result")
 
+
+class Interrupted(BaseException):
+    """A signal has come to a process that computes alone (`interruptible`)."""
+
+
 _received: list[int] = []
+_interruptible = False
 _started = time.monotonic()
 _listening = False
 
@@ -62,7 +69,31 @@ def seconds_since_start() -> float:
 
 
 def _note(number: int, frame: FrameType | None) -> None:
+    global _interruptible
     _received.append(number)
+    if _interruptible:
+        _interruptible = False  # a second one finds the first on its way
+        raise Interrupted
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """A signal that comes, or has come, ends the body: for what one process computes alone.
+
+    As Ctrl-C would, anywhere in it: nothing in the body may take part in a collective, or leave
+    something behind that matters.
+
+    Raises:
+        Interrupted: there was a signal. Not where this process does not listen.
+    """
+    global _interruptible
+    if _listening and _received:
+        raise Interrupted
+    _interruptible = _listening
+    try:
+        yield
+    finally:
+        _interruptible = False
 
 
 def held_back(call: Callable[[], Result]) -> Result:
