@@ -26,8 +26,8 @@ from virtex_d2.runtime.checkpointer import AtomicCheckpointer
 from virtex_d2.runtime.compat import write_metrics
 from virtex_d2.runtime.disk import stop_where_disk_is_full
 from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.hooks import PeriodicCheckpointer
 from virtex_d2.runtime.evaluations import MetricsWriter
+from virtex_d2.runtime.hooks import PeriodicCheckpointer
 from virtex_d2.runtime.launch import wrap_ddp
 from virtex_d2.runtime.randomness import place_seed
 from virtex_d2.runtime.retention import Retention

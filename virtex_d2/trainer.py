@@ -26,8 +26,8 @@ from virtex_d2.evaluation import build_evaluator
 from virtex_d2.runtime.background import StateWriter
 from virtex_d2.runtime.disk import stop_where_disk_is_full
 from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.hooks import PeriodicCheckpointer
 from virtex_d2.runtime.evaluations import MetricsWriter
+from virtex_d2.runtime.hooks import PeriodicCheckpointer
 from virtex_d2.runtime.launch import wrap_ddp
 from virtex_d2.runtime.preemption import settled
 from virtex_d2.runtime.randomness import own_randomness

@@ -192,8 +192,12 @@ class Run:
         }
 
     def final(self) -> dict:
-        """All that the last checkpoint holds."""
-        return torch.load(self.output / "model_final.pth", weights_only=True)
+        """All that the last checkpoint holds, and the weights of the best and the averaged one."""
+        last = torch.load(self.output / "model_final.pth", weights_only=True)
+        for path in (self.output / "model_best.pth", self.output / "model_ema.pth"):
+            if path.exists():
+                last[path.stem] = torch.load(path, weights_only=True)["model"]
+        return last
 
     def last_is_whole(self) -> bool:
         """Whether last_checkpoint, where there is one, names a file that can be read."""
