@@ -1,11 +1,9 @@
 """What makes a run this run and no other: the config keys and data that it may not change."""
 
-from fnmatch import fnmatch
-from typing import Any
-
 from detectron2.config import CfgNode
 
 from virtex_d2.runtime.errors import InputError
+from virtex_d2.runtime.same_config import differences, matches, texts
 
 from .captions import caption_counts
 from .data import PretrainData
@@ -47,7 +45,7 @@ class RunIdentity:
     """
 
     def __init__(self, cfg: CfgNode, data: PretrainData):
-        self._keys = dict(_flat(cfg))
+        self._keys = {k: value for k, value in texts(cfg).items() if not matches(k, _MAY_CHANGE)}
         self._data = {
             TOKENIZER_KEY: data.tokenizer.sha256[:12],
             "outputs": data.num_outputs,
@@ -65,10 +63,9 @@ class RunIdentity:
         InputError: the checkpoint is of a run with other keys or data; the message names them.
         """
         differing = [
-            f"{name} was {before[name]}, now it is {now[name]}"
-            for before, now in ((state["keys"], self._keys), (state["data"], self._data))
-            for name in before.keys() & now.keys()  # versions may know keys that others do not
-            if before[name] != now[name]
+            f"{name} was {before}, now it is {now}"
+            for kept, own in ((state["keys"], self._keys), (state["data"], self._data))
+            for name, (before, now) in differences(kept, own).items()
         ]
         if differing:
             raise InputError(
@@ -76,20 +73,3 @@ class RunIdentity:
                 "Resume with what the run began with, or start another one in an OUTPUT_DIR of its "
                 "own, from these weights with MODEL.WEIGHTS."
             )
-
-
-def _flat(node: CfgNode, prefix: str = "") -> list[tuple[str, str]]:
-    """Dotted keys that may not change, with their values as text."""
-    found: list[tuple[str, str]] = []
-    for name, value in node.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, CfgNode):
-            found += _flat(value, f"{key}.")
-        elif not any(fnmatch(key, pattern) for pattern in _MAY_CHANGE):
-            found.append((key, _as_text(value)))
-    return found
-
-
-def _as_text(value: Any) -> str:
-    """Lists and tuples are one in YAML."""
-    return str(list(value) if isinstance(value, tuple) else value)

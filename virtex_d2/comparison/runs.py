@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from virtex_d2.pipeline.stage import read_config
 from virtex_d2.reporting.metrics import Metrics
 from virtex_d2.runtime.errors import InputError
+from virtex_d2.runtime.same_config import flat
 
 from .plan import Cell
 
@@ -151,15 +152,6 @@ def read_run_config(folder: Path) -> dict[str, Any]:
             f"{path}: expected the config of a detector's run, as train_net writes it."
         )
     return config
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested dicts as ("SOLVER.MAX_ITER", value) pairs."""
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def config_differences(runs: Iterable[Run]) -> dict[str, dict[str, str]]:
