@@ -4,9 +4,9 @@
 python tools/linear_probe.py --config-file configs/probes/voc07_svm.yaml \\
     MODEL.WEIGHTS output/pretrain/backbone.safetensors OUTPUT_DIR output/voc07
 python tools/linear_probe.py --config-file configs/probes/imagenet_linear.yaml --num-gpus 8 \\
-    MODEL.WEIGHTS output/pretrain/backbone.safetensors OUTPUT_DIR output/imagenet --resume
+    --resume MODEL.WEIGHTS output/pretrain/backbone.safetensors OUTPUT_DIR output/imagenet
 python tools/linear_probe.py --config-file configs/probes/inaturalist_finetune.yaml --num-gpus 8 \\
-    MODEL.WEIGHTS random OUTPUT_DIR output/inaturalist --resume
+    --resume MODEL.WEIGHTS random OUTPUT_DIR output/inaturalist
 
 Results are in OUTPUT_DIR/results.json and per_class.csv.
 """

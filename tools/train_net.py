@@ -21,6 +21,7 @@ import logging
 from virtex_d2.checkpoint.transfer import apply_preprocessing
 from virtex_d2.config import get_virtex_cfg
 from virtex_d2.data.catalog import log_datasets, register_datasets
+from virtex_d2.engine.resumed import may_change
 from virtex_d2.modeling import resolve_norms
 from virtex_d2.runtime.config import load_config
 from virtex_d2.runtime.errors import exit_on_input_error
@@ -34,7 +35,7 @@ def main(args: argparse.Namespace) -> None:
     cfg = load_config(get_virtex_cfg(), args.config_file, args.opts)
     changes = apply_preprocessing(cfg, args.resume)
     datasets = register_datasets(cfg, args.eval_only)
-    setup_run(cfg, args)
+    setup_run(cfg, args, may_change=may_change(cfg))
     for line in changes:
         logging.getLogger("virtex_d2").info(line)
     log_datasets(datasets)

@@ -52,7 +52,7 @@ def test_a_killed_detector_resumes_to_bit_identical_weights(
     _kill_after(options, killed, processes, moment.choice((1, 3, 5, 7)), 0.4 * moment.random())
     assert (killed / "last_checkpoint").exists()
     assert not (killed / "model_final.pth").exists()
-    done = _start([*options, "--resume"], killed, processes).communicate(timeout=400)[0]
+    done = _start(["--resume", *options], killed, processes).communicate(timeout=400)[0]
     assert (killed / "model_final.pth").exists(), done[-2000:]
     expected, found = (
         torch.load(folder / "model_final.pth", weights_only=True) for folder in (whole, killed)

@@ -2,6 +2,8 @@ import argparse
 import logging
 import random
 import textwrap
+from os import getpid
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ import yaml
 from detectron2.config import CfgNode
 
 from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.setup import argument_parser, setup_run
+from virtex_d2.runtime.lock import RunLock, release_locks
+from virtex_d2.runtime.setup import argument_parser, setup_run, write_config
 
 
 @pytest.fixture
@@ -30,6 +33,7 @@ def quiet():
     yield
     for logger, handlers, propagate in before:
         logger.handlers, logger.propagate = handlers, propagate
+    release_locks()
 
 
 def args(**kwargs):
@@ -49,20 +53,32 @@ class TestArgumentParser:
             "time_budget": None,
             "eval_only": True,
             "num_gpus": 2,
+            "num_processes": None,
             "num_machines": 3,
             "machine_rank": 1,
             "dist_url": "tcp://host:1",
+            "launch_timeout": 600,
+            "collective_timeout": 1800,
             "opts": ["SOLVER.BASE_LR", "0.1"],
         }
 
-    @pytest.mark.parametrize(
-        "line", ["A 1 B -2 --resume", "--resume A 1 B -2", "A 1 --resume B -2"]
-    )
-    def test_a_flag_among_the_overrides_is_a_flag(self, line):
+    @pytest.mark.parametrize("line", ["A 1 B -2 --resume", "A 1 --resume B -2", "A 1 --nonsense"])
+    def test_a_flag_after_the_overrides_is_an_error(self, line, capsys):
         """Guards against --resume after KEY VALUE being swallowed as an override."""
-        parsed = argument_parser().parse_args(line.split())
-        assert parsed.resume
-        assert parsed.opts == ["A", "1", "B", "-2"]
+        with pytest.raises(SystemExit):
+            argument_parser().parse_args(line.split())
+        flag = next(word for word in line.split() if word.startswith("--"))
+        expected = f"{flag} stands after the KEY VALUE pairs, which begin with A. Put flags before"
+        assert expected in capsys.readouterr().err
+
+    def test_overrides_may_have_negative_values(self):
+        assert argument_parser().parse_args(["--resume", "A", "-2"]).opts == ["A", "-2"]
+
+    @pytest.mark.parametrize("value", ["0", "-1", "nan", "soon"])
+    def test_timeouts_are_positive_numbers(self, value, capsys):
+        with pytest.raises(SystemExit):
+            argument_parser().parse_args([f"--collective-timeout={value}"])
+        assert "--collective-timeout" in capsys.readouterr().err
 
     def test_an_unknown_flag_is_an_error(self, capsys):
         with pytest.raises(SystemExit):
@@ -173,11 +189,85 @@ class TestSetupRun:
         assert cfg.is_frozen()
         assert cfg.MODEL.DEVICE != "auto"
 
+    def test_the_folder_of_a_live_run_is_refused_untouched(self, cfg, tmp_path):
+        (tmp_path / "run").mkdir()
+        other = RunLock(tmp_path / "run", pytest.fail)
+        other.acquire()  # by this process, but not by way of set-up
+        try:
+            with pytest.raises(InputError, match=f"another run is writing it: process {getpid()} "):
+                setup_run(cfg, args(resume=True))
+        finally:
+            other.release()
+        assert list((tmp_path / "run").iterdir()) == []
+
+    def test_the_folder_is_free_again_after_the_run(self, cfg):
+        setup_run(cfg, args())
+        lock = Path(cfg.OUTPUT_DIR) / "run.lock"
+        assert lock.is_file()
+        release_locks()
+        assert not lock.exists()
+
     @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
     def test_cuda_without_a_device_says_what_to_do(self, cfg):
         cfg.MODEL.DEVICE = "cuda"
         with pytest.raises(InputError, match="MODEL.DEVICE cuda: no CUDA device.*auto or cpu"):
             setup_run(cfg, args())
+
+
+class TestResumedConfig:
+    """`cfg` ran until its first checkpoint; what is given then differs."""
+
+    @pytest.fixture(autouse=True)
+    def first_part(self, cfg, tmp_path):
+        cfg.SIZES = (32, 64)
+        setup_run(cfg, args())
+        (tmp_path / "run" / "last_checkpoint").write_text("model.pth")
+
+    def test_the_same_config_is_the_same_after_its_turn_through_yaml(self, cfg):
+        cfg.SIZES = [32, 64]
+        setup_run(cfg, args(resume=True), may_change=())
+        assert "Changed" not in Path(cfg.OUTPUT_DIR, "log.txt").read_text()
+
+    def test_a_changed_key_is_refused_with_both_values(self, cfg, tmp_path):
+        cfg.SIZES, cfg.CUDNN_BENCHMARK = (32, 96), True
+        with pytest.raises(InputError, match="started with another config") as error:
+            setup_run(cfg, args(resume=True), may_change=("CUDNN_*",))
+        assert "\n  SIZES: [32, 64] -> [32, 96]\n" in str(error.value)
+        assert "CUDNN_BENCHMARK" not in str(error.value)
+        recorded = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+        assert recorded["SIZES"] == [32, 64]
+
+    @pytest.mark.parametrize("may_change", [("CUDNN_*",), None])
+    def test_a_key_that_may_change_is_told(self, cfg, may_change):
+        cfg.CUDNN_BENCHMARK = True
+        setup_run(cfg, args(resume=True), may_change=may_change)
+        log = Path(cfg.OUTPUT_DIR, "log.txt").read_text()
+        assert "CUDNN_BENCHMARK was False, now it is True" in log
+
+    def test_keys_that_only_one_version_knows_are_no_change(self, cfg):
+        cfg.NEW = 1
+        setup_run(cfg, args(resume=True), may_change=())
+
+    def test_a_run_without_a_checkpoint_begins_anew_with_any_config(self, cfg, tmp_path):
+        (tmp_path / "run" / "last_checkpoint").unlink()
+        cfg.SIZES = (32, 96)
+        setup_run(cfg, args(resume=True), may_change=())
+        recorded = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+        assert recorded["SIZES"] == [32, 96]
+
+    def test_what_set_up_was_given_is_recorded_and_not_what_became_of_it(self, cfg, tmp_path):
+        """Norms depend on the number of processes, which may change."""
+        setup_run(cfg, args(resume=True))
+        cfg.SIZES = (1,)
+        write_config(cfg)
+        recorded = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+        assert recorded["SIZES"] == [32, 64]
+
+    @pytest.mark.parametrize(("content", "message"), [("{", "not YAML"), ("- 1", "found no keys")])
+    def test_a_damaged_record_is_named(self, cfg, tmp_path, content, message):
+        (tmp_path / "run" / "config.yaml").write_text(content)
+        with pytest.raises(InputError, match=f"config.yaml: .*{message}"):
+            setup_run(cfg, args(resume=True), may_change=())
 
 
 def test_a_tool_refuses_the_folder_of_another_run_in_one_line(tmp_path, run_python):

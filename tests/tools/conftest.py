@@ -13,6 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import logger as detectron2_logger
 
 from virtex_d2.runtime.errors import exit_on_input_error
+from virtex_d2.runtime.lock import release_locks
 from virtex_d2.runtime.setup import LOGGERS, argument_parser
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "train_net.py"
@@ -56,13 +57,16 @@ class Tool:
         self._arguments, self.output = arguments, output
 
     def __call__(self, *arguments):
-        arguments = [*self._arguments, "OUTPUT_DIR", str(self.output), *map(str, arguments)]
+        flags = [argument for argument in arguments if str(argument).startswith("--")]
+        pairs = [str(argument) for argument in arguments if argument not in flags]
+        arguments = [*flags, *self._arguments, "OUTPUT_DIR", str(self.output), *pairs]
         try:
             with exit_on_input_error():
                 _load_tool().main(argument_parser().parse_args(arguments))
         except SystemExit as error:
             return error.code
         finally:
+            release_locks()  # as `launch` does
             for name in LOGGERS:
                 for handler in list(logging.getLogger(name).handlers):
                     logging.getLogger(name).removeHandler(handler)

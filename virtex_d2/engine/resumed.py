@@ -25,7 +25,8 @@ MAY_CHANGE = (
     "TEST.AUG.*",
     "*_TEST",
     "VIRTEX.EMA.EVALUATE",
-    "SOLVER.CHECKPOINT_PERIOD",
+    "SOLVER.CHECKPOINT_*",
+    "VIRTEX.LOG_PERIOD",
     "VIS_PERIOD",
     # When to give up.
     "VIRTEX.MAX_SKIPPED_SHARE",

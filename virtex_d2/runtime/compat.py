@@ -119,8 +119,9 @@ def _provide_pkg_resources() -> None:
     sys.modules["pkg_resources"] = module
 
 
-def _silence_scripting() -> None:
+def _silence_torch() -> None:
     warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", r"TypedStorage is deprecated", UserWarning)
 
 
 _NUMPY_ALIASES = {"bool": bool, "int": int, "float": float, "str": str, "object": object}
@@ -229,12 +230,13 @@ BRIDGES = (
         apply=_provide_pkg_resources,
     ),
     Bridge(
-        name="torch.jit warnings",
+        name="torch warnings",
         module="",
         reason="v0.6 and main script two small functions when imported, and torch 2.15 warns of "
-        "torch.jit.script each time: lines on stderr about nothing that a user could change",
+        "torch.jit.script each time, any torch of comm.all_gather's TypedStorage in each process: "
+        "lines on stderr about nothing that a user could change",
         needed=lambda: True,
-        apply=_silence_scripting,
+        apply=_silence_torch,
     ),
     Bridge(
         name="numpy aliases",

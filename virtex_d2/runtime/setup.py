@@ -3,9 +3,11 @@
 import argparse
 import logging
 import os
+from collections.abc import Collection
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
@@ -14,9 +16,14 @@ from detectron2.utils.logger import setup_logger
 from yacs.config import CfgNode
 
 from .errors import InputError
+from .failures import abort
 from .files import atomic_path
 from .last_checkpoint import has_checkpoint
+from .launch import COLLECTIVE_TIMEOUT, LAUNCH_TIMEOUT, describe
+from .lock import lock_folder, release_locks
 from .preemption import watch
+from .preflight import check_shared
+from .same_config import check_resumed, check_same
 from .signals import stop_listening
 from .stopping import remove_stale_marker
 
@@ -26,20 +33,26 @@ LOGGERS = ("virtex_d2", "pretrain", "detectron2", "fvcore")
 TRACES = ("last_checkpoint", "metrics.json")
 
 
-class _AnyOrderParser(argparse.ArgumentParser):
-    """Lets flags stand before, between and after the KEY VALUE pairs."""
+class _FlagsFirstParser(argparse.ArgumentParser):
+    """Refuses flags after the KEY VALUE pairs, where detectron2's parser takes them for pairs."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
-        return self.parse_intermixed_args(args, namespace)
+        parsed = super().parse_args(args, namespace)
+        late = [opt for opt in parsed.opts if opt.startswith("--")]
+        if late:
+            self.error(
+                f"{late[0]} stands after the KEY VALUE pairs, which begin with {parsed.opts[0]}. "
+                "Put flags before them."
+            )
+        return parsed
 
 
 def argument_parser(description: str | None = None) -> argparse.ArgumentParser:
     """detectron2's flags for a training tool; KEY VALUE overrides arrive in `args.opts`.
 
-    Unlike detectron2's own parser it also accepts flags after the overrides, instead of taking
-    them for overrides.
+    Flags after the overrides are an error; detectron2's own parser takes them for overrides.
     """
-    parser = _AnyOrderParser(
+    parser = _FlagsFirstParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -61,19 +74,48 @@ def argument_parser(description: str | None = None) -> argparse.ArgumentParser:
         help="after so long (45m, 23.5h or [DAYS-]HH:MM:SS since the start) write a checkpoint and "
         "end with exit code 75; default: VIRTEX_TIME_BUDGET, else before a Slurm job ends",
     )
-    parser.add_argument("--num-gpus", type=int, default=1, help="GPUs per machine (default 1)")
+    parser.add_argument(
+        "--num-gpus",
+        type=int,
+        metavar="N",
+        help="GPUs per machine, each with a process of its own (default 1; where srun starts one "
+        "task per node, all). Not with torchrun, nor with several tasks per node: these start the "
+        "processes themselves",
+    )
+    parser.add_argument(
+        "--num-processes",
+        type=int,
+        metavar="N",
+        help="processes per machine, for runs on CPUs too",
+    )
     parser.add_argument("--num-machines", type=int, default=1, help="machines (default 1)")
     parser.add_argument("--machine-rank", type=int, default=0, help="this machine's number, from 0")
     parser.add_argument(
         "--dist-url",
         default="auto",
         metavar="URL",
-        help='where the processes meet, e.g. tcp://HOST:PORT; "auto" picks a free port of this '
-        "machine (one machine only)",
+        help="where the processes meet, as tcp://HOST:PORT of the first machine; needed with "
+        "--num-machines",
+    )
+    parser.add_argument(
+        "--launch-timeout",
+        type=_seconds,
+        default=LAUNCH_TIMEOUT,
+        metavar="SECONDS",
+        help="how long to wait for all processes to come; who is missing is named (default "
+        f"{LAUNCH_TIMEOUT})",
+    )
+    parser.add_argument(
+        "--collective-timeout",
+        type=_seconds,
+        default=COLLECTIVE_TIMEOUT,
+        metavar="SECONDS",
+        help="how long one process may keep the others waiting, such as with its evaluation "
+        f"(default {COLLECTIVE_TIMEOUT})",
     )
     parser.add_argument(
         "opts",
-        nargs="*",
+        nargs=argparse.REMAINDER,
         default=[],
         metavar="KEY VALUE",
         help="config overrides in pairs, e.g. SOLVER.BASE_LR 0.01 OUTPUT_DIR output/first",
@@ -81,41 +123,66 @@ def argument_parser(description: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-def setup_run(cfg: CfgNode, args: argparse.Namespace, check_output: bool = True) -> CfgNode:
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < 1e6:
+        raise argparse.ArgumentTypeError(f"expected a positive number of seconds, found {text}")
+    return seconds
+
+
+def setup_run(
+    cfg: CfgNode,
+    args: argparse.Namespace,
+    check_output: bool = True,
+    may_change: Collection[str] | None = None,
+) -> CfgNode:
     """Prepare a run: checks the output folder, opens the log, seeds, resolves the device.
 
-    In every process of the run: resolves MODEL.DEVICE "auto" to "cuda" or "cpu" and a negative
-    SEED to a drawn one (the recorded one on --resume), both in `cfg` and in the log; logs to stdout
-    (first process) and OUTPUT_DIR/log.txt; seeds Python, numpy and torch with SEED + rank. The
-    first process writes OUTPUT_DIR/config.yaml, except with --eval-only, and except where --resume
-    finds a checkpoint: then `write_config` is for after it has been loaded.
+    The folder is locked until the run ends, so that no other one writes there meanwhile.
+
+    In every process of the run: compares the config with that of the first one; resolves
+    MODEL.DEVICE "auto" to "cuda" or "cpu" and a negative SEED to a drawn one (the recorded one on
+    --resume), both in `cfg` and in the log; logs to stdout (first process) and OUTPUT_DIR/log.txt;
+    seeds Python, numpy and torch with SEED + rank. The first process writes OUTPUT_DIR/config.yaml,
+    except with --eval-only, and except where --resume finds a checkpoint: then `write_config` is
+    for after it has been loaded.
 
     Args:
         cfg: with OUTPUT_DIR, SEED and MODEL.DEVICE. Changed in place; frozen again if it was.
         args: of `argument_parser`; read are config_file, resume and eval_only.
         check_output: whether to refuse an OUTPUT_DIR that holds another run.
+        may_change: patterns of the keys that may differ from OUTPUT_DIR/config.yaml when the run
+            goes on from a checkpoint. None: any, where something else looks at them. Either way
+            the log says what differs.
 
     Returns:
         `cfg`.
 
     Raises:
-        InputError: OUTPUT_DIR holds another run and neither --resume nor --eval-only is given, or
-            it cannot be written; MODEL.DEVICE is CUDA, and there is none.
+        InputError: OUTPUT_DIR holds another run and neither --resume nor --eval-only is given, or a
+            live one; it cannot be written, or not all processes see it; they have other configs; a
+            run that goes on has another config than before; MODEL.DEVICE is CUDA, and there is
+            none.
     """
     resume, eval_only = getattr(args, "resume", False), getattr(args, "eval_only", False)
     was_frozen = cfg.is_frozen()
     cfg.defrost()
-    _prepare_output(cfg.OUTPUT_DIR, check=check_output and not (resume or eval_only))
     rank = comm.get_rank()
+    check_same(cfg)
+    _prepare_output(cfg.OUTPUT_DIR, check=check_output and not (resume or eval_only))
     for name in LOGGERS:
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name)
     logging.getLogger("detectron2.engine.train_loop").addFilter(_is_not_about_input)
     logger = logging.getLogger("virtex_d2")
     logger.info("Environment:\n%s", collect_env_info())
+    if comm.is_main_process():
+        for line in describe():
+            logger.info(line)
     logger.info("Process %d of %d; command line: %s", rank, comm.get_world_size(), args)
 
     configured_device = cfg.MODEL.DEVICE
     cfg.MODEL.DEVICE = resolve_device(configured_device)
+    _check_backend(cfg.MODEL.DEVICE)
     logger.info("MODEL.DEVICE %s: running on %s", configured_device, cfg.MODEL.DEVICE)
     drawn = cfg.SEED < 0
     cfg.SEED = _resolved_seed(cfg.SEED, cfg.OUTPUT_DIR if resume else None)
@@ -132,18 +199,38 @@ def setup_run(cfg: CfgNode, args: argparse.Namespace, check_output: bool = True)
     logger.info("Config:\n%s", cfg.dump())
     # A run that goes on keeps its config until its checkpoint has agreed to the new one.
     goes_on = resume and has_checkpoint(cfg.OUTPUT_DIR)
-    if not eval_only and not goes_on:
-        write_config(cfg)
+    _as_given[cfg.OUTPUT_DIR] = cfg.dump()
+    if not eval_only:
+        if goes_on:
+            check_resumed(cfg, may_change)
+        else:
+            write_config(cfg)
     if was_frozen:
         cfg.freeze()
     return cfg
 
 
+# By OUTPUT_DIR, the config before what depends on the number of processes was put into it: so it
+# can be compared with that of a run that is resumed.
+_as_given: dict[str, str] = {}
+
+
 def write_config(cfg: CfgNode) -> None:
-    """Write OUTPUT_DIR/config.yaml, in the first process alone."""
+    """Write OUTPUT_DIR/config.yaml as `setup_run` knew it, in the first process alone."""
     if comm.is_main_process():
         with atomic_path(os.path.join(cfg.OUTPUT_DIR, "config.yaml")) as temporary:
-            temporary.write_text(cfg.dump(), encoding="utf-8")
+            temporary.write_text(_as_given.get(cfg.OUTPUT_DIR, cfg.dump()), encoding="utf-8")
+
+
+def _check_backend(device: str) -> None:
+    """Raises:
+    InputError: the processes have met for GPUs, and the config file says CPU.
+    """
+    if device == "cpu" and comm.get_world_size() > 1 and dist.get_backend() == "nccl":
+        raise InputError(
+            "MODEL.DEVICE cpu is in the config file, which is read after the processes have met to "
+            "use GPUs. Give it on the command line, as MODEL.DEVICE cpu."
+        )
 
 
 def _is_not_about_input(record: logging.LogRecord) -> bool:
@@ -159,10 +246,14 @@ def _prepare_output(folder: str, check: bool) -> None:
             os.makedirs(folder, exist_ok=True)
             if not os.access(folder, os.W_OK):
                 raise PermissionError(None, "it is not writable")
+            lock_folder(folder, on_lost=abort)
         except OSError as error:
             problem = f"OUTPUT_DIR {folder}: cannot be used: {error.strerror}. Choose another."
+        except InputError as error:
+            problem = str(error)
         traces = [name for name in TRACES if os.path.exists(os.path.join(folder, name))]
         if check and traces and not problem:
+            release_locks()
             problem = (
                 f"OUTPUT_DIR {folder}: holds another run ({', '.join(traces)}). Continue it with "
                 "--resume, choose another OUTPUT_DIR, or remove the folder."
@@ -170,6 +261,7 @@ def _prepare_output(folder: str, check: bool) -> None:
     problem = comm.all_gather(problem)[0]
     if problem:
         raise InputError(problem)
+    check_shared(folder)
 
 
 def resolve_device(device: str) -> str:
