@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from virtex_d2.demo import plan as planning
 from virtex_d2.demo.plan import Plan, make_budget, make_plan
-from virtex_d2.pipeline.stage import Stage, shell
+from virtex_d2.pipeline.stage import Stage
 from virtex_d2.runtime.errors import InputError
+from virtex_d2.runtime.shell import shell
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from virtex_d2.pipeline.runner import checked_marker, claim_output, cores, run_stages
-from virtex_d2.pipeline.stage import Stage, argv, shell
+from virtex_d2.pipeline.stage import Stage, argv
 from virtex_d2.reporting.page import Picture
 from virtex_d2.runtime.errors import InputError
+from virtex_d2.runtime.shell import shell
 
 from . import figures, pictures, report, tables
 from .collection import collect

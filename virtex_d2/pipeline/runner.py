@@ -21,9 +21,10 @@ from typing import Any
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import atomic_path
 from virtex_d2.runtime.setup import TRACES
+from virtex_d2.runtime.shell import shell
 
 from .progress import Progress, clock
-from .stage import Stage, argv, grouped, shell
+from .stage import Stage, argv, grouped
 
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 LOG_TAIL = 25  # lines shown of a failed stage

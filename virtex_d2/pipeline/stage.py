@@ -5,7 +5,6 @@ import hashlib
 import itertools
 import json
 import os
-import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -74,16 +73,6 @@ def argv(stage: Stage, root: Path, again: bool = False) -> list[str]:
     """What to execute in the project's root, the interpreter first."""
     script, *arguments = stage.command
     return [_interpreter(root), script, *([stage.again] if again else []), *arguments]
-
-
-def shell(arguments: list[str]) -> str:
-    """A command line to paste; what has single quotes in it is put in double ones."""
-    return " ".join(
-        f'"{argument}"'
-        if "'" in argument and not set(argument) & set('"$`\\!')
-        else shlex.quote(argument)
-        for argument in arguments
-    )
 
 
 def _interpreter(root: Path) -> str:
