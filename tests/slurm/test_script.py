@@ -1,0 +1,180 @@
+"""The script: what it asks for, how it quotes, what it refuses. Needs no Slurm."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from virtex_d2.runtime.errors import InputError
+from virtex_d2.slurm.options import JobOptions
+from virtex_d2.slurm.pipeline import read_pipeline
+from virtex_d2.slurm.script import Job
+from virtex_d2.slurm.submit import stage_jobs
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make(command=("tools/train_net.py",), folder="/logs/x", cwd=ROOT, **options) -> Job:
+    options = JobOptions(**{"gpus_per_node": "0", **options})
+    return Job(options, tuple(command), Path(folder), cwd, ROOT)
+
+
+def directives(job: Job) -> list[str]:
+    return [line[8:] for line in job.text().splitlines() if line.startswith("#SBATCH ")]
+
+
+def command_of(job: Job, **variables: str) -> list[str]:
+    """What the script's `command` array holds, by bash."""
+    text = job.text()
+    array = text[text.index("command=(") : text.index("max_stuck=")]
+    show = "import json, sys; print(json.dumps(sys.argv[1:]))"
+    script = f'{array}\n{sys.executable} -c "{show}" "${{command[@]}}"'
+    done = subprocess.run(
+        ["bash", "-c", script], env=variables, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout)
+
+
+def test_it_asks_slurm_for_all_that_was_given():
+    job = make(
+        name="mine",
+        nodes=4,
+        gpus_per_node="a100:8",
+        cpus_per_task=6,
+        memory="0",
+        time="2-00:00:00",
+        partition="gpu,preempt",
+        account="vision",
+        qos="long",
+        constraint="a100|h100",
+        dependency="afterok:12",
+        sbatch=["exclude=node[7,9]", "-C local"],
+        stop_before=300,
+    )
+    expected = [
+        *("job-name=mine", "nodes=4", "ntasks-per-node=8", "gpus-per-node=a100:8"),
+        *("cpus-per-task=6", "mem=0", "time=2-00:00:00", "partition=gpu,preempt"),
+        *("account=vision", "qos=long", "constraint=a100|h100", "dependency=afterok:12"),
+        *("signal=B:USR1@300", "requeue", "open-mode=append", "exclude=node[7,9]"),
+    ]
+    assert {f"--{line}" for line in expected} < set(directives(job))
+    assert "-C local" in directives(job)
+    assert "--cpus-per-task=6" in job.text()
+
+
+def test_what_was_not_given_is_left_to_slurm():
+    keys = {line.partition("=")[0] for line in directives(make())}
+    asked = {"--job-name", "--nodes", "--ntasks-per-node", "--chdir", "--output", "--open-mode"}
+    assert keys == asked | {"--signal", "--requeue", "--kill-on-invalid-dep"}
+
+
+def test_any_word_reaches_the_tool_as_it_was():
+    words = ["a b", "", "it's", '"', "$HOME", "`id`", "\\", "[['n', 'coco']]", "*", "é\n!", "-x"]
+    assert command_of(make(["tools/demo.py", *words]))[1:] == ["tools/demo.py", *words]
+
+
+def test_the_number_of_an_arrays_job_stands_where_the_command_says():
+    command = ["tools/demo.py", "SEED", "{array}", "OUT", "my out/{array}/{array}.pth"]
+    job = make(command, array="1-3")
+    assert command_of(job, SLURM_ARRAY_TASK_ID="2")[2:] == ["SEED", "2", "OUT", "my out/2/2.pth"]
+    assert "--output=/logs/x/log_%a.txt" in directives(job)
+
+
+@pytest.mark.parametrize("tool", ["train_net", "pretrain_net", "linear_probe"])
+def test_tools_that_can_resume_do(tool):
+    assert command_of(make([f"tools/{tool}.py", "SEED", "1"]))[2:] == ["--resume", "SEED", "1"]
+    given = ["SEED", "1", "--resume"]
+    assert command_of(make([f"tools/{tool}.py", *given]))[2:] == given
+    assert command_of(make([f"tools/{tool}.py", "--eval-only"]))[2:] == ["--eval-only"]
+
+
+def test_tools_without_resume_and_other_programs_run_as_they_are():
+    assert command_of(make(["tools/convert_checkpoint.py", "x"]))[1:] == [
+        "tools/convert_checkpoint.py",
+        "x",
+    ]
+    assert command_of(make(["nvidia-smi", "-L"])) == ["nvidia-smi", "-L"]
+
+
+def test_the_interpreter_is_this_one_unless_an_environment_has_its_own():
+    assert command_of(make())[0] == sys.executable
+    for given in ({"conda": "virtex"}, {"venv": "/my env"}, {"container": "x"}):
+        assert "python" in command_of(make(**given))[:2]
+    assert command_of(make(conda="virtex", python="python3.12"))[0] == "python3.12"
+    container = command_of(make(container="apptainer exec --nv 'my image.sif'"))
+    assert container[:5] == ["apptainer", "exec", "--nv", "my image.sif", "python"]
+
+
+def test_torchrun_is_one_task_a_node_with_all_its_processors():
+    job = make(launcher="torchrun", nodes=2, gpus_per_node="4", cpus_per_task=3)
+    asked = {"--ntasks-per-node=1", "--gpus-per-node=4", "--cpus-per-task=12"}
+    assert asked < set(directives(job))
+    command = command_of(job, rendezvous="node1:10012")
+    assert {"--nnodes=2", "--nproc-per-node=4", "--rdzv-endpoint=node1:10012"} < set(command)
+    assert command[-2:] == ["tools/train_net.py", "--resume"]
+
+
+def test_the_environment_is_prepared_in_order_before_the_run():
+    text = make(modules=["a", "b c"], venv="/my env", setup=["ulimit -n 4096"], env={"X": "1 2"})
+    lines = text.text().splitlines()
+    expected = [
+        *("set +u", "module load a", "module load 'b c'", "source '/my env'/bin/activate"),
+        *("ulimit -n 4096", "set -u", "export X='1 2'", "command=("),
+    ]
+    assert [line for line in lines if line in expected] == expected
+
+
+def test_paths_of_directives_may_hold_blanks_and_percents():
+    lines = directives(make(folder="/my logs/100%/x"))
+    assert '--output="/my logs/100%%/x/log.txt"' in lines
+
+
+@pytest.mark.parametrize("options", [{}, {"launcher": "torchrun", "array": "1-2", "venv": "a b"}])
+def test_it_is_a_script_that_bash_accepts(options):
+    command = ["tools/demo.py", *(["{array}"] if "array" in options else []), "it's"]
+    done = subprocess.run(
+        ["bash", "-n"], input=make(command, **options).text(), capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ((), {}, "no command"),
+        (("tools/trian_net.py",), {}, "tools/trian_net.py: no such file in "),
+        (("tools/demo.py",), {"array": "1-3"}, r"--array 1-3: all its jobs would do the same"),
+        (("tools/demo.py", "{array}"), {}, "needs --array"),
+        (
+            ("tools/train_net.py", "--num-gpus", "8"),
+            {"gpus_per_node": "8"},
+            "--num-gpus in the command: srun starts the 8 processes of a node already",
+        ),
+    ],
+)
+def test_commands_that_cannot_run_are_refused(command, options, message):
+    with pytest.raises(InputError, match=message):
+        make(command, **options)
+
+
+def test_one_task_a_node_may_start_the_nodes_processes_itself():
+    job = make(["tools/train_net.py", "--num-gpus", "8"], gpus_per_node="8", tasks_per_node=1)
+    assert "--ntasks-per-node=1" in directives(job)
+
+
+def test_a_folder_that_slurm_cannot_name_is_refused():
+    with pytest.raises(InputError, match="Slurm cannot take such a folder's name"):
+        make(folder='/my "logs"/x')
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "slurm").glob("*.toml")), ids=str)
+def test_the_projects_own_pipelines_name_tools_and_configs_that_exist(path):
+    jobs = stage_jobs(read_pipeline(path, {}, {}), Path("/logs"), ROOT, ROOT)
+    assert len(jobs) == 3
+    for _, job in jobs:
+        for word in job.command:
+            if word.endswith((".py", ".yaml")):
+                assert (ROOT / word).is_file()
+        assert job.text()

@@ -1,0 +1,214 @@
+"""Writes a job's script into a folder of its own, hands it to sbatch, and notes what came of it."""
+
+import json
+import os
+import re
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from virtex_d2.runtime.atomic import atomic_path
+from virtex_d2.runtime.errors import InputError
+
+from .options import JobOptions
+from .pipeline import Stage
+from .script import Job
+
+SCRIPT, RECORD = "job.sbatch", "job.json"
+_PATIENCE = 120  # seconds for an answer of Slurm's controller
+# Of an outer job's variables none may reach a new one, and of the user's defaults for sbatch
+# (SBATCH_...) none that the script sets, because they would win over it.
+_KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_TIME_FORMAT")
+_SBATCH_NAMES = {"array": "ARRAY_INX", "mem": "MEM_PER_NODE", "time": "TIMELIMIT"}
+
+
+class SlurmError(Exception):
+    """One of Slurm's commands failed; the message is its own."""
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job that Slurm has accepted.
+
+    Attributes:
+        job_id: Slurm's number of it; of an array, of the whole.
+        name: the job's name.
+        folder: with script, logs and records.
+        log: the log's file name; of an array, with %a for the number.
+    """
+
+    job_id: str
+    name: str
+    folder: Path
+    log: str
+
+    def path(self, number: str = "") -> Path:
+        """The log; `number` is of an array's job."""
+        return self.folder / self.log.replace("%a", number)
+
+
+def slurm(*command: object, env: Mapping[str, str] | None = None) -> str:
+    """What one of Slurm's commands prints.
+
+    Raises:
+        InputError: it is not installed here.
+        SlurmError: it failed, or the controller does not answer.
+    """
+    words = [str(word) for word in command]
+    try:
+        done = subprocess.run(
+            words, env=env, capture_output=True, text=True, timeout=_PATIENCE, check=False
+        )
+    except FileNotFoundError:
+        raise InputError(
+            f"{words[0]}: not found. Run this on a machine with Slurm, such as a login node; "
+            "--dry-run prints the script without."
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{words[0]}: no answer from Slurm in {_PATIENCE} seconds") from None
+    if done.returncode:
+        raise SlurmError((done.stderr or done.stdout).strip())
+    return done.stdout
+
+
+def new_folder(logs: Path, name: str) -> Path:
+    """A folder for a job or pipeline that does not exist yet; it is not made."""
+    name = re.sub(r"[^\w.-]", "_", name)
+    first = folder = logs / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    count = 1
+    while folder.exists():
+        count += 1
+        folder = first.with_name(f"{first.name}-{count}")
+    return folder
+
+
+def submit(job: Job, after: Sequence[str] = ()) -> Submitted:
+    """Write the job's script and give it to sbatch.
+
+    Args:
+        job: whose folder does not exist yet.
+        after: ids of jobs that must have ended well before it starts.
+
+    Raises:
+        InputError: the folder cannot be written, or Slurm refuses the job and says why.
+    """
+    script = job.folder / SCRIPT
+    try:
+        job.folder.mkdir(parents=True)
+        with atomic_path(script) as temporary:
+            temporary.write_text(job.text(), encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"--logs {job.folder.parent}: cannot write there: {error.strerror}. Choose another."
+        ) from error
+    wanted = [job.options.dependency, *([f"afterok:{':'.join(after)}"] if after else [])]
+    dependency = [f"--dependency={','.join(filter(None, wanted))}"] if after else []
+    try:
+        answer = slurm("sbatch", "--parsable", *dependency, script, env=environment(job))
+    except SlurmError as error:
+        raise InputError(f"sbatch refuses {script}:\n{error}") from error
+    submitted = Submitted(answer.strip().partition(";")[0], job.name, job.folder, job.log)
+    with atomic_path(job.folder / RECORD) as temporary:
+        record = {"job_id": submitted.job_id, "name": submitted.name, "log": submitted.log}
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return submitted
+
+
+def environment(job: Job) -> dict[str, str]:
+    """The variables with which sbatch is called."""
+    keys = re.findall(r"^#SBATCH --([\w-]+)", job.text(), re.MULTILINE)
+    names = {key: _SBATCH_NAMES.get(key, key.upper().replace("-", "_")) for key in keys}
+    replaced = {f"SBATCH_{name}" for name in names.values()}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in _KEPT or not (name.startswith("SLURM_") or name in replaced)
+    }
+
+
+def submit_pipeline(jobs: Sequence[tuple[Stage, Job]]) -> list[Submitted]:
+    """Submit the stages in order, each dependent on those that it comes after.
+
+    Raises:
+        InputError: Slurm refuses one. Those before it are cancelled again.
+    """
+    done: dict[str, Submitted] = {}
+    try:
+        for stage, job in jobs:
+            done[stage.name] = submit(job, [done[name].job_id for name in stage.after])
+    except InputError as error:
+        if not done:
+            raise
+        slurm("scancel", *(submitted.job_id for submitted in done.values()))
+        raise InputError(f"{error}\nCancelled again: {', '.join(done)}.") from error
+    return list(done.values())
+
+
+def stage_jobs(
+    stages: Sequence[Stage], folder: Path, cwd: Path, root: Path
+) -> list[tuple[Stage, Job]]:
+    """A job for each stage, in a folder of its own below `folder`.
+
+    Raises:
+        InputError: as `Job`; the message has the stage.
+    """
+    jobs = []
+    for stage in stages:
+        try:
+            jobs.append((stage, Job(stage.options, stage.command, folder / stage.name, cwd, root)))
+        except InputError as error:
+            raise InputError(f"stage {stage.name}: {error}") from None
+    return jobs
+
+
+def find_submitted(logs: Path, wanted: Sequence[str]) -> list[Submitted]:
+    """Jobs by their ids or folders, or all of the folder of logs, the newest last.
+
+    Raises:
+        InputError: there is none, or a record is damaged.
+    """
+    records = sorted([*logs.glob(f"*/{RECORD}"), *logs.glob(f"*/*/{RECORD}")])
+    known = [_read(path) for path in records]
+    if not wanted:
+        if not known:
+            raise InputError(
+                f"{logs}: no job was submitted from here. --logs names another folder."
+            )
+        return sorted(known, key=lambda job: int(job.job_id))
+    found = []
+    for word in wanted:
+        below = Path(word).resolve()
+        chosen = [j for j in known if j.job_id == word.partition("_")[0]] or [
+            _read(path) for path in sorted(below.rglob(RECORD)) if below.is_dir()
+        ]
+        if not chosen:
+            raise InputError(
+                f"{word}: neither a folder with a submitted job, nor a job of {logs}. --logs names "
+                "another folder."
+            )
+        found += chosen[-1:] if word.partition("_")[0].isdigit() else chosen
+    return found
+
+
+def _read(path: Path) -> Submitted:
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        # The folder may have been moved or copied meanwhile.
+        return Submitted(record["job_id"], record["name"], path.parent, record["log"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: no record of a job: {error}. Remove it.") from error
+
+
+def single_job(
+    options: JobOptions, command: Sequence[str], logs: Path, cwd: Path, root: Path
+) -> Job:
+    """The job of one command, in a new folder of `logs`.
+
+    Raises:
+        InputError: as `Job`.
+    """
+    name = options.name or (Path(command[0]).stem if command else "")
+    return Job(options, tuple(command), new_folder(logs, name), cwd, root)
