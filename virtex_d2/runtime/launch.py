@@ -83,10 +83,17 @@ def wrap_ddp(model: nn.Module) -> nn.Module:
     """The model in DistributedDataParallel, on its own device; as it is where there is one process.
 
     Buffers (norm statistics) are not broadcast: each process keeps its own, as in detectron2.
+
+    Gradients lie in the same buckets in every iteration. By default torch sorts them anew after the
+    first one of every start, and of more than two processes the place of a gradient decides in
+    which order its parts are added: a resumed run would differ from one that was not stopped.
+    torch keeps the buckets as they are where it looks for unused parameters.
     """
     from detectron2.engine import create_ddp_model
 
-    return create_ddp_model(model, broadcast_buffers=False)
+    return create_ddp_model(
+        model, broadcast_buffers=False, find_unused_parameters=comm.get_world_size() > 2
+    )
 
 
 def _take_part(
