@@ -84,16 +84,17 @@ def wrap_ddp(model: nn.Module) -> nn.Module:
 
     Buffers (norm statistics) are not broadcast: each process keeps its own, as in detectron2.
 
-    Gradients lie in the same buckets in every iteration. By default torch sorts them anew after the
-    first one of every start, and of more than two processes the place of a gradient decides in
-    which order its parts are added: a resumed run would differ from one that was not stopped.
-    torch keeps the buckets as they are where it looks for unused parameters.
+    On CPUs gradients lie in the same buckets in every iteration. By default torch sorts them anew
+    after the first one of every start, and of more than two processes the place of a gradient
+    decides in which order its parts are added: a resumed run would differ from one that was not
+    stopped. torch keeps the buckets as they are where it looks for unused parameters. On GPUs,
+    where sums differ from run to run anyway, that search is not worth its time.
     """
     from detectron2.engine import create_ddp_model
 
-    return create_ddp_model(
-        model, broadcast_buffers=False, find_unused_parameters=comm.get_world_size() > 2
-    )
+    more_than_two = comm.get_world_size() > 2
+    fixed_buckets = more_than_two and next(model.parameters()).device.type == "cpu"
+    return create_ddp_model(model, broadcast_buffers=False, find_unused_parameters=fixed_buckets)
 
 
 def _take_part(
