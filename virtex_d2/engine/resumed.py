@@ -4,7 +4,7 @@ from detectron2.config import CfgNode
 
 # What remains may not: it changes the weights that the run ends with. As in pretraining
 # (pretrain/identity.py) that leaves where things are, what is watched and how often, and how the
-# same numbers are computed, up to rounding. docs/clusters.md has them in a table.
+# same numbers are computed, up to rounding. docs/resuming.md has them in a table.
 MAY_CHANGE = (
     # Where things are. Of data sets that is the folders: names stay in DATASETS.TRAIN.
     "OUTPUT_DIR",
