@@ -13,10 +13,12 @@ import torch.distributed as dist
 from detectron2.utils import comm
 from torch import nn
 
+from . import signals
 from .errors import InputError
 from .failures import Board, Failure, FailureWatch, leave, leave_now, say
-from .local_processes import UNFINISHED, limit_threads, run_processes
+from .local_processes import limit_threads, run_processes
 from .lock import release_locks
+from .preemption import EXIT_UNFINISHED
 from .preflight import (
     check_collectives,
     check_records,
@@ -132,7 +134,7 @@ def _take_part(
             _look_over(topology, others)
         main(args)
     except SystemExit as error:
-        if error.code not in (None, 0, UNFINISHED):
+        if error.code not in (None, 0, EXIT_UNFINISHED):
             watch.fail(error)
         stopped = error
     except BaseException as error:
@@ -259,6 +261,7 @@ def _account_for_machine(main: Main, args: argparse.Namespace, topology: Topolog
 def _in_new_process(
     main: Main, args: argparse.Namespace, topology: Topology, port: int, parent: int
 ) -> None:
+    signals.release()
     try:
         _take_part(main, args, topology, port, parent)
     except Exception as error:  # it did not get so far that the others could be told

@@ -11,12 +11,13 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from . import signals
 from .failures import Board, Failure, say
+from .preemption import EXIT_UNFINISHED
 
 # Sent to this process alone, they are meant for the run.
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 LAST_WORDS = 15  # seconds that processes have to end by themselves after a failure
-UNFINISHED = os.EX_TEMPFAIL  # the exit code of a run that has stopped on purpose, to go on later
 
 
 def run_processes(
@@ -39,12 +40,13 @@ def run_processes(
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=target, args=one) for one in arguments]
     names = {p: f"rank {rank} on {host}" for p, rank in zip(processes, ranks)}
-    with _Signals() as signals:
+    with _Signals() as forwarded:
         for process in processes:
-            process.start()
-            signals.to.append(process)
+            signals.held_back(process.start)  # until its main module listens to them
+            forwarded.to.append(process)
+        forwarded.forward_earlier()
         try:
-            failure = _watch(processes, names, board, signals)
+            failure = _watch(processes, names, board, forwarded)
         finally:
             for process in processes:
                 if process.is_alive():
@@ -56,20 +58,22 @@ def run_processes(
 
 
 def _watch(
-    processes: list[BaseProcess], names: dict[BaseProcess, str], board: Board, signals: "_Signals"
+    processes: list[BaseProcess], names: dict[BaseProcess, str], board: Board, forwarded: "_Signals"
 ) -> Failure | None:
     deadline = float("inf")
     failure = None
     while living := [process for process in processes if process.is_alive()]:
         wait([process.sentinel for process in living], timeout=0.5)
-        signals.forward_interrupt()
+        forwarded.forward_interrupt()
         if failure is None:
             failure = _look(processes, names, board)
             if failure is not None:
                 deadline = time.monotonic() + LAST_WORDS
         if time.monotonic() > deadline:
             break
-    if failure is None and any(process.exitcode not in (0, UNFINISHED) for process in processes):
+    if failure is None and any(
+        process.exitcode not in (0, EXIT_UNFINISHED) for process in processes
+    ):
         return _look(processes, names, board)
     return failure
 
@@ -81,7 +85,7 @@ def _look(
         failure = board.read()
         if failure is None:
             for process in processes:
-                if process.exitcode not in (None, 0, UNFINISHED):
+                if process.exitcode not in (None, 0, EXIT_UNFINISHED):
                     _report_end(names[process], process, board)
             failure = board.read()
     except RuntimeError:  # of a first machine that is gone: the processes say so themselves
@@ -110,6 +114,7 @@ class _Signals:
     def __init__(self) -> None:
         self.to: list[BaseProcess] = []
         self._before: dict[int, Any] = {}
+        self._early: list[int] = []  # signals
         self._interrupted = float("inf")
 
     def __enter__(self) -> "_Signals":
@@ -123,6 +128,13 @@ class _Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def forward_earlier(self) -> None:
+        """What came before all processes were there, to all of them; a second time harms none."""
+        if name := signals.received():
+            self._early.append(signal.Signals[f"SIG{name}"])
+        for number in tuple(self._early):
+            self._forward(number, None)
+
     def forward_interrupt(self) -> None:
         """Ctrl-C reaches all processes of a terminal; `kill -INT` reaches this one alone."""
         if time.monotonic() > self._interrupted + 2:
@@ -130,6 +142,7 @@ class _Signals:
             self._forward(signal.SIGINT, None)
 
     def _forward(self, number: int, frame: object) -> None:
+        self._early.append(number)
         for process in self.to:
             if process.is_alive():
                 os.kill(process.pid, number)

@@ -38,7 +38,12 @@ def listen() -> None:
     _started, _listening = time.monotonic(), True
     for number in STOPPING:
         signal.signal(number, _note)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # who started this may have `held_back`
+    release()
+
+
+def release() -> None:
+    """Let signals come that were `held_back` when this process was started."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
 def stop_listening() -> None:
