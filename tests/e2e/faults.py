@@ -179,4 +179,5 @@ def small_disk(folder: Path, mebibytes: int) -> Iterator[None]:
         yield
     finally:
         if mounted:
-            subprocess.run(["umount", str(folder)], check=True)
+            # lazily: processes that have just been killed may still hold files
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
