@@ -1,6 +1,7 @@
 """A run as the batch script sees one: it counts, stops when asked to, and says if it must go on.
 
-    python stand_in.py FOLDER ITERATIONS [--late SECONDS] [--stuck] [--fail RANK] [ANYTHING ...]
+    python stand_in.py FOLDER ITERATIONS [--late SECONDS] [--stuck] [--fail RANK] [--stop-file]
+                       [ANYTHING ...]
 
 One iteration takes 0.1 s. Rank 0 keeps the count in FOLDER, from which the next start continues.
 The ranks stop when all of them have been asked to. Every start leaves its arguments and environment
@@ -25,6 +26,7 @@ def main() -> int:
     parser.add_argument("--late", type=float, default=0)
     parser.add_argument("--stuck", action="store_true")
     parser.add_argument("--fail", type=int, default=-1)
+    parser.add_argument("--stop-file", action="store_true", help="a signal means as much as STOP")
     args, _ = parser.parse_known_args()
     rank, world = (int(os.environ[name]) for name in ("SLURM_PROCID", "SLURM_NTASKS"))
     time.sleep(args.late)
@@ -60,7 +62,12 @@ def main() -> int:
     names = ", ".join(signal.Signals(number).name for number in signals)
     print(f"rank {rank} stopped unfinished at {iteration} ({names})", flush=True)
     if rank == 0:
-        marker = {"iteration": iteration, "max_iter": args.iterations, "reason": names}
+        marker = {
+            "iteration": iteration,
+            "max_iter": args.iterations,
+            "reason": names,
+            "requeue": not args.stop_file,
+        }
         Path(os.environ["VIRTEX_REQUEUE_MARKER"]).write_text(json.dumps(marker))
     return UNFINISHED
 

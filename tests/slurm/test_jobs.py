@@ -67,6 +67,7 @@ def struck(running_cluster, tmp_path_factory) -> dict[str, Struck]:
     add("out of time", (1000,), [(": requeued", 1, cancel)], limit)
     add("late", (40, "--late", 1), [("started by", 1, ("--batch", *warn))])
     add("stuck", (40, "--stuck"), [("starts at 0", start, warn) for start in (1, 2, 3)])
+    add("told to stop", (1000, "--stop-file"), [("starts at 0", 1, warn)])
     add("cancelled", (1000,), [("starts at 0", 1, cancel)])
     add("array{array}", (40, "SEED", "{array}", "x{array}y"), [], ("--array", "1,3"))
     array = jobs.pop("array{array}").job
@@ -149,6 +150,13 @@ def test_a_cancelled_job_is_not_requeued_although_its_run_stopped_unfinished(str
     assert cancelled.end == "CANCELLED", cancelled.log
     assert "not requeued: Slurm ends the job (COMPLETING)" in cancelled.log
     assert len(cancelled.starts) == 1
+
+
+def test_a_job_whose_run_was_told_to_stop_by_a_file_is_not_requeued(struck):
+    told = struck["told to stop"]
+    assert told.end == "FAILED", told.log  # exit code 75
+    assert "not requeued: the file STOP asked for it" in told.log
+    assert len(told.starts) == 1
 
 
 def test_an_arrays_jobs_have_their_numbers_logs_and_markers(struck):

@@ -169,7 +169,10 @@ def test_a_folder_that_slurm_cannot_name_is_refused():
         make(folder='/my "logs"/x')
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "slurm").glob("*.toml")), ids=str)
+PIPELINES = sorted((ROOT / "configs" / "slurm").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.stem)
 def test_the_projects_own_pipelines_name_tools_and_configs_that_exist(path):
     jobs = stage_jobs(read_pipeline(path, {}, {}), Path("/logs"), ROOT, ROOT)
     assert len(jobs) == 3

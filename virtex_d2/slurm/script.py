@@ -255,6 +255,9 @@ leave() {
     say "unfinished at iteration $iteration, not requeued: $1"
     exit 75
 }
+if grep -q '"requeue": false' "$VIRTEX_REQUEUE_MARKER"; then
+    leave "the file STOP asked for it; submit the script again to go on"
+fi
 details=$(persist scontrol -o show job "$job") || leave "scontrol does not show the job"
 field() { sed -nE "s/.* $1=([^ ]*).*/\1/p" <<< "$details"; }
 # A cancelled job would be requeued, too. Of those that Slurm is ending already, only what was
