@@ -101,7 +101,7 @@ def run(script: str, options: list, output: Path, processes: int, stop_after: in
         launcher += [f"--master-port={port}"]
     file = output.parent / "record.py"
     file.write_text(RECORDER + script)
-    command = [sys.executable, *launcher, file, *options, "OUTPUT_DIR", output, "--resume"]
+    command = [sys.executable, *launcher, file, "--resume", *options, "OUTPUT_DIR", output]
     done = subprocess.run(
         list(map(str, command)),
         env={
