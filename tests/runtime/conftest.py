@@ -56,7 +56,8 @@ def run_ranks(rank_server, tmp_path) -> Callable[..., list[Ended]]:
 
     `main` is a function of `rank_programs`. Keyword arguments: `extra` (more arguments of each),
     `folders` (of each; all run in tmp_path otherwise), `replace` (of each: what of the project is
-    replaced by what of `rank_programs`), `timeout` (seconds).
+    replaced by what of `rank_programs`), `timeout` (seconds), `stragglers` (how many are killed
+    when the others have ended).
     """
 
     def run(
@@ -67,6 +68,7 @@ def run_ranks(rank_server, tmp_path) -> Callable[..., list[Ended]]:
         folders: list[Path] | None = None,
         replace: list[dict] | None = None,
         timeout: float = 120,
+        stragglers: int = 0,
     ) -> list[Ended]:
         processes = [
             {
@@ -78,7 +80,14 @@ def run_ranks(rank_server, tmp_path) -> Callable[..., list[Ended]]:
             }
             for i, environment in enumerate(environments)
         ]
-        codes = rank_server({"main": main, "timeout": timeout, "processes": processes})
+        codes = rank_server(
+            {
+                "main": main,
+                "timeout": timeout,
+                "stragglers": stragglers,
+                "processes": processes,
+            }
+        )
         return [
             Ended(
                 code,
