@@ -11,6 +11,7 @@ import pytest
 from hypothesis import settings
 
 import virtex_d2  # noqa: F401  # before detectron2, so that its bridges are in place
+from tests.slurm.cluster import missing_slurm_programs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -20,15 +21,13 @@ settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None, derandomize=False, print_blob=True)
 settings.load_profile("repeatable")
 
-SLURM_PROGRAMS = ("sbatch", "srun", "munged")
-
 
 def pytest_configure(config: pytest.Config) -> None:
     import torch
 
     # Several threads on a busy machine are slower than one, and tests are small.
     torch.set_num_threads(1)
-    missing = [name for name in SLURM_PROGRAMS if shutil.which(name, path=_system_path()) is None]
+    missing = missing_slurm_programs()
     if os.environ.get("REQUIRE_SLURM") == "1" and missing:
         raise pytest.UsageError(
             f"REQUIRE_SLURM=1, but {', '.join(missing)} not found: apt-get install slurm-wlm munge"
@@ -223,8 +222,3 @@ def _optional_folder(variable: str, default: Path) -> Path:
             pytest.fail(f"REQUIRE_REAL_DATA=1, but {message}")
         pytest.skip(message)
     return folder.resolve()
-
-
-def _system_path() -> str:
-    """PATH with the folders of daemons, which users' paths may lack."""
-    return os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])

@@ -11,6 +11,14 @@ from PIL import Image
 
 from pretrain.tokenizer import train_tokenizer
 
+# Of a run on it that takes seconds; VOCAB_SIZE is what so few captions can fill.
+THIN = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.VISUAL.NAME": "resnet18",
+    "MODEL.TEXTUAL.HIDDEN_SIZE": 64,
+    "DATA.VOCAB_SIZE": 48,
+    "DATA.IMAGE_SIZE": 32,
+}
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220)}
 
 

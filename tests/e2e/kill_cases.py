@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from tests.conftest import _SMALL, _SMALL_DETECTOR
-from tests.e2e.captioned_world import write_world
+from tests.e2e.captioned_world import THIN, write_world
 from tests.e2e.forked_runs import ROOT, Forkserver, Process
 from virtex_d2.data.shapes_write import write_dataset
 
@@ -73,12 +73,9 @@ class World:
 
     def _pretraining(self) -> list[object]:
         options = {
-            "MODEL.DEVICE": "cpu",
-            "MODEL.VISUAL.NAME": "resnet18",
+            **THIN,
             "MODEL.TEXTUAL.HIDDEN_SIZE": 32,
             "MODEL.TEXTUAL.ATTENTION_HEADS": 2,
-            "DATA.VOCAB_SIZE": 48,
-            "DATA.IMAGE_SIZE": 32,
             "DATA.NUM_WORKERS": 1,
             "DATA.STREAM_BLOCK": 3,
             "SOLVER.IMS_PER_BATCH": 4,

@@ -2,9 +2,7 @@
 
 import os
 import random
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 
 from tests.e2e.killing import differences, kill_tree
+from tests.processes import python
 
 pytestmark = pytest.mark.slow
 
@@ -72,14 +71,7 @@ def _data_sets(world: Path) -> list[list[str]]:
 
 
 def _start(options: list, output: Path, processes: int) -> subprocess.Popen:
-    launcher = []
-    if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-        launcher += [f"--master-port={port}"]
-    command = [sys.executable, *launcher, ROOT / "tools" / "train_net.py", *options]
+    command = [*python(processes), ROOT / "tools" / "train_net.py", *options]
     return subprocess.Popen(
         [*map(str, command), "OUTPUT_DIR", str(output)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

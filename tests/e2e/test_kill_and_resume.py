@@ -10,7 +10,6 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -19,8 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.e2e.captioned_world import write_world
+from tests.e2e.captioned_world import THIN, write_world
 from tests.e2e.killing import differences, kill_tree
+from tests.processes import python
 
 pytestmark = pytest.mark.slow
 
@@ -81,12 +81,8 @@ def _print_table():
 def command(case: Case, world: Path, output: Path, *flags: str) -> list[str]:
     options = {
         "OUTPUT_DIR": output,
-        "MODEL.DEVICE": "cpu",
+        **THIN,
         "MODEL.OBJECTIVE": case.task,
-        "MODEL.VISUAL.NAME": "resnet18",
-        "MODEL.TEXTUAL.HIDDEN_SIZE": 64,
-        "DATA.VOCAB_SIZE": 48,
-        "DATA.IMAGE_SIZE": 32,
         "DATA.NUM_WORKERS": case.workers,
         "DATA.STREAM_BLOCK": 3,
         "SOLVER.IMS_PER_BATCH": 4,
@@ -101,12 +97,8 @@ def command(case: Case, world: Path, output: Path, *flags: str) -> list[str]:
         **json.loads((world / f"{case.data}.options.json").read_text()),
     }
     pairs = [str(part) for pair in options.items() for part in pair]
-    start = [sys.executable]
-    if case.processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone"]
-        start += [f"--nproc-per-node={case.processes}"]
     tool = str(ROOT / "tools" / "pretrain_net.py")
-    return [*start, tool, *flags, *pairs, *map(str, case.more)]
+    return [*python(case.processes), tool, *flags, *pairs, *map(str, case.more)]
 
 
 def start(arguments: list[str], log: Path) -> subprocess.Popen:

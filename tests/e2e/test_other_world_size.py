@@ -2,14 +2,13 @@
 
 import json
 import os
-import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.captioned_world import write_world
+from tests.e2e.captioned_world import THIN, write_world
+from tests.processes import python
 
 pytestmark = pytest.mark.slow
 
@@ -92,16 +91,9 @@ launch(main, argument_parser().parse_args())
 
 def run(script: str, options: list, output: Path, processes: int, stop_after: int) -> list[dict]:
     """Train up to an iteration; what was seen in each, by all processes together."""
-    launcher = []
-    if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-        launcher += [f"--master-port={port}"]
     file = output.parent / "record.py"
     file.write_text(RECORDER + script)
-    command = [sys.executable, *launcher, file, "--resume", *options, "OUTPUT_DIR", output]
+    command = [*python(processes), file, "--resume", *options, "OUTPUT_DIR", output]
     done = subprocess.run(
         list(map(str, command)),
         env={
@@ -183,11 +175,7 @@ def test_pretraining_sees_the_same_images_and_captions(data, tmp_path):
     """Batch norm's statistics are of the images of a process, so that losses may differ."""
     write_world(tmp_path / "world", 24)
     options = {
-        "MODEL.DEVICE": "cpu",
-        "MODEL.VISUAL.NAME": "resnet18",
-        "MODEL.TEXTUAL.HIDDEN_SIZE": 64,
-        "DATA.VOCAB_SIZE": 48,
-        "DATA.IMAGE_SIZE": 32,
+        **THIN,
         "DATA.NUM_WORKERS": 1,
         "DATA.STREAM_BLOCK": 3,
         "SOLVER.IMS_PER_BATCH": 4,

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 NODES = ("node1", "node2")
+PROGRAMS = ("sbatch", "srun", "slurmctld", "slurmd", "munged", "mungekey")
+# PATH with the folders of daemons, which users' paths may lack.
 DAEMONS = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 # What one of the namespaces of a node needs: its own hosts, host name and processes.
 UNSHARE = ("unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc")
@@ -59,6 +61,11 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=
 PartitionName=cancel Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=CANCEL
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
+
+
+def missing_slurm_programs() -> list[str]:
+    """What a machine lacks for a `Cluster`; nothing after `apt-get install slurm-wlm munge`."""
+    return [name for name in PROGRAMS if shutil.which(name, path=DAEMONS) is None]
 
 
 class Cluster:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,13 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import DAEMONS, Cluster
+from tests.slurm.cluster import Cluster, missing_slurm_programs
 from virtex_d2.slurm.submit import RECORD, Submitted, find_submitted
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "launch_slurm.py"
 STAND_IN = Path(__file__).with_name("stand_in.py")
-PROGRAMS = ("sbatch", "srun", "slurmctld", "slurmd", "munged", "mungekey")
 
 
 @dataclass(frozen=True)
@@ -65,10 +63,7 @@ class Launched:
 @pytest.fixture(scope="session")
 def running_cluster() -> Iterator[Cluster]:
     """Started once; its end asserts that none of its processes is left."""
-    missing = [name for name in PROGRAMS if shutil.which(name, path=DAEMONS) is None]
-    if missing and os.environ.get("REQUIRE_SLURM") == "1":
-        pytest.fail(f"REQUIRE_SLURM=1, but {', '.join(missing)} not found")
-    if missing:
+    if missing := missing_slurm_programs():  # REQUIRE_SLURM=1 has ended the tests before
         pytest.skip(f"no Slurm: {', '.join(missing)} not found")
     cluster = Cluster()
     try:

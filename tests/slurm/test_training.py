@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.e2e.captioned_world import write_world
+from tests.e2e.captioned_world import THIN, write_world
 from tests.e2e.killing import differences
 from tests.slurm.conftest import launch_job
 
@@ -29,11 +29,7 @@ def pretraining(tmp_path_factory):
     world = tmp_path_factory.mktemp("captioned")
     write_world(world, 24)
     options = {
-        "MODEL.DEVICE": "cpu",
-        "MODEL.VISUAL.NAME": "resnet18",
-        "MODEL.TEXTUAL.HIDDEN_SIZE": 64,
-        "DATA.VOCAB_SIZE": 48,
-        "DATA.IMAGE_SIZE": 32,
+        **THIN,
         "DATA.NUM_WORKERS": 0,
         "SOLVER.IMS_PER_BATCH": 8,
         "SOLVER.CNN_LR": 0.01,

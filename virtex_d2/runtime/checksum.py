@@ -126,8 +126,8 @@ def _archive_damage(file: BinaryIO) -> str:
     try:
         with zipfile.ZipFile(file) as archive:
             record = archive.testzip()
-    except OSError:
+    except (OSError, MemoryError):  # which say nothing about the file
         raise
-    except Exception:  # whatever zipfile makes of damaged headers: encrypted, of another method ...
-        return "it is cut short, or its directory of records is damaged"
+    except Exception as error:  # what zipfile makes of damaged headers: encrypted, other method ...
+        return f"it is cut short, or its directory of records is damaged ({error})"
     return f"its record {record} fails its checksum" if record else ""
