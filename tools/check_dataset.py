@@ -18,15 +18,10 @@ it is one of boxes. Exit code: 0 no problems, and tools/train_net.py would start
 import argparse
 import os
 
-from virtex_d2.config import get_virtex_cfg
-from virtex_d2.data.annotations.sources import read_annotations, read_config, source_name
-from virtex_d2.data.checking.main import Options, run
-from virtex_d2.data.checking.training import box_detector, refusal
-from virtex_d2.runtime.config import load_config
 from virtex_d2.runtime.errors import InputError, exit_on_input_error
 
 
-def main() -> int:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -48,10 +43,21 @@ def main() -> int:
     parser.add_argument("--sheet-images", type=int, default=12, help="how many (default 12)")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     args = parser.parse_intermixed_args()
-    from_config = bool(args.config_file or args.opts)
-    if from_config == bool(args.train or args.val):
+    if bool(args.config_file or args.opts) == bool(args.train or args.val):
         raise InputError("name data sets with --train and --val, or with --config-file: one way.")
-    if from_config:
+    return args
+
+
+def main() -> int:
+    args = parse_args()
+    # after parsing: --help and a mistyped flag need not wait for torch
+    from virtex_d2.config import get_virtex_cfg
+    from virtex_d2.data.annotations.sources import read_annotations, read_config, source_name
+    from virtex_d2.data.checking.main import Options, run
+    from virtex_d2.data.checking.training import box_detector, refusal
+    from virtex_d2.runtime.config import load_config
+
+    if args.config_file or args.opts:
         cfg = load_config(get_virtex_cfg(), args.config_file, args.opts)
         train, test = read_config(cfg)
     else:

@@ -18,24 +18,19 @@ import argparse
 import sys
 from pathlib import Path
 
-from virtex_d2.comparison.main import Comparison, report_collected
-from virtex_d2.comparison.plan import make_plan, parse_inits
-from virtex_d2.comparison.tables import text_table
-from virtex_d2.pipeline.runner import StageFailedError
 from virtex_d2.runtime.errors import InputError, exit_on_input_error
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def main() -> None:
-    args = _parse()
+def main(args: argparse.Namespace) -> None:
+    from virtex_d2.comparison.main import Comparison, report_collected
+    from virtex_d2.comparison.plan import make_plan, parse_inits
+    from virtex_d2.comparison.tables import text_table
+
     if args.collect:
-        if args.config_file or args.init:
-            raise InputError("--collect: reads finished runs; leave --config-file and --init out.")
         path, blocks = report_collected(args.output, args.collect, args.baseline)
     else:
-        if not args.config_file:
-            raise InputError("--config-file: name at least one config of tools/train_net.py.")
         plan = make_plan(
             args.config_file,
             parse_inits(args.init, args.init_opts),
@@ -59,7 +54,7 @@ def main() -> None:
     print(f"\n{text_table(blocks)}\n\nReport: {path}")
 
 
-def _parse() -> argparse.Namespace:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -115,13 +110,22 @@ def _parse() -> argparse.Namespace:
         metavar="KEY VALUE",
         help="config overrides for all runs, e.g. SOLVER.MAX_ITER 1000; after everything else",
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.collect and (args.config_file or args.init):
+        raise InputError("--collect: reads finished runs; leave --config-file and --init out.")
+    if not (args.collect or args.config_file):
+        raise InputError("--config-file: name at least one config of tools/train_net.py.")
+    return args
 
 
 if __name__ == "__main__":
     with exit_on_input_error():
+        arguments = parse_args()
+        # after parsing: --help and a mistyped flag need not wait for torch
+        from virtex_d2.pipeline.runner import StageFailedError
+
         try:
-            main()
+            main(arguments)
         except StageFailedError as error:
             sys.exit(f"error: {error}")
         except KeyboardInterrupt:

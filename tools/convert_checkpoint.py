@@ -12,12 +12,11 @@ found a difference; 1 anything else.
 import argparse
 import json
 
-from virtex_d2.checkpoint.convert import SUFFIXES, convert, describe, inspect, verify
-from virtex_d2.checkpoint.layouts import LAYOUTS
+from virtex_d2.checkpoint.layouts import LAYOUTS, SUFFIXES
 from virtex_d2.runtime.errors import InputError, exit_on_input_error
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -35,9 +34,16 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
-
     if not args.inspect and not args.dest:
         raise InputError("DEST is missing: the file to write, or --inspect to write nothing.")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    # after parsing: --help and a mistyped flag need not wait for torch
+    from virtex_d2.checkpoint.convert import convert, describe, inspect, verify
+
     if args.inspect:
         result = inspect(args.source, args.layout, args.copy)
         print(json.dumps(result, indent=1) if args.json else describe(result))

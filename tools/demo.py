@@ -12,12 +12,10 @@ import os
 import sys
 from pathlib import Path
 
-from virtex_d2.demo.main import run_demo
-from virtex_d2.pipeline.runner import StageFailedError
 from virtex_d2.runtime.errors import exit_on_input_error
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -31,7 +29,15 @@ def main() -> None:
     parser.add_argument(
         "--seeds", type=int, default=1, help="repetitions, for a mean and a spread (default: 1)"
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    # after parsing: --help and a mistyped flag need not wait for torch
+    from virtex_d2.demo.main import run_demo
+    from virtex_d2.pipeline.runner import StageFailedError
+
     try:
         run_demo(Path(__file__).resolve().parents[1], Path(args.output), args.scale, args.seeds)
     except StageFailedError as error:

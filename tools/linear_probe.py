@@ -13,18 +13,22 @@ Results are in OUTPUT_DIR/results.json and per_class.csv.
 
 import argparse
 
-from virtex_d2.probes.config import get_probe_cfg
-from virtex_d2.probes.run import run_probe
-from virtex_d2.runtime.config import load_config
+from virtex_d2.runtime.arguments import argument_parser
 from virtex_d2.runtime.errors import exit_on_input_error
-from virtex_d2.runtime.launch import launch
-from virtex_d2.runtime.setup import argument_parser
 
 
 def main(args: argparse.Namespace) -> None:
+    from virtex_d2.probes.config import get_probe_cfg
+    from virtex_d2.probes.run import run_probe
+    from virtex_d2.runtime.config import load_config
+
     run_probe(load_config(get_probe_cfg(), args.config_file, args.opts), args)
 
 
 if __name__ == "__main__":
+    arguments = argument_parser(__doc__).parse_args()
+    # after parsing: --help and a mistyped flag need not wait for torch
+    from virtex_d2.runtime.launch import launch
+
     with exit_on_input_error():
-        launch(main, argument_parser(__doc__).parse_args())
+        launch(main, arguments)

@@ -8,12 +8,11 @@ How long that takes on one core (about 5 s): put `time taskset -c 0` before it.
 
 import argparse
 
-from virtex_d2.data.shapes import MOST_OBJECTS
-from virtex_d2.data.shapes_write import FORMATS, write_dataset
+from virtex_d2.data.shapes_options import FORMATS, MOST_OBJECTS
 from virtex_d2.runtime.errors import exit_on_input_error
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -26,7 +25,14 @@ def main() -> None:
     parser.add_argument("--format", nargs="+", default=["coco"], metavar="|".join(FORMATS))
     parser.add_argument("--overwrite", action="store_true", help="replace the split if it exists")
     parser.add_argument("--contact-sheet", metavar="PNG", help="also draw the first 12 images")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    # after parsing: --help need not wait for numpy and OpenCV
+    from virtex_d2.data.shapes_write import write_dataset
+
     write_dataset(
         args.output,
         args.split,

@@ -5,20 +5,22 @@ python tools/pretrain_net.py --config-file configs/pretrain/bicaptioning_R_50_L1
     DATA.TRAIN_CAPTIONS captions.json DATA.TRAIN_IMAGES images OUTPUT_DIR output
 """
 
-import virtex_d2.runtime.listening  # noqa: F401 - first: the other imports take seconds
+import virtex_d2.runtime.listening  # noqa: F401 - first: main's imports take seconds
 
 # isort: split
 
-from pretrain.config import get_pretrain_cfg
-from pretrain.trainer import PretrainTrainer
-from virtex_d2.runtime.config import load_config
+import argparse
+
+from virtex_d2.runtime.arguments import argument_parser
 from virtex_d2.runtime.errors import exit_on_input_error
-from virtex_d2.runtime.launch import launch
-from virtex_d2.runtime.preemption import exit_at_once_if_unfinished
-from virtex_d2.runtime.setup import argument_parser, setup_run
 
 
-def main(args) -> None:
+def main(args: argparse.Namespace) -> None:
+    from pretrain.config import get_pretrain_cfg
+    from pretrain.trainer import PretrainTrainer
+    from virtex_d2.runtime.config import load_config
+    from virtex_d2.runtime.setup import setup_run
+
     cfg = load_config(get_pretrain_cfg(), args.config_file, args.opts)
     setup_run(cfg, args)
     trainer = PretrainTrainer(cfg, with_training_data=not args.eval_only)
@@ -31,5 +33,10 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
+    arguments = argument_parser(__doc__).parse_args()
+    # after parsing: --help and a mistyped flag need not wait for torch
+    from virtex_d2.runtime.launch import launch
+    from virtex_d2.runtime.preemption import exit_at_once_if_unfinished
+
     with exit_on_input_error(), exit_at_once_if_unfinished():
-        launch(main, argument_parser(__doc__).parse_args())
+        launch(main, arguments)

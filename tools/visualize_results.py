@@ -13,18 +13,10 @@ missed are by COCO's matching at an IoU of 0.5. Only what is in --classes is loo
 
 import argparse
 
-from virtex_d2.checkpoint.transfer import apply_preprocessing
-from virtex_d2.config import get_virtex_cfg
-from virtex_d2.data.catalog import register_datasets
-from virtex_d2.modeling import resolve_norms
-from virtex_d2.runtime.config import load_config
 from virtex_d2.runtime.errors import InputError, exit_on_input_error
-from virtex_d2.runtime.setup import resolve_device
-from virtex_d2.visualization.main import Options, read_truth, run, truth_of_config
-from virtex_d2.visualization.select import ORDERS
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -37,7 +29,11 @@ def main() -> None:
     add("--output", required=True, metavar="DIR", help="folder to write; new or empty")
     add("--score-threshold", type=float, default=0.5, help="default 0.5")
     add("--num-images", type=int, default=24, help="how many are drawn (default 24)")
-    add("--sort", default="errors", help=f"{', '.join([*ORDERS, 'random'])} (default errors)")
+    add(
+        "--sort",
+        default="errors",
+        help="errors, missed, wrong, right, file, random (default errors)",
+    )
     add("--classes", nargs="+", default=[], metavar="NAME", help="look at these classes only")
     add("--iou", type=float, default=0.5, help="from which a prediction is right (default 0.5)")
     add("--by", choices=("auto", "bbox", "segm"), default="auto", help="match boxes or masks")
@@ -45,6 +41,27 @@ def main() -> None:
     add("--seed", type=int, default=0)
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     args = parser.parse_intermixed_args()
+    from_config = bool(args.config_file or args.opts)
+    if from_config == bool(args.truth):
+        raise InputError("name the data set with --truth or with --config-file: one way.")
+    if bool(args.weights) == bool(args.predictions):
+        raise InputError("give --predictions or --weights: one of them.")
+    if args.weights and not from_config:
+        raise InputError("--weights needs the detector's --config-file, which names the data, too.")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    # after parsing: --help and a mistyped flag need not wait for torch
+    from virtex_d2.checkpoint.transfer import apply_preprocessing
+    from virtex_d2.config import get_virtex_cfg
+    from virtex_d2.data.catalog import register_datasets
+    from virtex_d2.modeling import resolve_norms
+    from virtex_d2.runtime.config import load_config
+    from virtex_d2.runtime.setup import resolve_device
+    from virtex_d2.visualization.main import Options, read_truth, run, truth_of_config
+
     options = Options(
         output=args.output,
         score_threshold=args.score_threshold,
@@ -56,14 +73,7 @@ def main() -> None:
         sample=args.sample,
         seed=args.seed,
     )
-    from_config = bool(args.config_file or args.opts)
-    if from_config == bool(args.truth):
-        raise InputError("name the data set with --truth or with --config-file: one way.")
-    if bool(args.weights) == bool(args.predictions):
-        raise InputError("give --predictions or --weights: one of them.")
-    if args.weights and not from_config:
-        raise InputError("--weights needs the detector's --config-file, which names the data, too.")
-    if not from_config:
+    if args.truth:
         run(read_truth(args.truth), args.predictions, options)
         return
     cfg = load_config(get_virtex_cfg(), args.config_file, args.opts)

@@ -20,7 +20,8 @@ from tests.checkpoint.layout_files import (
     torchvision,
     write,
 )
-from virtex_d2.checkpoint.convert import SUFFIXES, convert, inspect, verify
+from virtex_d2.checkpoint.convert import convert, inspect, verify
+from virtex_d2.checkpoint.layouts import SUFFIXES
 from virtex_d2.checkpoint.naming import DETECTRON2, TORCHVISION, translate
 from virtex_d2.checkpoint.source import read_backbone
 from virtex_d2.runtime.checksum import has_checksum, save_with_checksum

@@ -45,7 +45,8 @@ from pretrain.config import get_pretrain_cfg
 from pretrain.trainer import PretrainTrainer
 from virtex_d2.runtime.config import load_config
 from virtex_d2.runtime.launch import launch
-from virtex_d2.runtime.setup import argument_parser, setup_run
+from virtex_d2.runtime.arguments import argument_parser
+from virtex_d2.runtime.setup import setup_run
 
 
 def main(args):
@@ -68,7 +69,8 @@ from virtex_d2.data.catalog import register_datasets
 from virtex_d2.modeling import resolve_norms
 from virtex_d2.runtime.config import load_config
 from virtex_d2.runtime.launch import launch
-from virtex_d2.runtime.setup import argument_parser, setup_run
+from virtex_d2.runtime.arguments import argument_parser
+from virtex_d2.runtime.setup import setup_run
 from virtex_d2.trainer import DetectionTrainer
 
 

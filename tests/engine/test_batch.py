@@ -127,7 +127,7 @@ _PROGRAM = """
     import virtex_d2
     from virtex_d2.engine.loop import UpdateLoop
     from virtex_d2.runtime.launch import launch, wrap_ddp
-    from virtex_d2.runtime.setup import argument_parser
+    from virtex_d2.runtime.arguments import argument_parser
 
     exchanges = []
 

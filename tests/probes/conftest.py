@@ -13,9 +13,10 @@ from tests.probes.small_sets import COLOURS, picture, write_voc
 from virtex_d2.checkpoint.architecture import ResNet
 from virtex_d2.probes.config import get_probe_cfg
 from virtex_d2.probes.run import run_probe
+from virtex_d2.runtime.arguments import argument_parser
 from virtex_d2.runtime.config import load_config
 from virtex_d2.runtime.files import write_safetensors
-from virtex_d2.runtime.setup import LOGGERS, argument_parser
+from virtex_d2.runtime.setup import LOGGERS
 
 METADATA = {
     "format": "virtex_d2.backbone",

@@ -17,9 +17,9 @@ import sys
 import time
 
 import virtex_d2  # noqa: F401
+from virtex_d2.runtime.arguments import argument_parser
 from virtex_d2.runtime.errors import exit_on_input_error
 from virtex_d2.runtime.launch import launch
-from virtex_d2.runtime.setup import argument_parser
 
 
 def fork(main: str, process: dict) -> int:

@@ -9,9 +9,9 @@ import time
 import pytest
 import torch
 
+from virtex_d2.runtime.arguments import argument_parser
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.launch import launch, wrap_ddp
-from virtex_d2.runtime.setup import argument_parser
 
 
 def results(folder, size):

@@ -11,9 +11,10 @@ import torch
 import yaml
 from detectron2.config import CfgNode
 
+from virtex_d2.runtime.arguments import argument_parser
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.lock import RunLock, release_locks
-from virtex_d2.runtime.setup import argument_parser, setup_run, write_config
+from virtex_d2.runtime.setup import setup_run, write_config
 
 
 @pytest.fixture
@@ -279,7 +280,8 @@ def test_a_tool_refuses_the_folder_of_another_run_in_one_line(tmp_path, run_pyth
             from virtex_d2.runtime.config import load_config
             from virtex_d2.runtime.errors import exit_on_input_error
             from virtex_d2.runtime.launch import launch
-            from virtex_d2.runtime.setup import argument_parser, setup_run
+            from virtex_d2.runtime.arguments import argument_parser
+            from virtex_d2.runtime.setup import setup_run
 
             def main(args):
                 setup_run(load_config(get_cfg(), args.config_file, args.opts), args)

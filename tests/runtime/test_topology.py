@@ -1,7 +1,7 @@
 import pytest
 
+from virtex_d2.runtime.arguments import argument_parser
 from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.setup import argument_parser
 from virtex_d2.runtime.slurm_step import PORTS, expand_brackets, find_step
 from virtex_d2.runtime.topology import Machine, resolve
 

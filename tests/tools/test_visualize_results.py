@@ -11,6 +11,7 @@ from virtex_d2.checkpoint.detector import DetectorCheckpointer
 from virtex_d2.data.catalog import register_entries
 from virtex_d2.trainer import DetectionTrainer
 from virtex_d2.visualization.predict import predict
+from virtex_d2.visualization.select import ORDERS
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "visualize_results.py"
 
@@ -23,6 +24,13 @@ def visualize(run_tool):
 
 def _truth(world):
     return ["--truth", "coco", world / "annotations/instances_test.json", world / "images/test"]
+
+
+def test_all_orders_are_named_by_the_help(visualize, capsys, monkeypatch):
+    """The tool spells them out: their module imports numpy, and --help is to answer at once."""
+    monkeypatch.setenv("COLUMNS", "200")  # the line in one piece
+    assert visualize("--help") == 0
+    assert f"{', '.join([*ORDERS, 'random'])} (default errors)" in capsys.readouterr().out
 
 
 def test_a_results_file_is_shown_beside_the_truth(visualize, world, tmp_path):

@@ -13,17 +13,10 @@ import virtex_d2
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import atomic_path, write_safetensors
 
-from .layouts import IMAGENET_RGB, Preprocessing
+from .layouts import IMAGENET_RGB, SUFFIXES, Preprocessing
 from .naming import DETECTRON2, TORCHVISION, translate
 from .probe import TOLERANCE, ProbeResult, probe
 from .source import FORMAT, FORMAT_VERSION, Backbone, find_layouts, read_backbone
-
-SUFFIXES = {
-    "backbone": (".safetensors",),
-    "detectron2": (".pkl",),
-    "torchvision": (".pth", ".safetensors"),
-    "timm": (".pth", ".safetensors"),
-}
 
 
 def convert(

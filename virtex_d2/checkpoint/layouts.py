@@ -96,6 +96,14 @@ class Layout:
 
 _EMA = r"(.*/)?[^/]*ema[^/]*(/.*)?"
 
+# What `convert` writes, and how the names of such files end.
+SUFFIXES = {
+    "backbone": (".safetensors",),
+    "detectron2": (".pkl",),
+    "torchvision": (".pth", ".safetensors"),
+    "timm": (".pth", ".safetensors"),
+}
+
 LAYOUTS = (
     Layout(
         "virtex",

@@ -16,12 +16,11 @@ from virtex_d2.runtime.errors import InputError
 from . import shapes_draw
 from .shapes_captions import Caption, write_captions
 from .shapes_draw import CLASSES
+from .shapes_options import LARGEST, MOST_OBJECTS, SMALLEST
 
 SIZES = ("small", "medium", "large")
 # Radius of an object by its size, in percent of the image's side.
 _RADII = {"small": (9, 12), "medium": (14, 18), "large": (21, 26)}
-SMALLEST, LARGEST = 64, 512  # pixels
-MOST_OBJECTS = 6
 # An object whose visible share (percent) would fall below this is not painted over.
 _LEAST_VISIBLE = 60
 _TRIES = 12

@@ -12,7 +12,8 @@ import matplotlib.pyplot as plt
 
 from virtex_d2.runtime.errors import InputError
 
-from .shapes import MOST_OBJECTS, render
+from .shapes import render
+from .shapes_options import MOST_OBJECTS
 
 _COLUMNS = 4
 

@@ -25,10 +25,10 @@ from PIL import Image
 
 from virtex_d2.runtime.errors import InputError, nearest
 
-from .shapes import MOST_OBJECTS, Scene, check_world, render
+from .shapes import Scene, check_world, render
 from .shapes_draw import CLASSES
+from .shapes_options import FORMATS, MOST_OBJECTS
 
-FORMATS = ("coco", "lvis", "voc")
 _LICENSE = {"id": 1, "name": "Apache-2.0", "url": ""}
 # A polygon of fewer points encloses nothing.
 _LEAST_POINTS = 3

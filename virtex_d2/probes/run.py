@@ -50,7 +50,7 @@ def run_probe(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
 
     Args:
         cfg: of `get_probe_cfg`. Changed: completed from the checkpoint, and resolved.
-        args: of `runtime.setup.argument_parser`. With --resume a finished run is left as it is,
+        args: of `runtime.arguments.argument_parser`. With --resume a finished run is left as it is,
             and an interrupted one goes on.
 
     Returns:

@@ -14,6 +14,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from . import signals
+from .arguments import COLLECTIVE_TIMEOUT, LAUNCH_TIMEOUT
 from .errors import InputError
 from .failures import Board, Failure, FailureWatch, leave, leave_now, say
 from .local_processes import limit_threads, run_processes
@@ -32,11 +33,6 @@ from .topology import Machine, Topology, resolve
 
 Main = Callable[[argparse.Namespace], Any]
 
-# Seconds. detectron2's own: the others wait in a collective while the first process evaluates.
-COLLECTIVE_TIMEOUT = 1800
-# Seconds. The nodes of a large job start minutes apart, and read Python from one file server.
-LAUNCH_TIMEOUT = 600
-
 _description = ["Processes: one."]
 
 
@@ -53,7 +49,7 @@ def launch(main: Main, args: argparse.Namespace) -> None:
 
     Args:
         main: a function of a module, as processes that are started here import it.
-        args: of `runtime.setup.argument_parser`.
+        args: of `runtime.arguments.argument_parser`.
 
     Raises:
         InputError: in a run of one process, or before there are others: the environment or the
