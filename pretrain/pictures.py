@@ -4,7 +4,6 @@ import functools
 import os
 from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -177,12 +176,14 @@ def _with_square(image: Image.Image) -> Image.Image:
 
 def _heat(square: Image.Image, weights: np.ndarray) -> Image.Image:
     """Attention (h, w) in [0, 1] over the square: glowing where it is, dark and grey elsewhere."""
+    from matplotlib import colormaps  # slow to import, and every run imports this module
+
     # bicubic overshoots: the range is cut again afterwards
     smooth = Image.fromarray(weights.astype(np.float32)).resize(
         square.size, Image.Resampling.BICUBIC
     )
     heat = np.clip(np.asarray(smooth), 0, 1)[..., None]  # (PANEL, PANEL, 1)
-    colours = matplotlib.colormaps["inferno"](heat[..., 0])[..., :3] * 255
+    colours = colormaps["inferno"](heat[..., 0])[..., :3] * 255
     pixels = np.asarray(square, np.float32)
     grey = pixels.mean(-1, keepdims=True)
     shaded = (0.55 + 0.4 * heat) * (0.5 * grey + 0.5 * pixels)
@@ -193,6 +194,8 @@ def _heat(square: Image.Image, weights: np.ndarray) -> Image.Image:
 @functools.cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which matplotlib brings along: it knows most alphabets."""
+    import matplotlib  # as above
+
     return ImageFont.truetype(
         os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size
     )

@@ -11,7 +11,8 @@ from detectron2.utils.events import EventStorage
 
 from virtex_d2.data.loader import ReplacingMapper, build_train_loader
 from virtex_d2.engine.hooks import SkippedImages
-from virtex_d2.evaluation import CocoEvaluator, LvisEvaluator, VocEvaluator, build_evaluator
+from virtex_d2.evaluation import CocoEvaluator, VocEvaluator, build_evaluator
+from virtex_d2.evaluation.lvis import LvisEvaluator
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.trainer import DetectionTrainer
 

@@ -87,3 +87,12 @@ def test_what_a_tool_imports_is_seen(start, tmp_path):
     code, packages, _ = start(tool)
     assert code is None
     assert "numpy" in packages
+
+
+def test_a_run_does_not_wait_for_what_only_reports_and_other_evaluations_need(run_python):
+    trainers = (
+        "import json, sys, pretrain.trainer, virtex_d2.trainer; print(json.dumps([*sys.modules]))"
+    )
+    modules = set(json.loads(run_python("-c", trainers).stdout))
+    assert "torch" in modules
+    assert not modules & {"matplotlib", "lvis", "scipy", "sklearn", "pandas", "IPython"}

@@ -9,7 +9,6 @@ from detectron2.evaluation import DatasetEvaluator
 from virtex_d2.runtime.errors import InputError, nearest
 
 from .coco import CocoEvaluator
-from .lvis import LvisEvaluator
 from .voc import VocEvaluator
 
 
@@ -35,5 +34,11 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, folder: str = "inference") 
     return EVALUATORS[kind](dataset_name, tasks, folder)
 
 
+def _lvis_evaluator(dataset_name: str, tasks: tuple[str, ...], folder: str) -> DatasetEvaluator:
+    from .lvis import LvisEvaluator  # lvis draws, too, and imports matplotlib: half a second
+
+    return LvisEvaluator(dataset_name, tasks, folder)
+
+
 # evaluator_type -> (data set's name, tasks, folder for predictions) -> evaluator.
-EVALUATORS = {"coco": CocoEvaluator, "lvis": LvisEvaluator, "pascal_voc": VocEvaluator}
+EVALUATORS = {"coco": CocoEvaluator, "lvis": _lvis_evaluator, "pascal_voc": VocEvaluator}
