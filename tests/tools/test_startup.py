@@ -80,6 +80,34 @@ def test_arguments_that_do_not_go_together_are_refused_before_torch_is_imported(
     assert (code, packages) == (2, set())
 
 
+def test_the_benchmark_of_starting_starts_without_other_packages(start):
+    code, packages, _ = start(ROOT / "benchmarks" / "startup.py", "--help")
+    assert (code, packages) == (0, set())
+
+
+_STRUCK = """\
+import contextlib, os, runpy, signal, sys, types
+from virtex_d2.runtime import signals
+
+def launch(main, args):  # in the place of a module that imports torch for seconds
+    os.kill(os.getpid(), signal.SIGUSR1)
+    print("noted:", signals.received())
+
+sys.modules["virtex_d2.runtime.launch"] = types.SimpleNamespace(launch=launch)
+sys.modules["virtex_d2.runtime.preemption"] = types.SimpleNamespace(
+    exit_at_once_if_unfinished=contextlib.nullcontext
+)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("tool", ["pretrain_net.py", "train_net.py"])
+def test_a_signal_that_comes_before_torch_is_imported_is_noted(run_python, tool):
+    process = run_python("-c", _STRUCK, ROOT / "tools" / tool)
+    assert (process.returncode, process.stdout) == (0, "noted: USR1\n"), process.stderr
+
+
 def test_what_a_tool_imports_is_seen(start, tmp_path):
     """The tests above would else pass on tools that import anything."""
     tool = tmp_path / "tool.py"
