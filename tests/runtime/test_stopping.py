@@ -142,6 +142,25 @@ def test_a_run_that_is_asked_before_its_first_iteration_saves_nothing(tmp_path):
     assert Trainer(folder).run().model.weight.item() == LAST
 
 
+@pytest.mark.parametrize("told", ["update", "before"])
+def test_a_run_that_fell_back_names_the_checkpoint_that_is_resumed(told, tmp_path, caplog):
+    """It once named the damaged one, where STOP came before anything was saved again."""
+    folder = tmp_path / "run"
+    with pytest.raises(preemption.Unfinished):
+        Trainer(folder, ("update", 4)).run()
+    assert files(folder) == [f"model_000000{i}.pth" for i in (1, 3, 4)]
+    (folder / "model_0000004.pth").write_bytes(b"damaged")
+    trainer = Trainer(folder, ("update", 4))
+    if told == "before":
+        (folder / "STOP").touch()
+    with pytest.raises(preemption.Unfinished):
+        trainer.run()
+    expected = str(folder / {"before": "model_0000003.pth", "update": "model_0000004.pth"}[told])
+    assert json.loads((tmp_path / "marker").read_text())["checkpoint"] == expected
+    assert f"--resume goes on from {expected}." in caplog.text
+    assert Trainer(folder).run().checkpointer.resumed_from == expected
+
+
 def test_an_evaluation_that_a_kill_has_cost_is_made_up_for(tmp_path):
     folder = tmp_path / "run"
 

@@ -37,9 +37,12 @@ class _AtomicMixin:
 
     Attributes:
         last_saved: name of the last checkpoint that this process has saved; "" before.
+        resumed_from: the checkpoint from which the run has gone on, which is not the last one where
+            that is damaged; "" of a run that has begun anew.
     """
 
     last_saved = ""
+    resumed_from = ""
 
     def __init__(
         self,
@@ -133,7 +136,8 @@ class _AtomicMixin:
             InputError: as `load`; there are checkpoints, and none is whole.
         """
         if resume and self.has_checkpoint():
-            return self.load(last_whole_checkpoint(self.save_dir))
+            self.resumed_from = last_whole_checkpoint(self.save_dir)
+            return self.load(self.resumed_from)
         return self.load(path, checkpointables=[])
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:

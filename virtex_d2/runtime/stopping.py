@@ -119,7 +119,10 @@ class StoppableTrainer(TrainerBase):
             if trained:
                 self._save()
             self.checkpointer.wait()
-            last = self.checkpointer.get_checkpoint_file() if done else ""
+            saved = self.checkpointer.last_saved
+            last = (
+                self.checkpointer.get_checkpoint_file() if saved else self.checkpointer.resumed_from
+            )
             _write_marker(done, self.max_iter, reason, last)
             preemption.obeyed()
             logger.warning(
