@@ -22,6 +22,7 @@ from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import atomic_path
 from virtex_d2.runtime.setup import TRACES
 from virtex_d2.runtime.shell import shell
+from virtex_d2.runtime.slurm_step import find_step
 
 from .progress import Progress, clock
 from .stage import Stage, argv, grouped
@@ -64,8 +65,10 @@ def claim_output(output: Path, kind: str, settings: Mapping[str, Any]) -> None:
         settings: what may not change between two calls.
 
     Raises:
-        InputError: it holds something else, or the same with other settings.
+        InputError: it holds something else, or the same with other settings; or this process is
+            one of several that srun or torchrun has started, which would all do the same work.
     """
+    _refuse_several(kind, os.environ)
     record = output / f"{kind}.json"
     _await_record(record)
     if record.is_file():
@@ -82,6 +85,17 @@ def claim_output(output: Path, kind: str, settings: Mapping[str, Any]) -> None:
             "remove it."
         )
     _write_json(record, settings)
+
+
+def _refuse_several(kind: str, environ: Mapping[str, str]) -> None:
+    step = find_step(environ)
+    count, starter = (step.tasks, "srun") if step else (environ.get("WORLD_SIZE", "1"), "torchrun")
+    if step or ("RANK" in environ and count != "1"):
+        raise InputError(
+            f"{starter} has started this {count} times, and each would do the whole {kind}: it is "
+            "to be started once, and starts the processes of its runs itself. With Slurm: srun "
+            "--nodes=1 --ntasks=1, or tools/launch_slurm.py."
+        )
 
 
 def _await_record(record: Path) -> None:
