@@ -302,10 +302,15 @@ def _check_sizes(cfg: CfgNode) -> None:
             "SOLVER.AMP.DTYPE float16 needs a GPU: on a CPU use bfloat16, or SOLVER.AMP.ENABLED "
             "False."
         )
-    if cfg.SOLVER.IMS_PER_BATCH % comm.get_world_size():
+    images, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
+    if images % processes:
+        near = sorted(
+            {max(images // processes, 1) * processes, -(-images // processes) * processes}
+        )
         raise InputError(
-            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is not a multiple of the "
-            f"{comm.get_world_size()} processes."
+            f"SOLVER.IMS_PER_BATCH {images} is not a multiple of the {processes} processes, which "
+            "share it equally. Start another number of processes, or set it to "
+            f"{' or '.join(map(str, near))}."
         )
     if cfg.SOLVER.MAX_ITER < 1 or cfg.SOLVER.WARMUP_ITERS >= cfg.SOLVER.MAX_ITER:
         raise InputError(

@@ -16,7 +16,9 @@ import torch
 from PIL import Image
 
 from pretrain.captioner import load_captioner
+from pretrain.config import get_pretrain_cfg
 from pretrain.tokenizer import Tokenizer, train_tokenizer
+from pretrain.trainer import PretrainTrainer
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import read_safetensors
 
@@ -388,3 +390,17 @@ def assert_refused(done: subprocess.CompletedProcess, *messages: str) -> None:
     assert "Traceback" not in done.stderr + done.stdout
     for message in messages:
         assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("images", "processes", "possible"), [(5, 2, "4 or 6"), (2, 4, "4"), (256, 24, "240 or 264")]
+)
+def test_a_batch_that_the_processes_cannot_share_is_refused_with_one_that_they_can(
+    images, processes, possible, monkeypatch
+):
+    monkeypatch.setattr("pretrain.trainer.comm.get_world_size", lambda: processes)
+    cfg = get_pretrain_cfg()
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.SOLVER.IMS_PER_BATCH = images
+    with pytest.raises(InputError, match=f"IMS_PER_BATCH {images} .* or set it to {possible}\\.$"):
+        PretrainTrainer(cfg)

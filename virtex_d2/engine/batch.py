@@ -55,8 +55,9 @@ def resolve_batch(cfg: CfgNode) -> CfgNode:
     if images % processes:
         raise InputError(
             f"SOLVER.IMS_PER_BATCH is {images}, which {processes} processes cannot share equally. "
-            "Start another number of processes, or set SOLVER.REFERENCE_WORLD_SIZE to the number "
-            "that the config is meant for, to scale batch and schedule with it."
+            "Start another number of processes, set it to a multiple of them, or set "
+            "SOLVER.REFERENCE_WORLD_SIZE to the number that the config is meant for, to scale "
+            "batch and schedule with it."
         )
     share = images // processes
     if share % passes:

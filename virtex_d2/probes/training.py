@@ -72,7 +72,8 @@ class ClassifierTrainer(TrainerBase):
         if cfg.SOLVER.IMS_PER_BATCH % world_size:
             raise InputError(
                 f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {world_size} processes "
-                "cannot share equally."
+                "cannot share equally. Start another number of processes, or set it to a multiple "
+                "of them."
             )
         self.cfg = cfg
         self.classifier = model
