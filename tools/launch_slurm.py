@@ -15,8 +15,13 @@ preempted or ran out of time. --dry-run prints the script and submits nothing. D
 """
 
 import argparse
+import signal
 import sys
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from virtex_d2.runtime.errors import InputError, exit_on_input_error
 from virtex_d2.slurm.follow import follow, status_table
@@ -69,9 +74,11 @@ def _submit(args, command, layers, cwd: Path, logs: Path) -> list:
     """The submitted jobs; none with --dry-run."""
     if args.pipeline:
         stages = read_pipeline(args.pipeline, *layers)
-        pairs = stage_jobs(stages, new_folder(logs, args.pipeline.stem), cwd, ROOT)
+        folder = new_folder(logs, args.pipeline.stem)
+        pairs = stage_jobs(stages, folder, cwd, ROOT, DEFAULTS)
     else:
-        pairs = [(None, single_job(make_options(*layers), command, logs, cwd, ROOT))]
+        job = single_job(make_options(*layers), command, logs, cwd, ROOT, DEFAULTS)
+        pairs = [(None, job)]
     if args.dry_run:
         for stage, job in pairs:
             after = f", after {', '.join(stage.after)}" if stage and stage.after else ""
@@ -81,6 +88,26 @@ def _submit(args, command, layers, cwd: Path, logs: Path) -> list:
     for job in jobs:
         print(f"job {job.job_id} {job.name}: {job.folder / job.log}")
     return jobs
+
+
+def _config_of(module: str, function: str) -> Callable[[], Any]:
+    """What makes a tool's config; it gives None in a Python without what that takes."""
+
+    def make() -> Any:
+        if missing := [name for name in ("torch", "detectron2") if not find_spec(name)]:
+            note = f"{missing[0]} is not in this Python: config files and keys are not checked."
+            print(note, file=sys.stderr)
+            return None
+        return getattr(import_module(module), function)()
+
+    return make
+
+
+DEFAULTS = {
+    "pretrain_net.py": _config_of("pretrain.config", "get_pretrain_cfg"),
+    "train_net.py": _config_of("virtex_d2.config", "get_virtex_cfg"),
+    "linear_probe.py": _config_of("virtex_d2.probes.config", "get_probe_cfg"),
+}
 
 
 def _parse() -> tuple[argparse.Namespace, list[str]]:
@@ -100,10 +127,18 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     add_arguments(parser.add_argument_group("the job (each also a key of the TOML files)"))
     words = sys.argv[1:]
     place = words.index("--") if "--" in words else len(words)
-    return parser.parse_args(words[:place]), words[place + 1 :]
+    args, unknown = parser.parse_known_args(words[:place])
+    tool = next((word for word in args.jobs if word.endswith(".py")), "")
+    if tool:
+        parser.error(f"expected -- before the command: [options] -- {tool} ...")
+    if unknown:
+        hint = "" if "--" in words else " (is -- missing before the command?)"
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return args, words[place + 1 :]
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     with exit_on_input_error():
         try:
             sys.exit(main())

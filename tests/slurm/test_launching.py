@@ -144,4 +144,4 @@ def test_a_mistake_ends_with_one_line(tool, tmp_path, arguments, message):
 def test_without_slurm_the_tool_says_where_to_run_it(tool):
     done = tool("--gpus-per-node", 0, "--", "sleep", 1, PATH="/nowhere")
     assert done.returncode == 2
-    assert "error: sbatch: not found. Run this on a machine with Slurm" in done.stderr
+    assert "error: sbatch: not found. Run this on a machine of a cluster" in done.stderr

@@ -17,6 +17,7 @@ from virtex_d2.slurm.options import (
     site_file,
 )
 from virtex_d2.slurm.pipeline import read_pipeline
+from virtex_d2.slurm.values import array_numbers
 
 SITE = """
 partition = "gpu"
@@ -66,12 +67,12 @@ def test_the_command_line_wins_over_the_sites_file_and_lists_add_up(write):
     assert (options.partition, options.time, options.num_gpus) == ("debug", "24:00:00", 8)
     assert options.modules == ["cuda/12.4", "nccl"]
     assert options.env == {"NCCL_SOCKET_IFNAME": "ib0", "NCCL_DEBUG": "INFO=x"}
-    assert options.processes_per_node == 8
 
 
 def test_every_option_is_a_flag_and_a_key(write):
     words, lines = [], []
     values = {"gpus_per_node": "a100:4", "time": "1-12", "array": "0-3%2", "launcher": "torchrun"}
+    values |= {"memory": "64G", "stop_before": "60"}
     for name, item in FIELDS.items():
         flag = "--" + (item.metadata["flag"] or name.replace("_", "-"))
         value = values.get(name, "7" if item.type is int else "text")
@@ -104,6 +105,10 @@ def test_the_sites_file_is_looked_for_in_the_users_configuration(monkeypatch, tm
         ("time = 10:00:00", "time: expected a text in quotes, found datetime.time"),
         ("modules = 'cuda'", "modules: expected a list of texts, found 'cuda'"),
         ("env = ['A=b']", r"env: expected a table \[env\]"),
+        ("nodes = 0", "nodes: expected 1 or more, found 0"),
+        ("cpus_per_task = 0", "cpus_per_task: expected 1 or more, found 0"),
+        ("modules = [1, 2]", "modules: expected a text in quotes, found 1"),
+        ("time = 24", r"time: expected a text in quotes, found 24 \(limit of .* e.g. 24:00:00"),
         ("[env]\nA = 1.5", "env.A: expected a text in quotes, found 1.5"),
         ("partition = gpu", "expected a TOML file: .*line 1.*Strings need quotes"),
     ],
@@ -127,10 +132,26 @@ def test_a_site_file_that_is_absent_or_no_text_is_named(tmp_path, content):
     [
         ({"gpus_per_node": ""}, "--gpus-per-node: expected a number such as 8 .* found ''"),
         ({"gpus_per_node": "eight"}, "--gpus-per-node"),
-        ({"nodes": 0}, "--nodes: expected 1 or more, found 0"),
-        ({"cpus_per_task": -1}, "--cpus-per-task: expected 1 or more, found -1"),
         ({"time": "1 day"}, "--time: expected .* found '1 day'"),
+        ({"time": "2"}, "--stop-before 120: the time limit 2 is 120 seconds"),
+        ({"time": "1-0", "stop_before": 90000}, "the time limit 1-0 is 86400 seconds"),
         ({"array": "0-"}, "--array: expected .* found '0-'"),
+        ({"array": "5-1"}, "--array: expected .* found '5-1'"),
+        ({"array": "1-5:0"}, "--array: expected .* found '1-5:0'"),
+        ({"array": "1-5%0"}, "--array: expected .* found '1-5%0'"),
+        ({"memory": "64X"}, "--memory: expected a size such as 64G .* found '64X'"),
+        ({"sbatch": ["time=1:00"]}, "--sbatch time=1:00: .* use --time"),
+        ({"sbatch": ["--mem 64G"]}, "--sbatch --mem 64G: .* use --memory"),
+        ({"sbatch": ["-N2"]}, "--sbatch -N2: .* use --nodes"),
+        ({"sbatch": ["-D /tmp"]}, "--sbatch -D /tmp: the script sets it itself"),
+        (
+            {"sbatch": ["gres=gpu:4"], "gpus_per_node": "8"},
+            "--sbatch gres=gpu:4: contradicts --gpus-per-node 8",
+        ),
+        (
+            {"sbatch": ["mem-per-cpu=4G"], "memory": "64G"},
+            "--sbatch mem-per-cpu=4G: contradicts --memory 64G",
+        ),
         ({"launcher": "mpirun"}, "--launcher: expected srun or torchrun, not mpirun"),
         ({"conda": "a", "venv": "b"}, "--conda and --venv"),
         ({"env": {"A-B": "x"}}, "--env: 'A-B' is no name"),
@@ -141,6 +162,36 @@ def test_a_site_file_that_is_absent_or_no_text_is_named(tmp_path, content):
 def test_what_slurm_would_refuse_is_refused_before(change, message):
     with pytest.raises(InputError, match=message):
         JobOptions(**{"gpus_per_node": "0", **change})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"time": "0"},
+        {"time": "UNLIMITED", "stop_before": 10**9},
+        {"time": "2:01"},
+        {"time": "1-0:0:1", "stop_before": 86400},
+        {"memory": "500m"},
+        {"memory": "0"},
+        {"sbatch": ["gres=gpu:4,lic:1", "mem-per-cpu=4G", "no-requeue", "exclusive", "-x node7"]},
+    ],
+)
+def test_what_slurm_takes_is_not_refused(options):
+    assert JobOptions(**{"gpus_per_node": "0", **options})
+
+
+@pytest.mark.parametrize(
+    ("spec", "numbers"),
+    [("3", [3]), ("0-3%2", [0, 1, 2, 3]), ("7,1-5:2", [7, 1, 3, 5]), ("4-4", [4])],
+)
+def test_the_numbers_of_an_array(spec, numbers):
+    assert list(array_numbers(spec)) == numbers
+
+
+@pytest.mark.parametrize("flag", ["--nodes", "--tasks-per-node", "--cpus-per-task"])
+def test_a_flags_number_below_one_is_refused(flag):
+    with pytest.raises(InputError, match=f"{flag}: expected 1 or more, found 0"):
+        _given(flag, "0")
 
 
 def test_env_without_a_value_is_refused():
@@ -170,13 +221,16 @@ def test_a_pipelines_stages_inherit_and_the_command_line_wins(write):
         ),
         ('after = ["pretrain"]', 'after = ["finetune"]', "no stage 'finetune' stands before it"),
         ("nodes = 4", "nods = 4", "stage pretrain: unknown key 'nods'. Did you mean 'nodes'"),
-        ("nodes = 4", "nodes = -4", "stage pretrain: --nodes: expected 1 or more"),
+        ("nodes = 4", "nodes = -4", "stage pretrain: nodes: expected 1 or more"),
+        ("command = [", "comand = [", "stage export: unknown key 'comand'. Did you mean 'command'"),
+        ("after = [", "afte = [", "stage export: unknown key 'afte'. Did you mean 'after'"),
         ("nodes = 2", "node = 2", "file.toml: unknown key 'node'"),
         ("'a b'", "'a b", "stage pretrain: command: No closing quotation"),
         ('SEED {array}"', 'SEED {array}"\n[stages.empty]', "stage empty: command: expected"),
         ("nodes = 2", "logs = 'x'", "file.toml: logs: one folder holds all stages"),
         ("[stages.export]", "[stages.'a/b']", "stage a/b: its name becomes a folder's"),
         ("[stages.", "[", "file.toml: unknown key 'pretrain'"),
+        ("[stages.", "[stage.", "file.toml: unknown key 'stage'. Did you mean 'stages'"),
     ],
 )
 def test_a_mistake_in_a_pipeline_is_named_with_its_stage(write, old, new, message):

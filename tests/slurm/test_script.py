@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.config import get_pretrain_cfg
+from virtex_d2.config import get_virtex_cfg
+from virtex_d2.probes.config import get_probe_cfg
 from virtex_d2.runtime.errors import InputError
+from virtex_d2.slurm.command import read_command
 from virtex_d2.slurm.options import JobOptions
 from virtex_d2.slurm.pipeline import read_pipeline
 from virtex_d2.slurm.script import Job
@@ -18,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def make(command=("tools/train_net.py",), folder="/logs/x", cwd=ROOT, **options) -> Job:
     options = JobOptions(**{"gpus_per_node": "0", **options})
-    return Job(options, tuple(command), Path(folder), cwd, ROOT)
+    return Job(options, read_command(command, cwd, ROOT), Path(folder), cwd, ROOT)
 
 
 def directives(job: Job) -> list[str]:
@@ -50,7 +54,7 @@ def test_it_asks_slurm_for_all_that_was_given():
         qos="long",
         constraint="a100|h100",
         dependency="afterok:12",
-        sbatch=["exclude=node[7,9]", "-C local"],
+        sbatch=["exclude=node[7,9]", "-w node3"],
         stop_before=300,
     )
     expected = [
@@ -60,7 +64,7 @@ def test_it_asks_slurm_for_all_that_was_given():
         *("signal=B:USR1@300", "requeue", "open-mode=append", "exclude=node[7,9]"),
     ]
     assert {f"--{line}" for line in expected} < set(directives(job))
-    assert "-C local" in directives(job)
+    assert "-w node3" in directives(job)
     assert "--cpus-per-task=6" in job.text()
 
 
@@ -141,22 +145,47 @@ def test_it_is_a_script_that_bash_accepts(options):
 
 
 @pytest.mark.parametrize(
-    ("command", "options", "message"),
+    "before",
     [
-        ((), {}, "no command"),
-        (("tools/trian_net.py",), {}, "tools/trian_net.py: no such file in "),
-        (("tools/demo.py",), {"array": "1-3"}, r"--array 1-3: all its jobs would do the same"),
-        (("tools/demo.py", "{array}"), {}, "needs --array"),
-        (
-            ("tools/train_net.py", "--num-gpus", "8"),
-            {"gpus_per_node": "8"},
-            "--num-gpus in the command: srun starts the 8 processes of a node already",
-        ),
+        ("python",),
+        ("python3", "-u"),
+        ("python", "-W", "ignore", "-X", "dev"),
+        ("python3.12",),
+        ("/opt/env/bin/python", "-u", "-O"),
     ],
 )
-def test_commands_that_cannot_run_are_refused(command, options, message):
-    with pytest.raises(InputError, match=message):
-        make(command, **options)
+def test_python_before_a_tool_changes_nothing_but_the_interpreter(before):
+    """It once made the tool an unknown program: without --resume, as another job."""
+    plain = ["tools/train_net.py", "--config-file", "configs/Base.yaml", "SEED", "1"]
+    job = make([*before, *plain], gpus_per_node="8")
+    interpreter = sys.executable if before[0] in ("python", "python3") else before[0]
+    assert command_of(job) == [interpreter, *before[1:], *command_of(make(plain))[1:]]
+    assert "--resume" in command_of(job)
+    assert directives(job) == directives(make(plain, gpus_per_node="8"))
+    by_torchrun = command_of(make([*before, *plain], launcher="torchrun"), rendezvous="n:1")
+    assert by_torchrun[len(before) :][:2] == ["-m", "torch.distributed.run"]
+
+
+def test_python_without_a_file_is_a_program_as_any_other():
+    for words in (["python", "-c", "print(1)"], ["python3", "-m", "http.server"]):
+        assert command_of(make(words)) == words
+
+
+ONCE = ["compare_inits", "demo", "convert_checkpoint", "check_dataset", "caption_images"]
+
+
+@pytest.mark.parametrize("tool", ONCE)
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_a_tool_that_runs_once_is_one_task_with_all_gpus_of_the_node(tool, launcher):
+    job = make([f"tools/{tool}.py", "--num-gpus", "8"], gpus_per_node="8", launcher=launcher)
+    assert {"--ntasks-per-node=1", "--gpus-per-node=8"} < set(directives(job))
+    assert command_of(job)[1:] == [f"tools/{tool}.py", "--num-gpus", "8"]
+
+
+def test_all_other_programs_are_one_task_for_each_gpu(tmp_path):
+    (tmp_path / "own.py").touch()
+    for command in (["tools/linear_probe.py"], [str(tmp_path / "own.py")], ["nvidia-smi"]):
+        assert "--ntasks-per-node=8" in directives(make(command, gpus_per_node="8"))
 
 
 def test_one_task_a_node_may_start_the_nodes_processes_itself():
@@ -169,15 +198,18 @@ def test_a_folder_that_slurm_cannot_name_is_refused():
         make(folder='/my "logs"/x')
 
 
+DEFAULTS = {
+    "pretrain_net.py": get_pretrain_cfg,
+    "train_net.py": get_virtex_cfg,
+    "linear_probe.py": get_probe_cfg,
+}
 PIPELINES = sorted((ROOT / "configs" / "slurm").glob("*.toml"))
 
 
 @pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.stem)
-def test_the_projects_own_pipelines_name_tools_and_configs_that_exist(path):
-    jobs = stage_jobs(read_pipeline(path, {}, {}), Path("/logs"), ROOT, ROOT)
-    assert len(jobs) == 3
-    for _, job in jobs:
-        for word in job.command:
-            if word.endswith((".py", ".yaml")):
-                assert (ROOT / word).is_file()
-        assert job.text()
+def test_the_projects_own_pipelines_name_tools_configs_and_keys_that_exist(path):
+    jobs = stage_jobs(read_pipeline(path, {}, {}), Path("/logs"), ROOT, ROOT, DEFAULTS)
+    assert [job.command.program for _, job in jobs] == [
+        *("tools/pretrain_net.py", "tools/convert_checkpoint.py", "tools/train_net.py")
+    ]
+    assert all(job.text() for _, job in jobs)

@@ -5,12 +5,14 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from virtex_d2.runtime.errors import InputError, nearest
+
+from .values import array_numbers, check_sbatch, seconds
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -20,7 +22,7 @@ else:
 LOGS = "output/slurm"
 LAUNCHERS = ("srun", "torchrun")
 _TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}|UNLIMITED|INFINITE")
-_ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
+_MEMORY = re.compile(r"\d+([KMGT]i?B?)?", re.IGNORECASE)
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -106,12 +108,6 @@ class JobOptions:
     )
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "stop_before", "max_stuck"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{_flag(name)}: expected 1 or more, found {getattr(self, name)}.")
-        for name in ("tasks_per_node", "cpus_per_task"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{_flag(name)}: expected 1 or more, found {getattr(self, name)}.")
         if not re.fullmatch(r"(\w+:)?\d+", self.gpus_per_node):
             raise InputError(
                 "--gpus-per-node: expected a number such as 8 or a100:8, or 0 for CPUs alone; "
@@ -122,10 +118,22 @@ class JobOptions:
                 f"--time: expected MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS, found "
                 f"'{self.time}'."
             )
-        if self.array and not _ARRAY.fullmatch(self.array):
+        limit = seconds(self.time)
+        if limit and self.stop_before >= limit:
             raise InputError(
-                f"--array: expected numbers such as 0-17, 1,3,5 or 0-17%4, found '{self.array}'."
+                f"--stop-before {self.stop_before}: the time limit {self.time} is {limit} seconds, "
+                "so that the run would be asked to stop when it begins. Raise --time (24 are "
+                "minutes, 24:00:00 hours), or lower --stop-before."
             )
+        if self.array:
+            array_numbers(self.array)
+        if self.memory and not _MEMORY.fullmatch(self.memory):
+            raise InputError(
+                f"--memory: expected a size such as 64G or 500M, or 0 for all; found "
+                f"'{self.memory}'."
+            )
+        for line in self.sbatch:
+            check_sbatch(line, self.gpus_per_node if self.num_gpus else "", self.memory)
         if self.launcher not in LAUNCHERS:
             raise InputError(f"--launcher: expected {' or '.join(LAUNCHERS)}, not {self.launcher}.")
         if self.conda and self.venv:
@@ -143,11 +151,6 @@ class JobOptions:
     def num_gpus(self) -> int:
         """GPUs of a node."""
         return int(self.gpus_per_node.rpartition(":")[2])
-
-    @property
-    def processes_per_node(self) -> int:
-        """Processes of a node."""
-        return self.tasks_per_node or max(1, self.num_gpus)
 
 
 FIELDS = {item.name: item for item in dataclasses.fields(JobOptions)}
@@ -173,9 +176,12 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options that stand on the command line, as in a TOML file.
 
     Raises:
-        InputError: --env without "=".
+        InputError: --env without "=", or a number below 1.
     """
     given = {name: value for name, value in vars(args).items() if name in FIELDS}
+    for name, value in given.items():
+        if FIELDS[name].type is int and value < 1:
+            raise InputError(f"{_flag(name)}: expected 1 or more, found {value}.")
     if "env" in given:
         pairs = [text.partition("=") for text in given["env"]]
         if wrong := [name for name, equals, _ in pairs if not equals]:
@@ -231,39 +237,48 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: expected a TOML file: {error}. Strings need quotes.") from error
 
 
-def check_table(table: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Options out of a TOML table; numbers may stand where a text is expected.
+def check_table(
+    table: Mapping[str, Any], where: str, others: Collection[str] = ()
+) -> dict[str, Any]:
+    """Options out of a TOML table; a number may stand for that of GPUs.
 
     Args:
         table: keys and values.
         where: its file and place, for messages.
+        others: keys that may stand there, too, but that are not options: to name the nearest.
 
     Raises:
         InputError: another key, or a value of another type.
     """
-    return {name: _checked(name, value, where) for name, value in table.items()}
+    return {name: _checked(name, value, where, others) for name, value in table.items()}
 
 
-def _checked(name: str, value: Any, where: str) -> Any:
+def _checked(name: str, value: Any, where: str, others: Collection[str]) -> Any:
     if name not in FIELDS:
-        raise InputError(f"{where}: unknown key '{name}'.{nearest(name, FIELDS)}")
+        raise InputError(f"{where}: unknown key '{name}'.{nearest(name, [*FIELDS, *others])}")
     expected = FIELDS[name].type
     if expected is dict and isinstance(value, dict):
-        return {key: _checked_text(f"{name}.{key}", one, where) for key, one in value.items()}
+        return {key: _text(f"{name}.{key}", one, where, (str, int)) for key, one in value.items()}
     if expected is list and isinstance(value, list):
-        return [_checked_text(name, one, where) for one in value]
+        return [_text(name, one, where) for one in value]
     if expected is int and type(value) is int:
+        if value < 1:
+            raise InputError(f"{where}: {name}: expected 1 or more, found {value}.")
         return value
     if expected is str:
-        return _checked_text(name, value, where)
+        return _text(name, value, where, (str, int) if name == "gpus_per_node" else (str,))
     kinds = {int: "a whole number", list: "a list of texts", dict: f"a table [{name}]"}
     raise InputError(f"{where}: {name}: expected {kinds[expected]}, found {value!r}.")
 
 
-def _checked_text(name: str, value: Any, where: str) -> str:
-    if type(value) in (str, int):
+def _text(name: str, value: Any, where: str, kinds: Collection[type] = (str,)) -> str:
+    if type(value) in kinds:
         return str(value)
-    raise InputError(f"{where}: {name}: expected a text in quotes, found {value!r}.")
+    meaning = FIELDS[name].metadata["help"].replace("%%", "%") if name in FIELDS else ""
+    raise InputError(
+        f"{where}: {name}: expected a text in quotes, found {value!r}"
+        f"{f' ({meaning})' if meaning else ''}."
+    )
 
 
 def _flag(name: str) -> str:

@@ -17,7 +17,7 @@ command = \"\"\"
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from virtex_d2.runtime.errors import InputError, nearest
 
 from .options import JobOptions, check_table, make_options, read_toml
 
+_KEYS = ("command", "after")  # of a stage, besides options
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -33,7 +35,7 @@ class Stage:
 
     Attributes:
         name: of the stage, its job and its folder.
-        command: the tool and its arguments.
+        command: the words of its command line.
         options: what it asks of Slurm.
         after: the stages that must have ended well before it starts; all stand before it.
     """
@@ -57,7 +59,7 @@ def read_pipeline(path: Path, site: Mapping[str, Any], given: Mapping[str, Any])
     """
     content = read_toml(path)
     stages = content.pop("stages", None)
-    common = _options(content, str(path))
+    common = _options(content, str(path), ["stages"])
     if not isinstance(stages, dict) or not stages:
         raise InputError(f"{path}: expected stages, each as a table [stages.NAME].")
     read: list[Stage] = []
@@ -67,10 +69,10 @@ def read_pipeline(path: Path, site: Mapping[str, Any], given: Mapping[str, Any])
             raise InputError(f"{where}: its name becomes a folder's; use letters, digits, - and _.")
         if not isinstance(table, dict):
             raise InputError(f"{where}: expected a table, found {table!r}.")
-        table = dict(table)
-        command = _command(table.pop("command", None), where)
-        after = _after(table.pop("after", []), [stage.name for stage in read], where)
-        own = _options(table, where)
+        own = {key: value for key, value in table.items() if key not in _KEYS}
+        own = _options(own, where, _KEYS)
+        command = _command(table.get("command"), where)
+        after = _after(table.get("after", []), [stage.name for stage in read], where)
         try:
             options = make_options(site, common, {"name": name}, own, given)
         except InputError as error:
@@ -79,10 +81,10 @@ def read_pipeline(path: Path, site: Mapping[str, Any], given: Mapping[str, Any])
     return read
 
 
-def _options(table: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _options(table: Mapping[str, Any], where: str, others: Collection[str]) -> dict[str, Any]:
     if "logs" in table:
         raise InputError(f"{where}: logs: one folder holds all stages; give it as --logs.")
-    return check_table(table, where)
+    return check_table(table, where, others)
 
 
 def _command(value: Any, where: str) -> tuple[str, ...]:

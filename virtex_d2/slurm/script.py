@@ -11,11 +11,10 @@ from pathlib import Path
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.shell import quote
 
+from .checks import ARRAY, check_command, processes_per_node
+from .command import Command
 from .options import JobOptions
 
-ARRAY = "{array}"  # in a command: the number of an array's job
-# Tools with --resume: it continues from the last checkpoint, and starts afresh where there is none.
-RESUMING = ("pretrain_net.py", "train_net.py", "linear_probe.py")
 SCRIPT_SAYS = "== ["  # begins the script's own lines in the log
 _STARTS_LINE = re.compile(r"--\w|[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*$")
 
@@ -26,7 +25,7 @@ class Job:
 
     Attributes:
         options: what it asks for.
-        command: the tool and its arguments, without an interpreter.
+        command: what it runs.
         folder: for the script, its logs and its records; absolute.
         cwd: where the command is run; absolute.
         root: the project's folder, from which its packages are imported.
@@ -36,38 +35,19 @@ class Job:
     """
 
     options: JobOptions
-    command: tuple[str, ...]
+    command: Command
     folder: Path
     cwd: Path
     root: Path
 
     def __post_init__(self) -> None:
-        if not self.command:
-            raise InputError("no command: expected -- tools/train_net.py ... after the options.")
-        tool, options = self.command[0], self.options
-        if tool.endswith(".py") and not (self.cwd / tool).is_file():
-            raise InputError(f"{tool}: no such file in {self.cwd}, where the job would run.")
-        numbered = any(ARRAY in word for word in self.command)
-        if options.array and not numbered:
-            raise InputError(
-                f"--array {options.array}: all its jobs would do the same. Put {ARRAY} into the "
-                f"command, e.g. SEED {ARRAY} OUTPUT_DIR output/seed{ARRAY}."
-            )
-        if numbered and not options.array:
-            raise InputError(f"{ARRAY} in the command: needs --array, e.g. --array 1-3.")
-        own = sorted({"--num-gpus", "--num-processes"} & set(self.command))
-        if own and options.processes_per_node > 1:
-            raise InputError(
-                f"{own[0]} in the command: {options.launcher} starts the "
-                f"{options.processes_per_node} processes of a node already. Leave it out, or add "
-                "--tasks-per-node 1."
-            )
+        check_command(self.command, self.options, self.cwd)
         if unquotable := [p for p in (self.folder, self.cwd) if set(str(p)) & set('"\\\n')]:
             raise InputError(f"{str(unquotable[0])!r}: Slurm cannot take such a folder's name.")
 
     @property
     def name(self) -> str:
-        return self.options.name or Path(self.command[0]).stem
+        return self.options.name or self.command.name
 
     @property
     def log(self) -> str:
@@ -145,7 +125,7 @@ class Job:
         return [
             "",
             "# ---- run",
-            *(_RENDEZVOUS.splitlines() if o.launcher == "torchrun" else []),
+            *(_RENDEZVOUS.splitlines() if self._by_torchrun else []),
             *_array_of("srun", ["srun", *map(quote, srun)]),
             *_array_of("command", self._words()),
             f"max_stuck={o.max_stuck}",
@@ -154,26 +134,37 @@ class Job:
 
     def _words(self) -> list[str]:
         """The command, quoted for the shell."""
-        o, (tool, *arguments) = self.options, self.command
+        o, command, arguments = self.options, self.command, self.command.arguments
         words = [quote(word) for word in shlex.split(o.container)]
-        if tool.endswith(".py"):
+        if command.is_python:
             activated = o.conda or o.venv or o.container
-            words.append(quote(o.python or ("python" if activated else sys.executable)))
-            if o.launcher == "torchrun":
+            default = "python" if activated else sys.executable
+            words.append(quote(command.python or o.python or default))
+            words += map(quote, command.python_options)
+            if self._by_torchrun:
                 words += ["-m", "torch.distributed.run", "--max-restarts=0"]
-                words += [f"--nnodes={o.nodes}", f"--nproc-per-node={o.processes_per_node}"]
+                words += [f"--nnodes={o.nodes}", f"--nproc-per-node={self._processes}"]
                 words += ["--rdzv-backend=c10d", '--rdzv-endpoint="$rendezvous"']
-            if Path(tool).name in RESUMING and not {"--resume", "--eval-only"} & set(arguments):
-                arguments = ["--resume", *arguments]
-        return words + [_word(word) for word in (tool, *arguments)]
+            if command.resumes and not {"--resume", "--eval-only"} & set(arguments):
+                arguments = ("--resume", *arguments)
+        return words + [_word(word) for word in (command.program, *arguments)]
+
+    @property
+    def _processes(self) -> int:
+        """Of a node."""
+        return processes_per_node(self.command, self.options)
+
+    @property
+    def _by_torchrun(self) -> bool:
+        return self.options.launcher == "torchrun" and not self.command.runs_once
 
     @property
     def _tasks(self) -> tuple[int, int]:
         """Slurm's tasks of a node, and the processors of each."""
         o = self.options
-        if o.launcher == "torchrun":
-            return 1, o.cpus_per_task * o.processes_per_node
-        return o.processes_per_node, o.cpus_per_task
+        if self._by_torchrun:
+            return 1, o.cpus_per_task * self._processes
+        return self._processes, o.cpus_per_task
 
 
 _RENDEZVOUS = """\

@@ -1,8 +1,10 @@
 """Writes a job's script into a folder of its own, hands it to sbatch, and notes what came of it."""
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +15,8 @@ from typing import Any
 from virtex_d2.runtime.atomic import atomic_path
 from virtex_d2.runtime.errors import InputError
 
+from .checks import Defaults, check_configs
+from .command import read_command
 from .options import JobOptions
 from .pipeline import Stage
 from .script import Job
@@ -22,11 +26,23 @@ _PATIENCE = 120  # seconds for an answer of Slurm's controller
 # Of an outer job's variables none may reach a new one, and of the user's defaults for sbatch
 # (SBATCH_...) none that the script sets, because they would win over it.
 _KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_TIME_FORMAT")
+# How Slurm says that it finds no slurm.conf, or nobody at the place that is written there.
+_CONFIGURATION = re.compile(
+    r"configuration (source|file)|slurm\.conf|[Uu]nable to contact|onnection refused"
+)
+_NO_CLUSTER = (
+    "Run this on a machine of a cluster with Slurm, such as a login node, where sinfo answers; "
+    "--dry-run prints the script anywhere."
+)
 _SBATCH_NAMES = {"array": "ARRAY_INX", "mem": "MEM_PER_NODE", "time": "TIMELIMIT"}
 
 
 class SlurmError(Exception):
     """One of Slurm's commands failed; the message is its own."""
+
+
+class NoAnswerError(SlurmError):
+    """Slurm has not answered: what it was asked for may have happened."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +79,12 @@ def slurm(*command: object, env: Mapping[str, str] | None = None) -> str:
             words, env=env, capture_output=True, text=True, timeout=_PATIENCE, check=False
         )
     except FileNotFoundError:
-        raise InputError(
-            f"{words[0]}: not found. Run this on a machine with Slurm, such as a login node; "
-            "--dry-run prints the script without."
-        ) from None
+        raise InputError(f"{words[0]}: not found. {_NO_CLUSTER}") from None
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"{words[0]}: no answer from Slurm in {_PATIENCE} seconds") from None
+        raise NoAnswerError(f"{words[0]}: no answer from Slurm in {_PATIENCE} seconds") from None
     if done.returncode:
-        raise SlurmError((done.stderr or done.stdout).strip())
+        said = (done.stderr or done.stdout).strip()
+        raise (NoAnswerError if "timed out" in said else SlurmError)(said)
     return done.stdout
 
 
@@ -93,9 +107,11 @@ def submit(job: Job, after: Sequence[str] = ()) -> Submitted:
         after: ids of jobs that must have ended well before it starts.
 
     Raises:
-        InputError: the folder cannot be written, or Slurm refuses the job and says why.
+        InputError: the folder cannot be written, or Slurm refuses the job and says why. Of a job
+            that was not submitted nothing is left.
     """
     script = job.folder / SCRIPT
+    new = [folder for folder in (job.folder, *job.folder.parents) if not folder.exists()]
     try:
         job.folder.mkdir(parents=True)
         with atomic_path(script) as temporary:
@@ -108,13 +124,30 @@ def submit(job: Job, after: Sequence[str] = ()) -> Submitted:
     dependency = [f"--dependency={','.join(filter(None, wanted))}"] if after else []
     try:
         answer = slurm("sbatch", "--parsable", *dependency, script, env=environment(job))
-    except SlurmError as error:
-        raise InputError(f"sbatch refuses {script}:\n{error}") from error
+    except NoAnswerError as error:
+        raise InputError(
+            f"{error}\nThe job may have been submitted: look at squeue --me before you try again. "
+            f"Its script: {script}"
+        ) from error
+    except (SlurmError, InputError) as error:
+        _remove(new)
+        if isinstance(error, InputError):
+            raise
+        hint = f"\n{_NO_CLUSTER}" if _CONFIGURATION.search(str(error)) else ""
+        raise InputError(f"sbatch refuses the job {job.name}:\n{error}{hint}") from error
     submitted = Submitted(answer.strip().partition(";")[0], job.name, job.folder, job.log)
     with atomic_path(job.folder / RECORD) as temporary:
         record = {"job_id": submitted.job_id, "name": submitted.name, "log": submitted.log}
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return submitted
+
+
+def _remove(folders: Sequence[Path]) -> None:
+    """Those that were made for a job, the innermost first."""
+    shutil.rmtree(folders[0], ignore_errors=True)
+    with contextlib.suppress(OSError):  # another job is in there
+        for folder in folders[1:]:
+            folder.rmdir()
 
 
 def environment(job: Job) -> dict[str, str]:
@@ -148,19 +181,29 @@ def submit_pipeline(jobs: Sequence[tuple[Stage, Job]]) -> list[Submitted]:
 
 
 def stage_jobs(
-    stages: Sequence[Stage], folder: Path, cwd: Path, root: Path
+    stages: Sequence[Stage], folder: Path, cwd: Path, root: Path, defaults: Defaults
 ) -> list[tuple[Stage, Job]]:
     """A job for each stage, in a folder of its own below `folder`.
 
+    Args:
+        stages: in order.
+        folder: of the pipeline; it is not made.
+        cwd, root: as `Job`.
+        defaults: as `checks.check_configs`.
+
     Raises:
-        InputError: as `Job`; the message has the stage.
+        InputError: as `Job` and `checks.check_configs`; the message has the stage.
     """
-    jobs = []
+    jobs: list[tuple[Stage, Job]] = []
     for stage in stages:
         try:
-            jobs.append((stage, Job(stage.options, stage.command, folder / stage.name, cwd, root)))
+            command = read_command(stage.command, cwd, root)
+            job = Job(stage.options, command, folder / stage.name, cwd, root)
+            earlier = [other.command for _, other in jobs]
+            check_configs(command, stage.options, cwd, defaults, earlier)
         except InputError as error:
             raise InputError(f"stage {stage.name}: {error}") from None
+        jobs.append((stage, job))
     return jobs
 
 
@@ -203,12 +246,26 @@ def _read(path: Path) -> Submitted:
 
 
 def single_job(
-    options: JobOptions, command: Sequence[str], logs: Path, cwd: Path, root: Path
+    options: JobOptions,
+    words: Sequence[str],
+    logs: Path,
+    cwd: Path,
+    root: Path,
+    defaults: Defaults,
 ) -> Job:
-    """The job of one command, in a new folder of `logs`.
+    """The job of one command line, in a new folder of `logs`.
+
+    Args:
+        options: what it asks for.
+        words: of the command line.
+        logs: where its folder is to be; it is not made.
+        cwd, root: as `Job`.
+        defaults: as `checks.check_configs`.
 
     Raises:
-        InputError: as `Job`.
+        InputError: as `Job` and `checks.check_configs`.
     """
-    name = options.name or (Path(command[0]).stem if command else "")
-    return Job(options, tuple(command), new_folder(logs, name), cwd, root)
+    command = read_command(words, cwd, root)
+    job = Job(options, command, new_folder(logs, options.name or command.name), cwd, root)
+    check_configs(command, options, cwd, defaults)
+    return job
