@@ -23,6 +23,20 @@ def test_a_name_that_resembles_nothing_is_answered_with_nothing(candidates):
     assert nearest("QQQQQQQQ", candidates) == ""
 
 
+@pytest.mark.parametrize(
+    ("name", "suggested"),
+    [
+        ("VIRTEX.FRACTION", " Did you mean 'DATA.FRACTION'?"),  # in another group
+        ("VIRTEX.ENABLED", ""),  # in several
+        ("DATA.TRAIN_IMAGES", ""),
+        ("MODEL.TEXTUAL.DROPOUT", ""),
+    ],
+)
+def test_keys_of_another_tool_are_answered_with_what_is_near_alone(name, suggested):
+    keys = (*KEYS, "DATA.FRACTION", "A.ENABLED", "B.ENABLED", "MODEL.RESNETS.DEPTH")
+    assert nearest(name, keys) == suggested
+
+
 def test_an_input_error_becomes_one_line_on_stderr_and_exit_code_2(capsys):
     with pytest.raises(SystemExit) as exit_info, exit_on_input_error():
         raise InputError("captions.json: record 3 has no text")

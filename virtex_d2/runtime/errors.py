@@ -43,14 +43,23 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
 
     Args:
         name: what was found, e.g. "SOLVER.BASE_LRR".
-        candidates: what would have been valid. Case is ignored. A dotted key also counts as near
-            when its last part is: "BASE_LR" suggests "SOLVER.BASE_LR".
+        candidates: what would have been valid. Case is ignored. A part of dotted keys counts as
+            near when it is the last of one: "BASE_LR" suggests "SOLVER.BASE_LR". A dotted name is
+            only near what differs in a few letters, or in the group alone: keys of another tool's
+            config resemble many.
     """
     spelled = {candidate.lower(): candidate for candidate in candidates}
-    close = difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=0.6)
+    dotted = "." in name
+    close = difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=0.85 if dotted else 0.6)
     if not close:
-        by_last_part = {key.rpartition(".")[2]: key for key in spelled}
         last_part = name.lower().rpartition(".")[2]
-        matches = difflib.get_close_matches(last_part, by_last_part, n=1, cutoff=0.75)
-        close = [by_last_part[match] for match in matches]
+        by_last_part: dict[str, list[str]] = {}
+        for key in spelled:
+            by_last_part.setdefault(key.rpartition(".")[2], []).append(key)
+        if dotted:
+            close = by_last_part.get(last_part, [])
+            close = close if len(close) == 1 else []  # ENABLED is in many groups
+        else:
+            matches = difflib.get_close_matches(last_part, by_last_part, n=1, cutoff=0.75)
+            close = [by_last_part[match][-1] for match in matches]
     return f" Did you mean '{spelled[close[0]]}'?" if close else ""
