@@ -27,8 +27,9 @@ from virtex_d2.demo.plan import (  # noqa: E402
     SPLIT_SEEDS,
     TEST_IMAGES,
 )
-from virtex_d2.pipeline.runner import claim_output, run_stages  # noqa: E402
+from virtex_d2.pipeline.runner import StageFailedError, claim_output, run_stages  # noqa: E402
 from virtex_d2.pipeline.stage import Stage, read_config  # noqa: E402
+from virtex_d2.runtime.errors import exit_on_input_error  # noqa: E402
 
 SPLITS = {"captions": CAPTION_IMAGES, "train": LABELLED_IMAGES, "test": TEST_IMAGES}
 TASKS = ("bicaptioning", "token_classification", "multilabel_classification")
@@ -118,4 +119,9 @@ def _instances(output: Path, split: str) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_input_error():
+        try:
+            main()
+        except StageFailedError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(error.code)

@@ -127,7 +127,8 @@ if __name__ == "__main__":
         try:
             main(arguments)
         except StageFailedError as error:
-            sys.exit(f"error: {error}")
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(error.code)
         except KeyboardInterrupt:
             print("\nStopped. The same command goes on from here.", file=sys.stderr)
             sys.exit(130)

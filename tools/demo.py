@@ -41,7 +41,8 @@ def main() -> None:
     try:
         run_demo(Path(__file__).resolve().parents[1], Path(args.output), args.scale, args.seeds)
     except StageFailedError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.code)
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on from here.", file=sys.stderr)
         sys.exit(130)

@@ -9,7 +9,7 @@ import pytest
 
 from virtex_d2.demo.main import run_demo
 from virtex_d2.demo.plan import make_budget, make_plan
-from virtex_d2.pipeline import runner
+from virtex_d2.pipeline import process, runner
 from virtex_d2.pipeline.progress import Progress
 from virtex_d2.pipeline.runner import StageFailedError
 from virtex_d2.reporting import plots
@@ -134,7 +134,7 @@ def test_an_interrupt_ends_the_running_processes(project, monkeypatch):
             super().__init__(*args, **kwargs)
             processes.append(self)
 
-    monkeypatch.setattr(runner.subprocess, "Popen", Recorded)
+    monkeypatch.setattr(process.subprocess, "Popen", Recorded)
     monkeypatch.setattr(Progress, "update", interrupt)
     script = project / "tools" / "train_net.py"
     script.write_text("import time; print('on', flush=True); time.sleep(60)")
@@ -173,13 +173,13 @@ def test_a_detector_that_fails_lets_the_other_finish(project):
 )
 def test_processes_share_the_cores(tmp_path, monkeypatch, cores, processes, threads):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(runner, "cores", lambda: cores)
-    assert runner.environment(tmp_path, processes)["OMP_NUM_THREADS"] == str(threads)
+    monkeypatch.setattr(process, "cores", lambda: cores)
+    assert process.environment(tmp_path, processes)["OMP_NUM_THREADS"] == str(threads)
 
 
 def test_threads_that_are_asked_for_are_used(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert runner.environment(tmp_path, 2)["OMP_NUM_THREADS"] == "7"
+    assert process.environment(tmp_path, 2)["OMP_NUM_THREADS"] == "7"
 
 
 def test_stages_that_run_at_once_count_with_the_longest(finished_copy):

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
-from virtex_d2.pipeline.runner import checked_marker, claim_output, cores, run_stages
+from virtex_d2.pipeline.markers import checked_marker
+from virtex_d2.pipeline.process import cores
+from virtex_d2.pipeline.runner import claim_output, run_stages
 from virtex_d2.pipeline.stage import Stage, argv
 from virtex_d2.reporting.page import Picture
 from virtex_d2.runtime.errors import InputError
@@ -69,11 +71,12 @@ class Comparison:
 
         Args:
             jobs: how many at the same time; 0: as many as there are GPUs for, one without.
-            only: a run's number, from 0; None: all.
+            only: a run's number, from 0, beside which other processes may do others; None: all,
+                and no other process does all of them meanwhile.
 
         Raises:
-            InputError: a checkpoint cannot be used, or a folder holds something else; nothing has
-                been run then.
+            InputError: a checkpoint cannot be used, a folder holds something else, or another
+                process is at work on all runs; nothing has been run then.
             pipeline.runner.StageFailedError: a run failed.
         """
         stages = self.stages
@@ -86,11 +89,12 @@ class Comparison:
         check_plan(self.plan, self.root)
         claim_output(self.output, KIND, {"baseline": self.plan.baseline})
         print(
-            f"{len(stages)} runs into {self.output}, on {cores()} cores. Commands run in "
-            f"{self.root}.",
+            f"{len(stages)} {'run' if len(stages) == 1 else 'runs'} into {self.output}, on "
+            f"{cores()} cores. Commands run in {self.root}.",
             flush=True,
         )
-        run_stages(stages, self.root, self.output, _slots(jobs, self.plan.num_gpus))
+        slots = _slots(jobs, self.plan.num_gpus)
+        run_stages(stages, self.root, self.output, slots, alone=only is None)
 
     def finished(self) -> tuple[list[Run], list[str]]:
         """The finished runs, and the names of the others.
@@ -107,7 +111,7 @@ class Comparison:
         return runs, missing
 
     def report(self) -> tuple[Path, list[Block]]:
-        """Write report.html, results.csv and summary.csv from the finished runs.
+        """Write report.html, results.csv and summary.csv of the finished runs; prints the others.
 
         Returns:
             The report's path, and what is in it.
@@ -116,6 +120,9 @@ class Comparison:
             InputError: no run is finished.
         """
         runs, missing = self.finished()
+        if missing:
+            count = f"{len(missing)} of {len(self.stages)} runs"
+            print("\n  ".join([f"Not finished: {count}:", *missing]), flush=True)
         commands = {s.name: c for s, c in zip(self.stages, self._commands())}
         names = [init.name for init in self.plan.inits]
         return write_all(self.output, names, runs, missing, commands)

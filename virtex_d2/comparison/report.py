@@ -70,7 +70,8 @@ def _heading(blocks: Sequence[Block], missing: Sequence[str]) -> str:
         for block in blocks
     ]
     incomplete = (
-        f"<p><b>{len(missing)} runs are not finished; the same command goes on with them.</b></p>"
+        f"<p><b>{len(missing)} {'run is' if len(missing) == 1 else 'runs are'} not finished; the "
+        "same command goes on with what is missing.</b></p>"
         if missing
         else ""
     )

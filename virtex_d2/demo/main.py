@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from virtex_d2.pipeline.process import cores
 from virtex_d2.pipeline.progress import clock
-from virtex_d2.pipeline.runner import claim_output, cores, elapsed, run_stages
+from virtex_d2.pipeline.runner import claim_output, elapsed, run_stages
 from virtex_d2.pipeline.stage import read_config
 from virtex_d2.reporting.metrics import Metrics
 from virtex_d2.reporting.page import Picture

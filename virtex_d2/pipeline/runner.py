@@ -2,58 +2,38 @@
 
 A stage that has ended well leaves a marker with the fingerprint of its command and configs; the
 next call skips it. One that was stopped goes on with the tool's --resume, or writes its files anew.
+Two processes never run the same stage at the same time: each is locked while it runs.
 """
 
-import ctypes
-import json
-import os
 import queue
-import re
-import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.files import atomic_path
-from virtex_d2.runtime.setup import TRACES
-from virtex_d2.runtime.shell import shell
+from virtex_d2.runtime.errors import EXIT_CODE, InputError
+from virtex_d2.runtime.lock import RunLock
 from virtex_d2.runtime.slurm_step import find_step
 
+from .markers import FOLDER, checked_marker, read_record, write_record
+from .process import StageProcess
 from .progress import Progress, clock
-from .stage import Stage, argv, grouped
+from .stage import Stage, grouped
 
-_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
-LOG_TAIL = 25  # lines shown of a failed stage
 _MAKING = 1.0  # seconds in which another process has surely written its record
-
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class StageFailedError(Exception):
-    """A stage's process ended badly; the message has the end of its log, and where that is."""
+    """A stage's process ended badly; the message has the end of its log, and where that is.
 
-
-def cores() -> int:
-    """The processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def environment(root: Path, processes: int = 1) -> dict[str, str]:
-    """The environment of stages of which so many run at once: this one, and threads.
-
-    Each gets its share of the cores, unless OMP_NUM_THREADS says something else. Threads that wait
-    sleep: on a busy machine, spinning ones keep a core from those they wait for.
+    Attributes:
+        code: exit code for the tool: 2 where the stages refused what they were given, so that the
+            same command would fail again; else 1.
     """
-    share = max(1, cores() // processes)
-    threads = {"OMP_NUM_THREADS": str(share), "OMP_WAIT_POLICY": "PASSIVE"}
-    env = {**threads, **os.environ, "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [env.get("PYTHONPATH")])])
-    return env
+
+    def __init__(self, message: str, code: int = 1):
+        super().__init__(message)
+        self.code = code
 
 
 def claim_output(output: Path, kind: str, settings: Mapping[str, Any]) -> None:
@@ -72,7 +52,7 @@ def claim_output(output: Path, kind: str, settings: Mapping[str, Any]) -> None:
     record = output / f"{kind}.json"
     _await_record(record)
     if record.is_file():
-        found = _read_json(record)
+        found = read_record(record)
         if found != settings:
             raise InputError(
                 f"{output}: holds a {kind} with other settings ({_shown(found)}; now "
@@ -84,7 +64,7 @@ def claim_output(output: Path, kind: str, settings: Mapping[str, Any]) -> None:
             f"{output}: holds something that no {kind} has left there. Choose another --output, or "
             "remove it."
         )
-    _write_json(record, settings)
+    write_record(record, settings)
 
 
 def _refuse_several(kind: str, environ: Mapping[str, str]) -> None:
@@ -112,6 +92,7 @@ def run_stages(
     root: Path,
     output: Path,
     slots: Sequence[Mapping[str, str]] | None = None,
+    alone: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """Run every stage that is not complete; neighbours of one group at the same time.
 
@@ -120,20 +101,42 @@ def run_stages(
         root, output: the project's folder, and that of markers and logs.
         slots: environment variables of each place in which a stage can run, such as its GPU: no
             more stages than that run at once. None: as many as a group has.
+        alone: whether `output` is this call's as long as it lasts. False: for the tasks of a job
+            array, which run other stages of the same folder at the same time.
 
     Returns:
         Each stage's marker by its name: "command", "seconds" (over all its runs), "threads".
 
     Raises:
-        InputError: a stage's folder was written by another command or with another config.
+        InputError: a stage's folder was written by another command or with another config, or
+            another process is at work on all of them.
         StageFailedError: a stage failed; the later ones were not started.
     """
+    (output / FOLDER).mkdir(parents=True, exist_ok=True)
+    lost: list[InputError] = []  # by the threads that keep the locks
+    lock = RunLock(output, lost.append, key="--output")
+    if alone:
+        lock.acquire()
+    try:
+        return _run_locked(stages, root, output, slots, lost)
+    finally:
+        lock.release()
+
+
+def _run_locked(
+    stages: Sequence[Stage],
+    root: Path,
+    output: Path,
+    slots: Sequence[Mapping[str, str]] | None,
+    lost: list[InputError],
+) -> dict[str, dict[str, Any]]:
     markers = {stage.name: checked_marker(stage, root, output) for stage in stages}
     numbers = {stage.name: number for number, stage in enumerate(stages, start=1)}
     for group in grouped(stages):
         places = slots or [{}] * len(group)
+        share = min(len(places), len(group))
         runs = [
-            _Run(stage, markers[stage.name], root, output, min(len(places), len(group)))
+            StageProcess(stage, markers[stage.name], root, output, share, lost)
             for stage in group
             if not markers[stage.name].get("complete")
         ]
@@ -143,7 +146,7 @@ def run_stages(
             print(f"  done before, in {clock(markers[stage.name]['seconds'])}: kept", flush=True)
         if runs:
             titles = {run.stage.name: _title(run.stage, numbers, len(stages)) for run in runs}
-            _run_together(runs, places, titles)
+            _run_together(runs, places, titles, lost)
     return markers
 
 
@@ -156,128 +159,43 @@ def elapsed(stages: Iterable[Stage], markers: Mapping[str, Mapping[str, Any]]) -
     return sum(max(markers[stage.name]["seconds"] for stage in group) for group in grouped(stages))
 
 
-def checked_marker(stage: Stage, root: Path, output: Path) -> dict[str, Any]:
-    """What an earlier run of the stage has recorded; empty where there was none.
-
-    Raises:
-        InputError: it was another command, or had other configs or files.
-    """
-    path = _marker_path(stage, output)
-    if not path.is_file():
-        return {}
-    marker = _read_json(path)
-    if marker.get("fingerprint") != stage.fingerprint(root):
-        folder = root / stage.folder
-        trained = any((folder / name).exists() for name in TRACES)
-        if not marker.get("complete") and stage.again == "--resume" and not trained:
-            # It has left nothing to go on from: after a mistake in the command it begins anew.
-            return {}
-        raise InputError(
-            f"{output}: its stage {stage.name} was made by another command, config or input file "
-            f"than now ({path}). Choose another --output, or remove the folder."
-        )
-    return marker
-
-
-class _Run:
-    """A stage's process, its log and its marker, which is kept up to date.
-
-    Args:
-        stage: what to run.
-        marker: of an earlier run that was stopped, or empty; changed in place.
-        root, output: the project's folder, and that of markers and logs.
-        processes: how many share the machine.
-    """
-
-    def __init__(self, stage: Stage, marker: dict, root: Path, output: Path, processes: int):
-        self.stage = stage
-        self.log = output / "logs" / f"{stage.name}.log"
-        self._marker, self._path = marker, _marker_path(stage, output)
-        self._mode = "a" if marker else "w"
-        self._root, self._environment = root, environment(root, processes)
-        self._command = argv(stage, root, again=bool(marker))
-        self._seconds_before = marker.get("seconds", 0.0)
-        marker.update(
-            fingerprint=stage.fingerprint(root),
-            command=shell(argv(stage, root)),
-            seconds=self._seconds_before,
-            threads=self._environment["OMP_NUM_THREADS"],
-            complete=False,
-        )
-
-    def start(self, tell: Callable[[str | None], None], slot: Mapping[str, str]) -> None:
-        """Start the process; `tell` gets each line of its output, and None at its end."""
-        print(f"  {shell(self._command)}", flush=True)
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        _write_json(self._path, self._marker)
-        self._file = open(self.log, self._mode, encoding="utf-8")  # noqa: SIM115  closed in `end`
-        self._start = time.monotonic()
-        self._process = subprocess.Popen(
-            self._command,
-            cwd=self._root,
-            env={**self._environment, **slot},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
-        )
-        threading.Thread(target=self._read, args=(tell,), daemon=True).start()
-
-    def _read(self, tell: Callable[[str | None], None]) -> None:
-        for line in self._process.stdout:
-            line = _ANSI.sub("", line)
-            self._file.write(line)
-            self._file.flush()
-            tell(line)
-        tell(None)
-
-    @property
-    def seconds(self) -> float:
-        """Over all runs of the stage."""
-        return self._marker["seconds"]
-
-    def end(self, stop: bool = False) -> int:
-        """Wait for the process's end, or bring it about, and record it; returns its exit code."""
-        if stop:
-            self._process.terminate()  # an interrupt from the terminal has reached it as well
-        code = self._process.wait()
-        self._file.close()
-        self._marker["complete"] = code == 0 and not stop
-        self._marker["seconds"] = self._seconds_before + time.monotonic() - self._start
-        _write_json(self._path, self._marker)
-        return code
-
-
-def _end_with_parent() -> None:
-    """A run whose parent is killed would go on unseen, beside the one that is started next.
-
-    In the child: Linux is to send it SIGTERM when the thread that started it is gone.
-    """
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 def _run_together(
-    runs: Sequence[_Run], slots: Sequence[Mapping[str, str]], titles: Mapping[str, str]
+    runs: Sequence[StageProcess],
+    slots: Sequence[Mapping[str, str]],
+    titles: Mapping[str, str],
+    lost: list[InputError],
 ) -> None:
     """Run processes, as many at the same time as there are slots.
 
     Where one fails, those that run come to their end, and no other begins.
+
+    Raises:
+        InputError: `lost` has one: those that run are ended.
+        StageFailedError: a stage failed.
     """
-    news: queue.SimpleQueue[tuple[_Run, str | None]] = queue.SimpleQueue()
+    news: queue.SimpleQueue[tuple[StageProcess, str | None]] = queue.SimpleQueue()
     progress = Progress({run.stage.label: run.stage.iterations for run in runs})
     waiting, free = list(runs), list(slots)
-    running: dict[str, tuple[_Run, Mapping[str, str]]] = {}
-    codes: dict[str, int] = {}
+    running: dict[str, tuple[StageProcess, Mapping[str, str]]] = {}
+    failures: list[StageFailedError] = []
     try:
-        while running or (waiting and not any(codes.values())):
-            while waiting and free and not any(codes.values()):
-                run, slot = waiting.pop(0), free.pop(0)
+        while running or (waiting and not failures):
+            if lost:
+                raise lost[0]
+            while waiting and free and not failures:
+                run = waiting.pop(0)
                 print(titles[run.stage.name], flush=True)
-                run.start(lambda line, run=run: news.put((run, line)), slot)
-                running[run.stage.name] = run, slot
+                try:
+                    begun = run.start(lambda line, run=run: news.put((run, line)), free[0])
+                except InputError as error:
+                    failures.append(StageFailedError(str(error), EXIT_CODE))
+                    continue
                 progress.begin(run.stage.label)
+                if begun:
+                    running[run.stage.name] = run, free.pop(0)
+                else:
+                    progress.end(run.stage.label)
+                    print("  done by another process meanwhile: kept", flush=True)
             try:
                 run, line = news.get(timeout=1.0)
             except queue.Empty:
@@ -286,9 +204,11 @@ def _run_together(
             if line is None:
                 _, slot = running.pop(run.stage.name)
                 free.append(slot)
-                codes[run.stage.name] = run.end()
+                code = run.end()
                 progress.end(run.stage.label)
-                if codes[run.stage.name] == 0:
+                if code:
+                    failures.append(_failure(run, code))
+                else:
                     print(f"  finished in {clock(run.seconds)}; log: {run.log}", flush=True)
             else:
                 progress.update(line.strip(), run.stage.label)
@@ -296,42 +216,28 @@ def _run_together(
         progress.close()
         for run, _ in running.values():
             run.end(stop=True)
-    failures = [
-        _failure(run.stage, codes[run.stage.name], run.log)
-        for run in runs
-        if codes.get(run.stage.name)
-    ]
     if failures:
-        raise StageFailedError("\n".join(failures))
+        codes = {failure.code for failure in failures}
+        raise StageFailedError("\n".join(map(str, failures)), codes.pop() if len(codes) == 1 else 1)
 
 
-def _failure(stage: Stage, code: int, log: Path) -> str:
-    tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL:]
+def _failure(run: StageProcess, code: int) -> StageFailedError:
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    return "\n".join(
+    refused = code == EXIT_CODE
+    then = (
+        "It refused what it was given, and would again: mend that first."
+        if refused
+        else "The same command goes on from here."
+    )
+    text = "\n".join(
         [
-            f"the stage {stage.name} {how}. The end of its log:",
-            *(f"  | {line}" for line in tail),
-            f"The whole log: {log}. There is no report. The same command goes on from here.",
+            f"the stage {run.stage.name} {how}. The end of its log:",
+            *(f"  | {line}" for line in run.tail()),
+            f"The whole log: {run.log}. There is no report. {then}",
         ]
     )
-
-
-def _marker_path(stage: Stage, output: Path) -> Path:
-    return output / "stages" / f"{stage.name}.json"
+    return StageFailedError(text, EXIT_CODE if refused else 1)
 
 
 def _shown(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items())
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}). Remove the folder.") from error
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

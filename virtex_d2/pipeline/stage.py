@@ -15,6 +15,7 @@ import yaml
 
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import sha256
+from virtex_d2.runtime.same_config import texts
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,23 @@ class Stage:
     again: str = "--resume"
     label: str = ""
     group: str = ""
+
+    def made_of(self, root: Path) -> dict[str, Any]:
+        """What `fingerprint` is of, so that what has changed can be named.
+
+        Returns:
+            "command", words; by name "configs", {key: text} each; "files", their SHA-256; "needs",
+            fingerprints.
+
+        Raises:
+            InputError: a file cannot be read.
+        """
+        return {
+            "command": list(self.command),
+            "configs": {config: texts(read_config(root / config)) for config in self.configs},
+            "files": {file: _content_hash(root / file) for file in self.files},
+            "needs": {stage.name: stage.fingerprint(root) for stage in self.needs},
+        }
 
     def fingerprint(self, root: Path) -> str:
         """A hash of the command, its config files (with those they include), and its inputs.
@@ -89,8 +107,14 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: cannot read this config file: {error}") from error
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot read this config file: {error.strerror}. Check the path."
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected KEY: VALUE lines, found a {type(content).__name__}")
     bases = content.pop("_BASE_", [])
     merged: dict[str, Any] = {}
     for base in [bases] if isinstance(bases, str) else bases:

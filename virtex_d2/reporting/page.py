@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 
 import virtex_d2
-from virtex_d2.pipeline.runner import cores
+from virtex_d2.pipeline.process import cores
 from virtex_d2.runtime.files import atomic_path
 
 # The distributions whose versions can change a result; detectron2 goes by either name.

@@ -85,6 +85,9 @@ class RunLock:
     Args:
         folder: of the run; must exist.
         on_lost: called, in a thread, with an InputError when another run has taken the folder.
+        key: the config key or flag that names the folder, for messages.
+        part: of a folder that several runs share, the one that is locked; "": all of it. A file
+            name's beginning, which may have folders that exist before it.
 
     Attributes:
         beat: seconds between signs of life.
@@ -94,8 +97,16 @@ class RunLock:
     beat = 15.0
     stale = 180.0
 
-    def __init__(self, folder: str | os.PathLike, on_lost: Callable[[InputError], None]):
-        self.path = Path(folder) / NAME
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        on_lost: Callable[[InputError], None],
+        key: str = "OUTPUT_DIR",
+        part: str = "",
+    ):
+        self.path = Path(folder) / (f"{part}.lock" if part else NAME)
+        self._place = f"{key} {folder}" + (f", {Path(part).name}" if part else "")
+        self._key = key
         self._on_lost = on_lost
         self._me = Holder.this_process()
         self._released = threading.Event()
@@ -170,8 +181,8 @@ class RunLock:
                     break
         if alive:
             raise InputError(
-                f"OUTPUT_DIR {self.path.parent}: another run is writing it: {holder}. Stop that "
-                "one, or choose another OUTPUT_DIR."
+                f"{self._place}: another run is writing it: {holder}. Stop that one, or choose "
+                f"another {self._key}."
             )
         logger.info("%s: no sign of life for %.0f s (%s).", self.path, self.stale, holder)
         return True
@@ -226,9 +237,9 @@ class RunLock:
             return True
         self._on_lost(
             InputError(
-                f"OUTPUT_DIR {self.path.parent}: another run has taken it over: {self._read()}. "
-                "This one had left no sign of life for so long that it was taken for dead; it ends "
-                "now, so as not to write over the other's files."
+                f"{self._place}: another run has taken it over: {self._read()}. This one "
+                "had left no sign of life for so long that it was taken for dead; it ends now, so "
+                "as not to write over the other's files."
             )
         )
         return False
