@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> None:
             args.config_file,
             parse_inits(args.init, args.init_opts),
             args.fractions,
-            args.seeds,
+            args.seeds or [1],
             args.opts,
             args.baseline,
             args.num_gpus,
@@ -55,6 +55,32 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse_args() -> argparse.Namespace:
+    args = _parser().parse_args()
+    if args.collect:
+        _refuse_beside_collect(args)
+    elif not args.config_file:
+        raise InputError("--config-file: name at least one config of tools/train_net.py.")
+    return args
+
+
+def _refuse_beside_collect(args: argparse.Namespace) -> None:
+    """Raises:
+    InputError: a flag is given that says how to train: the runs are finished.
+    """
+    defaults = _parser().parse_args(["--output", str(args.output)])
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name, value in vars(args).items()
+        if name not in ("output", "collect", "baseline") and value != getattr(defaults, name)
+    ]
+    if given:
+        raise InputError(
+            f"--collect: reads finished runs, which say themselves how they were trained; leave "
+            f"{', '.join(given)} out."
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -89,7 +115,13 @@ def parse_args() -> argparse.Namespace:
         default=[],
         help="of the training images (default: VIRTEX.FRACTION of the config)",
     )
-    add("--seeds", type=int, nargs="+", default=[1], help="one run of each start for every seed")
+    add(
+        *("--seeds",),
+        type=int,
+        nargs="+",
+        default=[],
+        help="one run of each start for every seed (default 1)",
+    )
     add("--baseline", default="", metavar="NAME", help="default: random, else the first --init")
     add("--num-gpus", type=int, default=1, help="of one run (default 1)")
     add("--jobs", type=int, default=0, help="runs at the same time (default: as GPUs allow)")
@@ -110,12 +142,7 @@ def parse_args() -> argparse.Namespace:
         metavar="KEY VALUE",
         help="config overrides for all runs, e.g. SOLVER.MAX_ITER 1000; after everything else",
     )
-    args = parser.parse_args()
-    if args.collect and (args.config_file or args.init):
-        raise InputError("--collect: reads finished runs; leave --config-file and --init out.")
-    if not (args.collect or args.config_file):
-        raise InputError("--config-file: name at least one config of tools/train_net.py.")
-    return args
+    return parser
 
 
 if __name__ == "__main__":

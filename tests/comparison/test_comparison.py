@@ -308,6 +308,13 @@ def test_folders_that_cannot_be_collected_are_refused(project, patterns, message
         collect(patterns)
 
 
+def test_collected_runs_of_one_start_are_no_comparison(project):
+    comparison(project, seeds=(1,), fractions=(1.0,)).run(only=0)
+    with pytest.raises(InputError, match="expected 2 to 8 initialisations to compare, found 1: a"):
+        report_collected(project / "report", ["a=out/runs/tiny/100pct/random/seed1"])
+    assert not (project / "report").exists()
+
+
 def test_a_run_that_has_not_come_to_its_end_is_refused(project):
     comparison(project, seeds=(1,), fractions=(1.0,)).run()
     path = project / "out" / "runs" / "tiny" / "100pct" / "random" / "seed1" / "metrics.json"
@@ -390,6 +397,10 @@ def test_the_tool_runs_lists_and_reports(project, run_python):
     refused = run_python("tools/compare_inits.py", "--output", "new", "--init", "random")
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: --config-file")
+    ignored = ("--seeds", 1, "--only", 0, "--opts", "SOLVER.MAX_ITER", 1)
+    refused = run_python("tools/compare_inits.py", "--output", "new", "--collect", "a=b", *ignored)
+    assert refused.returncode == 2
+    assert "leave --seeds, --only, --opts out" in refused.stderr
 
 
 def test_the_stand_in_writes_what_the_real_trainer_writes(project):

@@ -56,7 +56,8 @@ def test_the_baseline_is_random_wherever_it_stands_and_comes_first():
     [
         (["random"], "2 to 8 initialisations"),
         (["random", "random"], "two of the name 'random'"),
-        (["random", "virtex"], "--init virtex=virtex"),
+        (["random", "virtex"], r"--init virtex=output/pretrain/backbone\.safetensors\.$"),
+        (["random", "R-50.pth"], r"--init R-50=R-50\.pth\.$"),
         (["random", "virtex="], "expected random or NAME=CHECKPOINT"),
         (["random", "a/b=c"], "expected random or NAME=CHECKPOINT"),
         (["x=a", "random=b"], "random has no checkpoint"),
@@ -78,7 +79,10 @@ def test_initialisations_of_another_form_are_refused(texts, message):
         ({"seeds": [-1]}, "not negative"),
         ({"baseline": "virtx"}, "Did you mean 'virtex'"),
         ({"overrides": ["SEED", "3"]}, "SEED is set by the comparison"),
-        ({"overrides": ["SOLVER.MAX_ITER"]}, "KEY VALUE pairs"),
+        ({"overrides": ["SOLVER.MAX_ITER"]}, "--opts: expected KEY VALUE pairs"),
+        ({"overrides": ["SEED", "--list"]}, "--list stands behind --opts.*before --opts"),
+        ({"overrides": ["A.B", "1", "--jobs", "2"]}, "--jobs stands behind --opts"),
+        ({"overrides": ["A.B", "1", "--list"]}, "--list stands behind --opts"),
         ({"num_gpus": 0}, "--num-gpus 0"),
         ({"configs": ["a/x.yaml", "b/x.yaml"]}, "have the same name"),
     ],
@@ -105,15 +109,23 @@ def test_a_damaged_checkpoint_is_found_before_the_first_run(project):
 
 
 def test_a_mistyped_key_is_found_before_the_first_run(project):
-    for arguments in (
-        {"overrides": ["SOLVER.MAX_ITR", "3"]},
-        {"init_opts": [["virtex", "X", "1"]]},
+    for arguments, message in (
+        ({"overrides": ["SOLVER.MAX_ITR", "3"]}, r"^--opts: unknown key SOLVER\.MAX_ITR"),
+        ({"init_opts": [["virtex", "X", "1"]]}, "^--init-opts virtex: unknown key X"),
     ):
-        with pytest.raises(InputError, match=r"unknown key (SOLVER.MAX_ITR|X)"):
+        with pytest.raises(InputError, match=message):
             comparison(project, **arguments).run()
         with pytest.raises(InputError, match="unknown key"):
             comparison(project, **arguments).commands()
     assert not (project / "out").exists()
+
+
+def test_a_config_that_is_not_there_is_told_as_by_the_other_tools(project):
+    inits = parse_inits(["random", "virtex=virtex.safetensors"])
+    with pytest.raises(
+        InputError, match=r"none\.yaml: cannot read this config file: No such file.* Check"
+    ):
+        make_plan(["configs/none.yaml"], inits, root=project)
 
 
 def test_every_seeds_checkpoint_is_looked_at(project):

@@ -19,7 +19,7 @@ from virtex_d2.runtime.shell import shell
 
 from . import figures, pictures, report, tables
 from .collection import collect
-from .plan import Plan, check_plan, choose_baseline
+from .plan import MOST_INITS, Plan, check_plan, choose_baseline
 from .runs import TASKS, Run, read_run
 from .tables import Block
 
@@ -139,9 +139,15 @@ def report_collected(
         baseline: a name; "": random where it is one of them, else the first.
 
     Raises:
-        InputError: as `collect`, or `output` holds something else.
+        InputError: as `collect`, there are fewer than two starts or more than `MOST_INITS`, or
+            `output` holds something else.
     """
     names, runs = collect(patterns)
+    if not 2 <= len(names) <= MOST_INITS:
+        raise InputError(
+            f"--collect: expected 2 to {MOST_INITS} initialisations to compare, found "
+            f"{len(names)}: {', '.join(names)}. Name the runs of each with a --collect of its own."
+        )
     baseline = choose_baseline(names, baseline)
     claim_output(output, KIND, {"collected": True})
     return write_all(output, sorted(names, key=lambda name: name != baseline), runs)

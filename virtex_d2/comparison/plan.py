@@ -144,9 +144,11 @@ def parse_inits(texts: Sequence[str], overrides: Sequence[Sequence[str]] = ()) -
                 "virtex=output/pretrain/backbone.safetensors; names have letters, digits and _.+-."
             )
         if not equals and name != RANDOM:
+            checkpoint = "output/pretrain/backbone.safetensors"
+            example = f"{Path(text).stem}={text}" if Path(text).suffix else f"{text}={checkpoint}"
             raise InputError(
                 f"--init {text!r}: expected NAME=CHECKPOINT; only {RANDOM} stands alone. For "
-                f"example: --init {Path(text).stem or 'virtex'}={text}."
+                f"example: --init {example}."
             )
         if equals and name == RANDOM:
             raise InputError(f"--init {text!r}: {RANDOM} has no checkpoint; choose another name.")
@@ -231,7 +233,7 @@ def make_plan(
             for name, config in by_name.items()
         },
         tuple(seeds),
-        _checked_overrides("command line", overrides),
+        _checked_overrides("--opts", overrides),
         num_gpus,
     )
 
@@ -245,8 +247,8 @@ def check_plan(plan: Plan, root: Path) -> None:
     """
     for config in plan.configs.values():
         for init in plan.inits:
-            opts = [*plan.overrides, *init.overrides]
-            load_config(get_virtex_cfg(), str(root / config), opts)
+            cfg = load_config(get_virtex_cfg(), str(root / config), plan.overrides, "--opts")
+            load_config(cfg, None, init.overrides, f"--init-opts {init.name}")
     for init in plan.inits:
         options = dict(zip(init.overrides[::2], init.overrides[1::2]))
         for weights in dict.fromkeys(init.weights_for(seed) for seed in plan.seeds):
@@ -300,6 +302,12 @@ def _number(config: Mapping, overrides: Sequence[str]) -> int:
 
 
 def _checked_overrides(where: str, opts: Sequence[str]) -> tuple[str, ...]:
+    flags = [word for word in opts if word.startswith("--")]
+    if flags:
+        raise InputError(
+            f"{flags[0]} stands behind {where}, whose KEY VALUE pairs go to the end of the line. "
+            f"Put it before {where}."
+        )
     if len(opts) % 2:
         raise InputError(f"{where}: expected KEY VALUE pairs, found {' '.join(opts)}.")
     for key in opts[::2]:

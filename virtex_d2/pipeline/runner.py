@@ -5,6 +5,7 @@ next call skips it. One that was stopped goes on with the tool's --resume, or wr
 Two processes never run the same stage at the same time: each is locked while it runs.
 """
 
+import os
 import queue
 import time
 from collections.abc import Iterable, Mapping, Sequence

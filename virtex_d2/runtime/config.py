@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import yaml
@@ -14,7 +14,12 @@ from .errors import InputError, nearest
 _LISTED = 5  # problems of one file that are named
 
 
-def load_config(cfg: CfgNode, config_file: str | None, opts: list[str] | None) -> CfgNode:
+def load_config(
+    cfg: CfgNode,
+    config_file: str | None,
+    opts: Sequence[str] | None,
+    opts_from: str = "command line",
+) -> CfgNode:
     """Merge a YAML file (with the files it names in `_BASE_`) and KEY VALUE pairs into `cfg`.
 
     YAML tags that build Python objects are refused (detectron2's own loader allows them). An int
@@ -24,6 +29,7 @@ def load_config(cfg: CfgNode, config_file: str | None, opts: list[str] | None) -
         cfg: every valid key with its default. Changed only when all is valid.
         config_file: path of a YAML file; None or "" for none.
         opts: ["KEY", "VALUE", ...] from the command line, applied last.
+        opts_from: where they stand, for messages: a flag's name.
 
     Returns:
         `cfg`, not frozen.
@@ -36,7 +42,7 @@ def load_config(cfg: CfgNode, config_file: str | None, opts: list[str] | None) -
     result = cfg.clone()
     if config_file:
         _merge_file(result, config_file, including=())
-    _merge_opts(result, list(opts or []))
+    _merge_opts(result, list(opts or []), opts_from)
     # Replaced and not merged: yacs would evaluate the strings once more, and 2024 become a number.
     cfg.clear()
     cfg.update(result)
@@ -95,23 +101,23 @@ def _merge_mapping(root: CfgNode, node: CfgNode, content: dict, prefix: str) -> 
             yield from _set(root, full_key, value)
 
 
-def _merge_opts(cfg: CfgNode, opts: list[str]) -> None:
+def _merge_opts(cfg: CfgNode, opts: list[str], where: str) -> None:
     flags = [opt for opt in opts[::2] if opt.startswith("-")]
     if flags:
         raise InputError(
-            f"command line: {flags[0]} stands where a config key was expected. "
+            f"{where}: {flags[0]} stands where a config key was expected. "
             "Unknown flag, or a flag between the KEY VALUE pairs?"
         )
     if len(opts) % 2:
         raise InputError(
-            f"command line: the key {opts[-1]} has no value (overrides are KEY VALUE pairs)."
+            f"{where}: the key {opts[-1]} has no value (overrides are KEY VALUE pairs)."
             + ("" if opts[-1] in set(_keys(cfg)) else " Is a value before it missing?")
         )
     problems = []
     for key, value in zip(opts[::2], opts[1::2]):
         problems.extend(_set(cfg, key, value))
     if problems:
-        raise InputError("command line: " + _listed(problems))
+        raise InputError(f"{where}: " + _listed(problems))
 
 
 def _listed(problems: list[str]) -> str:
