@@ -43,8 +43,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--sheet-images", type=int, default=12, help="how many (default 12)")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     args = parser.parse_intermixed_args()
-    if bool(args.config_file or args.opts) == bool(args.train or args.val):
-        raise InputError("name data sets with --train and --val, or with --config-file: one way.")
+    from_config = bool(args.config_file or args.opts)
+    named = bool(args.train or args.val)
+    if from_config == named:
+        found = "both are given" if named else "neither is given"
+        raise InputError(
+            "expected the data sets either as --train or --val TYPE FILE IMAGES, or by "
+            f"--config-file or KEY VALUE pairs; {found}."
+        )
     return args
 
 

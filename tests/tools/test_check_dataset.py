@@ -24,6 +24,17 @@ def test_the_exit_code_is_for_scripts(run_python, world):
     assert run_python(TOOL, "--val", *_set(world, "test"), "--no-images").returncode == 1
 
 
+def test_a_contact_sheet_that_is_no_png_is_refused_before_anything_is_read(
+    check, world, tmp_path, capsys
+):
+    sheet = tmp_path / "sheet.pdf"
+    assert check("--val", *_set(world, "test"), "--contact-sheet", sheet) == 2
+    printed = capsys.readouterr()
+    assert "is a PNG; expected a name that ends in .png" in printed.err
+    assert printed.out == ""
+    assert not sheet.exists()
+
+
 def test_sets_are_named_by_type_file_and_folder(check, world, capsys):
     assert check("--train", *_set(world, "train"), "--val", *_set(world, "test")) == 0
     out = capsys.readouterr().out
@@ -62,7 +73,8 @@ def test_sets_of_other_classes_do_not_go_together(check, world, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name data sets with --train and --val, or with --config-file"),
+        ([], "--val TYPE FILE IMAGES, or by --config-file or KEY VALUE pairs; neither is given"),
+        (["--val", "coco", "a", "b", "--config-file", "c.yaml"], "both are given"),
         (["--val", "cocoo", "none.json", "images"], "Did you mean 'coco'?"),
         (["--val", "coco", "none.json", "images"], "none.json: cannot be read"),
         (["--val", "voc", "none", "test"], "none/ImageSets/Main/test.txt: cannot be read"),

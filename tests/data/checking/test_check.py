@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -136,6 +137,13 @@ def test_a_broken_record_is_named(change, expected, world):
     edit(world, change)
     assert expected in found(world)
     assert len(set(found(world))) == 1
+
+
+def test_an_image_folder_that_is_missing_is_named_and_not_its_images(world):
+    shutil.rmtree(world / "images/train")
+    (problem,) = check(read(world)).problems
+    assert (problem.kind, problem.record) == ("image-missing", "image folder")
+    assert problem.why == f"{world}/images/train is not there, and so are not 5 images"
 
 
 def test_an_object_there_three_times_names_the_first_of_them(world):

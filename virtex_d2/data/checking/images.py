@@ -3,7 +3,7 @@
 import hashlib
 import os
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -97,8 +97,14 @@ def image_problems(
         missing: of `missing_images`.
         decoded: by index of the image; may be of some only.
     """
+    folders = Counter(os.path.dirname(table.files[index]) for index in missing)
+    gone = {folder: count for folder, count in folders.items() if not os.path.isdir(folder or ".")}
+    for folder, count in gone.items():
+        why = f"{folder} is not there, and so are not {count} images"
+        yield Problem("image-missing", "image folder", "", why)
     for index in missing:
-        yield _problem("image-missing", table, index, f"{table.files[index]} is not there")
+        if os.path.dirname(table.files[index]) not in gone:
+            yield _problem("image-missing", table, index, f"{table.files[index]} is not there")
     first: dict[str, int] = {}
     for index, file in enumerate(table.files):
         other = first.setdefault(os.path.normpath(file), index) if file else index

@@ -11,7 +11,7 @@ from .check import Checked, check
 from .leakage import leaks
 from .listing import require_format, write_listing
 from .page import page
-from .sheet import draw_sheets
+from .sheet import draw_sheets, require_png
 
 PROBLEMS_FOUND = 1  # exit code
 
@@ -66,6 +66,8 @@ def run(
             )
     if options.output:
         require_format(options.output)
+    if options.contact_sheet:
+        require_png(options.contact_sheet)
     checked: list[list[Checked]] = [[], []]
     for tables, results in zip((train, test), checked):
         for table in tables:

@@ -21,6 +21,14 @@ _SIDE, _COLUMNS = 460, 4  # pixels of an image's longer side; images in a row
 _LEAST_SHARE = 3  # at most one image of so many is shown for its problem
 
 
+def require_png(path: str) -> None:
+    """Raises:
+    InputError: the path does not end in .png.
+    """
+    if os.path.splitext(path)[1].lower() != ".png":
+        raise InputError(f"--contact-sheet {path}: is a PNG; expected a name that ends in .png.")
+
+
 def draw_sheets(path: str, datasets: Sequence[Checked], count: int, seed: int = 0) -> list[str]:
     """Draw images of each data set; with several sets, into one PNG each, numbered.
 
