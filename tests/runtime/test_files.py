@@ -17,6 +17,7 @@ from virtex_d2.runtime.files import (
     read_checkpoint,
     read_numpy_pickle,
     read_safetensors,
+    read_text,
     sha256,
     write_safetensors,
 )
@@ -224,3 +225,14 @@ def test_a_file_can_be_read_by_those_who_can_read_any_other(tmp_path):
     write_safetensors(tmp_path / "a.safetensors", {"a": torch.ones(1)}, {})
     modes = {path.stat().st_mode for path in tmp_path.iterdir()}
     assert len(modes) == 1
+
+
+def test_a_binary_file_in_place_of_text_is_told_from_one_in_another_encoding(tmp_path):
+    path = tmp_path / "captions.json"
+    path.write_bytes(b"PK\x03\x04\0\0\xff\n")
+    with pytest.raises(InputError, match="expected text in UTF-8, found a binary file"):
+        read_text(path)
+    for encoding in ("latin-1", "utf-16"):
+        path.write_text('["caf\u00e9"]', encoding=encoding)
+        with pytest.raises(InputError, match="line 1: expected UTF-8.*iconv"):
+            read_text(path)

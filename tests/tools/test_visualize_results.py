@@ -62,6 +62,18 @@ def test_a_detector_predicts_on_the_data_set_of_its_config(
     assert len(list((out / "pictures").iterdir())) == 2
 
 
+def test_a_backbone_is_refused_as_a_detector(
+    visualize, data, small_detector, backbone_file, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    arguments = ["--weights", backbone_file("resnet18"), "--output", out]
+    assert visualize(*small_detector("FPN"), *data, *arguments) == 2
+    error = capsys.readouterr().err
+    assert "--weights" in error
+    assert "a backbone alone detects nothing" in error
+    assert not out.exists()
+
+
 def test_predictions_have_the_data_sets_own_category_ids(world, detector_config, tmp_path):
     """COCO's ids are known after its file was read, and not before."""
     path = world / "annotations/instances_test.json"

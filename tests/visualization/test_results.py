@@ -57,6 +57,37 @@ def test_a_broken_record_is_named(change, message, table, perfect, write):
     assert "results.json" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bbox": [40, 2, 30, 9]}, r"record 0, of image 1: its bbox .* beyond the image of 64x64"),
+        ({"bbox": [-5, 2, 30, 9]}, "reaches beyond"),
+        ({"segmentation": {"counts": [96 * 96], "size": [96, 96]}}, "its size is 96x96"),
+    ],
+)
+def test_predictions_of_other_images_are_found_below_the_threshold_too(
+    change, message, table, perfect, write
+):
+    """Ids from 1 on are in every data set, and a poor detector's scores are all low."""
+    perfect[0].update(change)
+    for record in perfect:
+        record["score"] = 0.01
+    with pytest.raises(InputError, match=f"{message}.*of the same images"):
+        read_results(write(perfect), table, 0.5)
+
+
+def test_a_box_that_ends_a_rounded_pixel_beyond_the_image_is_none_of_another(table, perfect, write):
+    perfect[0]["bbox"] = [-0.5, 0, 65, 64]
+    assert read_results(write(perfect), table, 0.5)[0][0].box == (-0.5, 0, 64.5, 64)
+
+
+def test_detectron2s_binary_predictions_are_told_from_its_json(table, tmp_path):
+    path = tmp_path / "instances_predictions.pth"
+    path.write_bytes(b"PK\x03\x04\0\0\xff")
+    with pytest.raises(InputError, match="is a binary file; expected ..._instances_results.json"):
+        read_results(str(path), table, 0.5)
+
+
 def test_many_unknown_images_are_counted(table, perfect, write):
     for number, record in enumerate(perfect):
         record["image_id"] = 1000 + number
@@ -66,7 +97,13 @@ def test_many_unknown_images_are_counted(table, perfect, write):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("[{", "cut short"), ("{}", "found a dict. Is it the annotation file"), ("[1]", "a list of")],
+    [
+        ("[{", "cut short"),
+        ("{}", "found a dict; expected ..._instances_results.json"),
+        ('{"images": [], "annotations": []}', "found an annotation file, which is the truth"),
+        ("[1]", "a list of"),
+        ('{"iteration": 19}\n{"iteration": 39}\n', "as metrics.json does; expected ..._instances"),
+    ],
 )
 def test_a_file_that_holds_no_results_is_refused(text, message, table, tmp_path):
     (tmp_path / "x.json").write_text(text)

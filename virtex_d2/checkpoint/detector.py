@@ -87,6 +87,14 @@ class DetectorCheckpointer(AtomicDetectionCheckpointer):
             "was trained). Add VIRTEX.EMA.EVALUATE False to evaluate the weights themselves."
         )
 
+    def _taken(self, whole: bool) -> str:
+        if whole:
+            return "A whole detector's checkpoint is needed here; a backbone alone detects nothing."
+        return (
+            "MODEL.WEIGHTS takes a detector's checkpoint, or a ResNet in one of the layouts of "
+            "docs/checkpoints.md."
+        )
+
     def _refuse(self, path: str, whole: bool) -> None:
         state = getattr(self.model, "module", self.model).state_dict()
         not_set = {name.removeprefix("module.") for name in self._not_set}
@@ -94,8 +102,7 @@ class DetectorCheckpointer(AtomicDetectionCheckpointer):
         if backbone and backbone <= not_set:
             raise InputError(
                 f"{path}: holds none of the detector's {len(backbone)} backbone tensors; its names "
-                f"begin with {', '.join(self._first_names)}. MODEL.WEIGHTS takes a detector's "
-                "checkpoint, or a ResNet in one of the layouts of docs/checkpoints.md."
+                f"begin with {', '.join(self._first_names)}. {self._taken(whole)}"
             )
         if whole:
             raise InputError(

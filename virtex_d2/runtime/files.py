@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Mapping
 from typing import Any
 
@@ -111,6 +112,10 @@ def read_text(path: str | os.PathLike) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        if b"\0" in content and not content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+            raise InputError(
+                f"{path}: expected text in UTF-8, found a binary file. Is it the right one?"
+            ) from error
         line = error.object.count(b"\n", 0, error.start) + 1
         nearby = error.object[max(0, error.start - 30) : error.start + 10]
         raise InputError(

@@ -11,6 +11,7 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from tqdm import tqdm
 
 from virtex_d2.checkpoint.detector import DetectorCheckpointer
+from virtex_d2.checkpoint.transfer import is_backbone
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.trainer import DetectionTrainer
 
@@ -33,6 +34,11 @@ def predict(
     Raises:
         InputError: the weights do not fit, or an image is unusable.
     """
+    if is_backbone(weights):
+        raise InputError(
+            f"--weights {weights}: expected a detector's checkpoint, such as OUTPUT_DIR/"
+            "model_final.pth; a backbone alone detects nothing."
+        )
     model = DetectionTrainer.build_model(cfg)
     DetectorCheckpointer(model, whole=True).load(weights, checkpointables=[])
     model.eval()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -15,6 +16,11 @@ from virtex_d2.runtime.files import read_text
 from .instances import Instance
 
 _NAMED = 5  # records or ids that an error names
+_EXPECTED = (
+    "expected ..._instances_results.json, which detectron2's evaluators write into the folder "
+    "`inference` of a run"
+)
+_BEYOND = 1.0  # pixels: detectors cut boxes off at the image's edge, and files round
 
 
 def read_results(path: str, table: AnnotationTable, threshold: float) -> list[list[Instance]]:
@@ -24,7 +30,7 @@ def read_results(path: str, table: AnnotationTable, threshold: float) -> list[li
         path: a JSON list of {"image_id", "category_id", "bbox" [x, y, width, height], "score"} and,
             with masks, "segmentation".
         table: the data set that was predicted on.
-        threshold: predictions below this score are left out.
+        threshold: predictions below this score are left out, after they were checked.
 
     Returns:
         For each image of the table its predictions; an empty list where it has none.
@@ -32,19 +38,23 @@ def read_results(path: str, table: AnnotationTable, threshold: float) -> list[li
     Raises:
         InputError: it cannot be read, is of another data set, or a record is broken.
     """
+    if path.endswith((".pth", ".pkl")) and os.path.isfile(path):
+        raise InputError(f"{path}: is a binary file; {_EXPECTED}.")
     try:
         content = json.loads(read_text(path))
     except InputError:
         raise
     except (ValueError, RecursionError) as error:
+        if str(error).startswith("Extra data"):  # JSON lines
+            raise InputError(
+                f"{path}: holds several JSON values, as metrics.json does; {_EXPECTED}."
+            ) from error
         raise InputError(
             f"{path}: expected JSON, but it is cut short or not JSON: {error}"
         ) from error
     if not isinstance(content, list) or not all(isinstance(record, dict) for record in content):
         raise InputError(
-            f"{path}: expected a list of predictions, as detectron2's evaluators write it into "
-            f"..._instances_results.json; found a {type(content).__name__}. Is it the annotation "
-            "file?"
+            f"{path}: expected a list of predictions, found {_known_as(content)}; {_EXPECTED}."
         )
     return collect(content, table, threshold, path)
 
@@ -67,20 +77,40 @@ def collect(
     _refuse_unknown(classes, table.categories, "category", "classes", table, source)
     found: list[list[Instance]] = [[] for _ in table.image_ids]
     for number, record in enumerate(records):
+        image, mask = position[record["image_id"]], record.get("segmentation")
+        # Those below the threshold, too: results of other images may all be there, and the ids of
+        # two data sets overlap.
+        if fault := _misplaced(record, table.sizes[image]):
+            raise InputError(
+                f"{source}: record {number}, of image {record['image_id']}: {fault}. Are these "
+                "predictions of the same images?"
+            )
         if record["score"] < threshold:
             continue
-        image, mask = position[record["image_id"]], record.get("segmentation")
-        width, height = table.sizes[image]
-        sized = mask and not np.isnan(width)
-        if sized and (fault := mask_fault(mask, (int(height), int(width)))):
-            raise InputError(
-                f"{source}: record {number}, of image {record['image_id']}: its mask cannot be "
-                f"used: {fault}. Are these predictions of the same images?"
-            )
         x, y, box_width, box_height = record["bbox"]
         box = (x, y, x + box_width, y + box_height)
         found[image].append(Instance(record["category_id"], box, mask or None, record["score"]))
     return found
+
+
+def _known_as(content: Any) -> str:
+    if isinstance(content, dict) and {"images", "annotations"} & content.keys():
+        return "an annotation file, which is the truth"
+    return f"a {type(content).__name__}" + (" of other things" if type(content) is list else "")
+
+
+def _misplaced(record: dict[str, Any], size: np.ndarray) -> str:
+    """Why a prediction is of no image of this (width, height); "" where it may be."""
+    if np.isnan(size).any():
+        return ""
+    width, height = (int(side) for side in size)
+    x, y, box_width, box_height = record["bbox"]
+    beyond = max(-x, -y, x + box_width - width, y + box_height - height)
+    if beyond > _BEYOND:
+        return f"its bbox {record['bbox']} reaches beyond the image of {width}x{height}"
+    mask = record.get("segmentation")
+    fault = mask_fault(mask, (height, width)) if mask else ""
+    return f"its mask cannot be used: {fault}" if fault else ""
 
 
 def _fault(record: dict[str, Any]) -> str:
