@@ -53,6 +53,12 @@ def test_the_svms_tell_colours_and_say_how(probe, voc, tmp_path):
     assert [row["test_positives"] for row in rows] == ["4"] * 3
 
 
+def test_the_folder_of_data_sets_may_be_named_by_the_environment(probe, voc, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(voc.parent))
+    probe("DATA.ROOT", f"$DETECTRON2_DATASETS/{voc.name}", "DATA.CLASSES", COLOURS)
+    assert results(tmp_path)["config"]["DATA"]["ROOT"] == str(voc)
+
+
 def test_a_class_without_a_test_image_is_not_averaged_as_zero(probe, voc, tmp_path):
     for path in (voc / "Annotations").glob("test*.xml"):
         if "blue" in path.read_text():
@@ -211,6 +217,7 @@ def test_every_checkpoint_of_the_adapter_can_be_probed(make_cfg, tmp_path, name)
         ("SVM.COSTS", [0.0, 1.0], "SVM.COSTS"),
         ("INPUT.RESIZE", 16, "INPUT.RESIZE 16 is smaller than INPUT.CROP 32"),
         ("DATA.ROOT", "nowhere", "DATA.ROOT 'nowhere': there is no such folder"),
+        ("DATA.ROOT", "$NOWHERE/VOC", "DATA.ROOT: .NOWHERE/VOC: the environment has no such"),
         ("SVM.FOLDS", 1, "SVM.FOLDS is 1"),
     ],
 )

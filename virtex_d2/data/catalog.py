@@ -15,13 +15,13 @@ from virtex_d2.runtime.errors import InputError, nearest
 from .coco_file import check_coco_file
 from .fraction import check_fraction
 from .lvis_file import check_lvis_file, check_version, load_lvis_file, without_version
+from .paths import expanded
 from .use import Found, Use, use_of
 from .voc_folder import VOC_CLASSES, check_voc_folder, load_voc_folder
 
 logger = logging.getLogger(__name__)
 
-# detectron2's own default for its data sets' folder.
-_DEFAULTS = {"DETECTRON2_DATASETS": "datasets"}
+_KEY = "VIRTEX.DATASETS"  # for messages
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _register(name: str, load: Callable[[], list[dict]], **metadata: Any) -> Non
 
 
 def _register_coco(name: str, annotations: str, image_root: str) -> None:
-    annotations, image_root = _expanded(annotations), _expanded(image_root)
+    annotations, image_root = (expanded(path, _KEY) for path in (annotations, image_root))
     _register(
         name,
         lambda: load_coco_json(annotations, image_root, name),
@@ -125,7 +125,7 @@ def _register_coco(name: str, annotations: str, image_root: str) -> None:
 
 
 def _register_lvis(name: str, annotations: str, image_root: str) -> None:
-    annotations, image_root = _expanded(annotations), _expanded(image_root)
+    annotations, image_root = (expanded(path, _KEY) for path in (annotations, image_root))
     _register(
         name,
         lambda: load_lvis_file(annotations, image_root, name),
@@ -137,7 +137,7 @@ def _register_lvis(name: str, annotations: str, image_root: str) -> None:
 
 
 def _register_voc(name: str, folder: str, split: str, classes: Sequence[str] = ()) -> None:
-    folder = _expanded(folder)
+    folder = expanded(folder, _KEY)
     repeated = sorted({found for found in classes if list(classes).count(found) > 1})
     if repeated:
         raise InputError(
@@ -211,16 +211,6 @@ def _entry(entry: Any) -> tuple[str, str, list]:
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def _expanded(path: str) -> str:
-    for variable, value in _DEFAULTS.items():
-        if variable not in os.environ:
-            path = path.replace(f"${variable}", value).replace(f"${{{variable}}}", value)
-    path = os.path.expanduser(os.path.expandvars(path))
-    if "$" in path:
-        raise InputError(f"VIRTEX.DATASETS: {path}: the environment has no such variable.")
-    return path
 
 
 def _checked(name: str, cfg: CfgNode, eval_only: bool) -> DataSet:

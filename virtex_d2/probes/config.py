@@ -61,7 +61,8 @@ def get_probe_cfg() -> CN:
     # "voc", "folders" (a folder of images for each class) or "inaturalist" (JSON of 2017 to 2021).
     cfg.DATA.FORMAT = "voc"
     # The folder with Annotations, ImageSets/Main and JPEGImages; with the splits' folders; or that
-    # the JSON's file names are relative to.
+    # the JSON's file names are relative to. May hold environment variables; $DETECTRON2_DATASETS is
+    # "datasets" where it is not set, as for detectors.
     cfg.DATA.ROOT = ""
     # Splits: names in ImageSets/Main, folders in ROOT, or JSON files in ROOT.
     cfg.DATA.TRAIN = "trainval"

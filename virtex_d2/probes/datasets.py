@@ -61,7 +61,10 @@ def require_folder(path: str, key: str) -> None:
     InputError: there is no such folder; the message names the config key.
     """
     if not os.path.isdir(path):
-        raise InputError(f"{key} {path!r}: there is no such folder. Check the path.")
+        raise InputError(
+            f"{key} {path!r}: there is no such folder. Check the path, or for the configs' own "
+            "data sets DETECTRON2_DATASETS."
+        )
 
 
 def _read_folders(root: str, split: str) -> LabelledImages:

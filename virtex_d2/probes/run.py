@@ -14,6 +14,7 @@ from detectron2.utils import comm
 from tabulate import tabulate
 
 from virtex_d2.checkpoint.transfer import config_preprocessing
+from virtex_d2.data.paths import expanded
 from virtex_d2.modeling import resolve_norms
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.setup import setup_run
@@ -62,6 +63,7 @@ def run_probe(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
     if args.eval_only:
         raise InputError("--eval-only: a probe trains and evaluates in one; leave the flag out.")
     check_config(cfg)
+    cfg.DATA.ROOT = expanded(cfg.DATA.ROOT, "DATA.ROOT")
     finished = read_results(cfg.OUTPUT_DIR)
     if finished and not args.resume:
         raise InputError(
