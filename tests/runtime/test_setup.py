@@ -81,10 +81,14 @@ class TestArgumentParser:
             argument_parser().parse_args([f"--collective-timeout={value}"])
         assert "--collective-timeout" in capsys.readouterr().err
 
-    def test_an_unknown_flag_is_an_error(self, capsys):
+    def test_an_unknown_flag_is_an_error_that_names_the_nearest(self, capsys):
         with pytest.raises(SystemExit):
-            argument_parser().parse_args(["--resum"])
-        assert "unrecognized arguments: --resum" in capsys.readouterr().err
+            argument_parser().parse_args(["--resum", "A", "1"])
+        expected = "unrecognized arguments: --resum. Did you mean '--resume'?"
+        assert expected in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            argument_parser().parse_args(["--num-gpu=2"])
+        assert "Did you mean '--num-gpus'?" in capsys.readouterr().err
 
 
 class TestSetupRun:

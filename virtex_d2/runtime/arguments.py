@@ -1,7 +1,9 @@
 """The command line of a training tool. Standard library alone, so that it answers at once."""
 
 import argparse
-from typing import Any
+from typing import Any, NoReturn
+
+from .errors import nearest
 
 # Seconds. detectron2's own: the others wait in a collective while the first process evaluates.
 COLLECTIVE_TIMEOUT = 1800
@@ -11,6 +13,12 @@ LAUNCH_TIMEOUT = 600
 
 class _FlagsFirstParser(argparse.ArgumentParser):
     """Refuses flags after the KEY VALUE pairs, where detectron2's parser takes them for pairs."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = [word for word in message.split() if word.startswith("--")]
+        if message.startswith("unrecognized arguments") and unknown:
+            message += f".{nearest(unknown[0].partition('=')[0], self._option_string_actions)}"
+        super().error(message)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
         parsed = super().parse_args(args, namespace)
