@@ -6,6 +6,8 @@ from torch import nn
 
 from virtex_d2.runtime.errors import InputError, nearest
 
+from .recomputation import run_block
+
 ARCHITECTURES = (
     "resnet18",
     "resnet34",
@@ -27,7 +29,13 @@ class VisualBackbone(nn.Module):
         InputError: the architecture's name is not in `ARCHITECTURES`.
     """
 
-    def __init__(self, name: str, zero_init_residual: bool = True, channels_last: bool = True):
+    def __init__(
+        self,
+        name: str,
+        zero_init_residual: bool = True,
+        channels_last: bool = True,
+        recompute: bool = False,
+    ):
         super().__init__()
         if name not in ARCHITECTURES:
             raise InputError(
@@ -41,6 +49,7 @@ class VisualBackbone(nn.Module):
         self.feature_size: int = self.cnn.fc.in_features
         self.cnn.fc = nn.Identity()  # leaves no key in the state dict
         self.channels_last = channels_last
+        self.recompute = recompute
         if channels_last:
             self.cnn.to(memory_format=torch.channels_last)
 
@@ -50,4 +59,12 @@ class VisualBackbone(nn.Module):
             image = image.contiguous(memory_format=torch.channels_last)
         cnn = self.cnn
         x = cnn.maxpool(cnn.relu(cnn.bn1(cnn.conv1(image))))
-        return cnn.layer4(cnn.layer3(cnn.layer2(cnn.layer1(x))))
+        stages = (cnn.layer1, cnn.layer2, cnn.layer3, cnn.layer4)
+        if self.recompute and self.training and torch.is_grad_enabled():
+            for stage in stages:
+                for block in stage:
+                    x = run_block(block, x)
+            return x
+        for stage in stages:
+            x = stage(x)
+        return x

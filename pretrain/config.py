@@ -29,6 +29,9 @@ _C.MODEL.VISUAL.NAME = "resnet50"
 _C.MODEL.VISUAL.ZERO_INIT_RESIDUAL = True
 # NHWC memory layout: faster convolutions on CPUs and tensor cores, same results up to rounding.
 _C.MODEL.VISUAL.CHANNELS_LAST = True
+# Compute batch norm and ReLU within each block again in the backward pass instead of keeping them:
+# the same numbers with less memory and more time (docs/performance.md).
+_C.MODEL.VISUAL.RECOMPUTE = False
 
 _C.MODEL.TEXTUAL = CN()
 _C.MODEL.TEXTUAL.HIDDEN_SIZE = 1024
