@@ -28,6 +28,7 @@ from torch import nn
 from virtex_d2.runtime.errors import InputError, nearest
 
 from .backbone import VisualBackbone
+from .packed_decoder import Words
 from .textual_head import PADDING, TextualHead
 from .tokenizer import SPECIAL_PIECES, Tokenizer
 
@@ -90,11 +91,7 @@ class Captioning(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         features = self.visual(batch["image"])  # (N, C, h, w)
-        visual_tokens = self.textual.project(features)  # (N, S, H)
-        losses = {
-            f"loss_captioning_{direction}": self._caption_loss(direction, visual_tokens, batch)
-            for direction in self.directions
-        }
+        losses = self._caption_losses(self.textual.project(features), batch)
         if self.classification_weight and self.training:
             labels = token_labels(batch["caption_tokens"], self.classification.output.out_features)
             loss = label_loss(self.classification(features), labels)
@@ -105,55 +102,46 @@ class Captioning(nn.Module):
         """Tokens that a direction predicts: all but the first and the padding."""
         return int((batch["caption_tokens"][:, 1:] != PADDING).sum())
 
-    def _caption_loss(
-        self, direction: str, visual_tokens: torch.Tensor, batch: Batch
-    ) -> torch.Tensor:
-        """Mean cross entropy, in nats, of tokens 1.. given those before them, or given none."""
-        head = self.textual if direction == self.directions[0] else self.backward_textual
+    def _heads(self) -> list[TextualHead]:
+        """A head for each direction."""
+        if len(self.directions) == 1:
+            return [self.textual]
+        return [self.textual, self.backward_textual]
+
+    def _caption_losses(self, visual_tokens: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
+        """Of each direction the mean cross entropy, in nats, of tokens 1.. given those before them.
+
+        Rows in `batch["parallel"]` see no word at all: parallel prediction (CapPa: Tschannen et
+        al., arXiv 2306.07915, section 3.2). Every input is [MASK] and there is no causal mask, so
+        that all words must come from the image. Unlike there, a row knows how long its caption is:
+        a loss must not depend on the longest of the batch.
+        """
         tokens, lengths = batch["caption_tokens"], batch["caption_lengths"]
-        if direction == "backward":
-            tokens = reverse_captions(tokens, lengths)
+        read = {"forward": tokens, "backward": reverse_captions(tokens, lengths)}
+        sequences = torch.stack([read[name] for name in self.directions], dim=-1)  # (N, T, D)
+        words = Words.first(lengths - 1, tokens.shape[1] - 1)
+        inputs = words.pack(sequences[:, :-1]).T  # (D, P)
+        targets = words.pack(sequences[:, 1:]).T
         # validation predicts next words only: that all mixes can be compared by
-        if self.training and "parallel" in batch:
-            order, hidden = _mixed_states(head, visual_tokens, tokens, lengths, batch["parallel"])
-            tokens = tokens[order]
-        else:
-            hidden = head.hidden_states(visual_tokens, tokens[:, :-1])
-        targets = tokens[:, 1:]
-        predicted = targets != PADDING  # (N, T - 1)
-        # the output layer is the widest there is: spend it on real targets only
-        logits = head.output(hidden[predicted])  # (predicted tokens, V)
-        return F.cross_entropy(
-            logits.float(),
-            targets[predicted],
-            label_smoothing=self.label_smoothing if self.training else 0.0,
+        parallel = batch.get("parallel") if self.training else None
+        if parallel is not None:
+            blind = words.pack(parallel.unsqueeze(1).expand(words.shape))  # (P,)
+            inputs = torch.where(blind, Tokenizer.mask_id, inputs)
+
+        # what the directions share is computed for both at once
+        embedded = self.textual.embedding(inputs, words.positions)  # (D, P, H)
+        hidden = torch.cat(
+            [
+                head.hidden_states(x, visual_tokens, words, parallel)
+                for head, x in zip(self._heads(), embedded)
+            ]
         )
-
-
-def _mixed_states(
-    head: TextualHead,
-    visual_tokens: torch.Tensor,
-    tokens: torch.Tensor,
-    lengths: torch.Tensor,
-    parallel: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states of a batch of which the rows in `parallel` see no word at all.
-
-    Parallel prediction (CapPa: Tschannen et al., arXiv 2306.07915, section 3.2): every input is
-    [MASK] and there is no causal mask, so that all words must come from the image. Unlike there, a
-    row knows how long its caption is: a loss must not depend on the longest of the batch.
-
-    Returns:
-        The order of the rows (N,), those in `parallel` last, and their states (N, T - 1, H).
-    """
-    plain, blind = (~parallel).nonzero()[:, 0], parallel.nonzero()[:, 0]
-    states = []
-    if len(plain):
-        states.append(head.hidden_states(visual_tokens[plain], tokens[plain, :-1]))
-    if len(blind):
-        inputs = torch.where(tokens[blind, 1:] == PADDING, PADDING, Tokenizer.mask_id)
-        states.append(head.hidden_states(visual_tokens[blind], inputs, lengths=lengths[blind] - 1))
-    return torch.cat([plain, blind]), torch.cat(states)
+        logits = self.textual.output(hidden).float().unflatten(0, targets.shape)  # (D, P, V)
+        smoothing = self.label_smoothing if self.training else 0.0
+        return {
+            name: F.cross_entropy(of_words, target, ignore_index=PADDING, label_smoothing=smoothing)
+            for name, of_words, target in zip(self.losses, logits, targets)
+        }
 
 
 class MaskedLanguageModel(nn.Module):
@@ -173,13 +161,17 @@ class MaskedLanguageModel(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         visual_tokens = self.textual.project(self.visual(batch["image"]))  # (N, S, H)
-        hidden = self.textual.hidden_states(
-            visual_tokens, batch["masked_tokens"], lengths=batch["caption_lengths"]
-        )
-        chosen = batch["masked_labels"] != PADDING  # (N, T)
+        tokens, lengths = batch["masked_tokens"], batch["caption_lengths"]
+        words = Words.first(lengths, tokens.shape[1])
+        embedded = self.textual.embedding(words.pack(tokens), words.positions)
+        both_ways = torch.ones_like(lengths, dtype=torch.bool)
+        hidden = self.textual.hidden_states(embedded, visual_tokens, words, both_ways)  # (P, H)
+        labels = words.pack(batch["masked_labels"])
+        chosen = labels != PADDING  # (P,)
+        # the output layer is the widest there is: spend it on what is predicted
         logits = self.textual.output(hidden[chosen])  # (chosen words, V)
         # not the mean, which of nothing is NaN: captions without words have nothing to hide
-        total = F.cross_entropy(logits.float(), batch["masked_labels"][chosen], reduction="sum")
+        total = F.cross_entropy(logits.float(), labels[chosen], reduction="sum")
         return {"loss_masked_lm": total / max(1, len(logits))}
 
     def num_predictions(self, batch: Batch) -> int:
@@ -259,7 +251,9 @@ def label_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def _visual(cfg: CfgNode) -> VisualBackbone:
     visual = cfg.MODEL.VISUAL
-    return VisualBackbone(visual.NAME, visual.ZERO_INIT_RESIDUAL, visual.CHANNELS_LAST)
+    return VisualBackbone(
+        visual.NAME, visual.ZERO_INIT_RESIDUAL, visual.CHANNELS_LAST, visual.RECOMPUTE
+    )
 
 
 def _head_options(cfg: CfgNode) -> dict:

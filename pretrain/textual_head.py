@@ -1,12 +1,14 @@
 """The textual head: a Transformer decoder that reads visual tokens and predicts the next word.
 
 VirTex (arXiv 2006.06666, section 3.1): learned word and position embeddings, post-norm decoder
-layers with GELU, output layer tied to the word embedding. N samples, T tokens, V words, H width,
-S visual tokens.
+layers with GELU, output layer tied to the word embedding. N samples, T tokens, P tokens of all
+samples without padding, V words, H width, S visual tokens.
 """
 
 import torch
 from torch import nn
+
+from .packed_decoder import Words, decode
 
 PADDING = 0  # also <unk>: the tokenizer's first piece
 
@@ -22,10 +24,9 @@ class WordAndPositionEmbedding(nn.Module):
         self.layer_norm = nn.LayerNorm(hidden_size, eps=1e-8)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(N, T) int64 -> (N, T, H); T is at most the number of positions."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.words(tokens) + self.positions(positions)  # (N, T, H)
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Tokens (..., P) int64 at positions (P,) of their captions -> (..., P, H)."""
+        x = self.words(tokens) + self.positions(positions)
         x = self.dropout(self.layer_norm(x))
         return x * (tokens != PADDING).unsqueeze(-1)
 
@@ -86,26 +87,16 @@ class TextualHead(nn.Module):
 
     def hidden_states(
         self,
+        embedded: torch.Tensor,
         visual_tokens: torch.Tensor,
-        tokens: torch.Tensor,
-        lengths: torch.Tensor | None = None,
+        words: Words,
+        at_once: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Visual tokens (N, S, H) and caption tokens (N, T) -> (N, T, H).
+        """Embedded tokens (P, H) and visual tokens (N, S, H) -> (P, H).
 
-        Without `lengths` position t sees the tokens up to t. Padding follows the last token, so
-        that the causal mask alone keeps it from every position whose output is used.
-
-        With `lengths` (N,) every position sees each row's first `lengths` tokens, before and behind
-        it.
+        A token sees those up to itself; in the rows `at_once` (N,) bool, all of its row.
         """
-        x = self.embedding(tokens)  # (N, T, H)
-        size = tokens.shape[1]
-        if lengths is not None:
-            steps = torch.arange(size, device=tokens.device)
-            hidden = steps >= lengths.unsqueeze(1)  # (N, T)
-            return self.transformer(x, visual_tokens, tgt_key_padding_mask=hidden)
-        mask = nn.Transformer.generate_square_subsequent_mask(size, device=x.device)
-        return self.transformer(x, visual_tokens, tgt_mask=mask, tgt_is_causal=True)
+        return decode(self.transformer, embedded, visual_tokens, words, at_once)
 
 
 def _initialise(module: nn.Module) -> None:

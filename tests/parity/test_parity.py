@@ -12,6 +12,7 @@ import torch
 from pretrain.config import get_pretrain_cfg
 from pretrain.objectives import build_objective
 from pretrain.tokenizer import Tokenizer
+from tests.pretrain.recompute import hidden_states
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = Path(os.environ.get("PARITY_CASES", ROOT.parent / "shared" / "parity"))
@@ -97,7 +98,7 @@ def test_losses_logits_and_features_match_the_reference(case):
     if "logits_head" in expected:
         with torch.no_grad():
             visual_tokens = model.textual.project(features)
-            hidden = model.textual.hidden_states(visual_tokens, batch["caption_tokens"])
+            hidden = hidden_states(model.textual, visual_tokens, batch["caption_tokens"])
             logits = model.textual.output(hidden)[0, 1, :8]
         torch.testing.assert_close(
             logits, torch.tensor(expected["logits_head"]), rtol=RELATIVE, atol=1e-5

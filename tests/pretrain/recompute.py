@@ -1,22 +1,33 @@
 """Decoding without a cache: the whole prefix through nn.TransformerDecoder at every step.
 
 The baseline that `pretrain.decoding` is tested and timed against, on another path on purpose:
-`TextualHead.hidden_states`, the output layer on the last position only, plain prefixes.
+`nn.TransformerDecoder` itself, the output layer on the last position only, plain prefixes.
 """
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from pretrain.textual_head import TextualHead
 
 PAD, SOS, EOS, MASK = range(4)
 
 
+def hidden_states(
+    head: TextualHead, visual_tokens: torch.Tensor, tokens: torch.Tensor
+) -> torch.Tensor:
+    """(N, S, H) and (N, T) -> (N, T, H), every position seeing itself and those before it."""
+    positions = torch.arange(tokens.shape[1])
+    embedded = head.embedding(tokens, positions)
+    mask = nn.Transformer.generate_square_subsequent_mask(len(positions))
+    return head.transformer(embedded, visual_tokens, tgt_mask=mask.to(embedded.dtype))
+
+
 def next_log_probs(
     head: TextualHead, visual_tokens: torch.Tensor, prefixes: torch.Tensor
 ) -> torch.Tensor:
     """(R, S, H) and (R, T) prefixes -> (R, V), with what may not follow at -inf."""
-    hidden = head.hidden_states(visual_tokens, prefixes)[:, -1]
+    hidden = hidden_states(head, visual_tokens, prefixes)[:, -1]
     log_probs = F.log_softmax(head.output(hidden), dim=-1)
     log_probs[:, [PAD, SOS, MASK]] = -torch.inf
     last = prefixes[:, -1:]

@@ -152,7 +152,7 @@ def test_attention_is_the_last_layers_over_the_image_at_each_word(norm):
             prefix = torch.tensor([[SOS, *caption.tokens[:-1]]])
             seen.clear()
             with torch.no_grad():
-                head.hidden_states(head.project(features[index : index + 1]), prefix)
+                recompute.hidden_states(head, head.project(features[index : index + 1]), prefix)
                 _, weights = image_attention(*seen[0], need_weights=True)  # (1, T, S)
             expected = weights[0].unflatten(-1, (2, 3)).float()
             torch.testing.assert_close(caption.attention, expected, rtol=1e-4, atol=1e-6)

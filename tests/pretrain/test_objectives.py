@@ -7,12 +7,13 @@ from hypothesis import strategies as st
 
 from pretrain.config import get_pretrain_cfg
 from pretrain.objectives import (
-    _mixed_states,
     build_objective,
     label_loss,
     reverse_captions,
     token_labels,
 )
+from pretrain.packed_decoder import Words
+from tests.pretrain import recompute
 from virtex_d2.runtime.errors import InputError
 
 VOCAB = 40
@@ -65,16 +66,46 @@ def test_loss_ignores_how_much_padding_a_batch_has(bicaptioner):
         torch.testing.assert_close(narrow[name], wide[name], rtol=1e-5, atol=1e-6)
 
 
+def packed_states(head, batch: dict, visual_tokens: torch.Tensor, at_once=None):
+    """Hidden states of all words of all captions, and where they are."""
+    words = Words.first(batch["caption_lengths"], batch["caption_tokens"].shape[1])
+    embedded = head.embedding(words.pack(batch["caption_tokens"]), words.positions)
+    return head.hidden_states(embedded, visual_tokens, words, at_once), words
+
+
 def test_a_position_does_not_see_the_tokens_behind_it(bicaptioner):
     batch = caption_batch([[5, 6, 7, 8]])
-    changed = batch["caption_tokens"].clone()
-    changed[0, 3] = 30
+    tokens = batch["caption_tokens"].clone()
+    tokens[0, 3] = 30
     with torch.no_grad():
         visual = bicaptioner.textual.project(bicaptioner.visual(batch["image"]))
-        before = bicaptioner.textual.hidden_states(visual, batch["caption_tokens"])
-        after = bicaptioner.textual.hidden_states(visual, changed)
-    torch.testing.assert_close(before[0, :3], after[0, :3])
-    assert not torch.allclose(before[0, 3], after[0, 3])
+        before, _ = packed_states(bicaptioner.textual, batch, visual)
+        after, _ = packed_states(bicaptioner.textual, {**batch, "caption_tokens": tokens}, visual)
+    torch.testing.assert_close(before[:3], after[:3])
+    assert not torch.allclose(before[3], after[3])
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_words_without_padding_have_the_states_that_torchs_decoder_gives_them(norm, layers):
+    """<unk>, whose piece is padding's, stands within a caption, too."""
+    cfg = small_config()
+    cfg.MODEL.TEXTUAL.NORM, cfg.MODEL.TEXTUAL.NUM_LAYERS = norm, layers
+    torch.manual_seed(0)
+    head = build_objective(cfg, VOCAB).eval().textual
+    batch = caption_batch([[5, 6, 7], [], [8, 0, 9, 10, 11, 12, 13, 14, 15, 16], [9]])
+    visual_tokens = torch.randn(4, 5, 64)
+    packed, words = packed_states(head, batch, visual_tokens)
+    dense = recompute.hidden_states(head, visual_tokens, batch["caption_tokens"])
+    torch.testing.assert_close(packed, words.pack(dense), rtol=1e-4, atol=1e-5)
+    packed.square().sum().backward()
+    gradients = [p.grad.clone() for p in head.transformer.parameters()]
+    head.zero_grad()
+    words.pack(
+        recompute.hidden_states(head, visual_tokens, batch["caption_tokens"])
+    ).square().sum().backward()
+    for found, parameter in zip(gradients, head.transformer.parameters(), strict=True):
+        torch.testing.assert_close(found, parameter.grad, rtol=1e-3, atol=1e-4)
 
 
 def test_the_two_directions_share_everything_but_their_decoder_layers(bicaptioner):
@@ -219,26 +250,24 @@ def test_backward_captioning_is_the_backward_half_of_bicaptioning(bicaptioner):
 # Additions to captioning
 
 
-def test_a_caption_that_is_predicted_at_once_sees_none_of_its_words():
-    """With every row in parallel the hidden states depend on the length alone."""
+def test_a_row_that_is_read_at_once_sees_all_of_its_words_and_others_none_behind_them():
+    """Of equal words, as [MASK]s are, the states depend on position and length alone."""
     cfg = small_config("captioning")
-    cfg.MODEL.TEXTUAL.DROPOUT = 0.0
     torch.manual_seed(0)
-    head = build_objective(cfg, VOCAB).textual
+    head = build_objective(cfg, VOCAB).eval().textual
     batch = caption_batch([[5, 6, 7], [8, 9, 10], [8, 9]])
+    batch["caption_tokens"][:2, :5] = 3
     visual_tokens = torch.randn(1, 4, 64).expand(3, 4, 64)
-    mixed = _mixed_states(
-        head,
-        visual_tokens,
-        batch["caption_tokens"],
-        batch["caption_lengths"],
-        torch.tensor([True, True, False]),
-    )
-    order, states = mixed
-    assert order.tolist() == [2, 0, 1]
-    torch.testing.assert_close(states[1], states[2])
-    plain = head.hidden_states(visual_tokens[:1], batch["caption_tokens"][2:, :-1])
-    torch.testing.assert_close(states[:1], plain)
+    states, _ = packed_states(head, batch, visual_tokens, at_once=torch.tensor([True, True, False]))
+    first, second, causal = states.split(batch["caption_lengths"].tolist())
+    torch.testing.assert_close(first, second)
+    plain, _ = packed_states(head, batch, visual_tokens)
+    torch.testing.assert_close(causal, plain[-4:])
+    assert not torch.allclose(first[0], plain[0])  # which sees itself alone
+    batch["caption_tokens"][0, 4] = 20
+    changed, _ = packed_states(head, batch, visual_tokens, torch.tensor([True, True, False]))
+    assert not torch.allclose(changed[0], states[0])
+    torch.testing.assert_close(changed[5:], states[5:])
 
 
 @pytest.mark.parametrize("parallel", [[False, False], [True, True], [True, False]])
