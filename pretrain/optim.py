@@ -45,11 +45,14 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         InputError: SOLVER.OPTIMIZER is not one of `OPTIMIZERS`.
     """
     groups = parameter_groups(cfg, model)
-    name = cfg.SOLVER.OPTIMIZER
+    name, base_lr = cfg.SOLVER.OPTIMIZER, cfg.SOLVER.BASE_LR
+    # One pass over the memory for all of an update. Not under a loss scaler: a fused step is called
+    # for updates that it skips, too, and Lookahead would count them.
+    fused = not (cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "float16")
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=cfg.SOLVER.BASE_LR, momentum=cfg.SOLVER.MOMENTUM)
+        return torch.optim.SGD(groups, lr=base_lr, momentum=cfg.SOLVER.MOMENTUM, fused=fused)
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=cfg.SOLVER.BASE_LR, betas=tuple(cfg.SOLVER.BETAS))
+        return torch.optim.AdamW(groups, lr=base_lr, betas=tuple(cfg.SOLVER.BETAS), fused=fused)
     raise InputError(
         f"SOLVER.OPTIMIZER: {name!r} is not one of {', '.join(OPTIMIZERS)}."
         + nearest(name, OPTIMIZERS)

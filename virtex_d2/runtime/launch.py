@@ -92,7 +92,12 @@ def wrap_ddp(model: nn.Module) -> nn.Module:
 
     more_than_two = comm.get_world_size() > 2
     fixed_buckets = more_than_two and next(model.parameters()).device.type == "cpu"
-    return create_ddp_model(model, broadcast_buffers=False, find_unused_parameters=fixed_buckets)
+    return create_ddp_model(
+        model,
+        broadcast_buffers=False,
+        find_unused_parameters=fixed_buckets,
+        gradient_as_bucket_view=True,  # or each gradient is held twice
+    )
 
 
 def _take_part(
