@@ -1,7 +1,4 @@
-#!/usr/bin/env python
 """How long a checkpoint keeps training waiting: in place, in the background, and fvcore's own.
-
-python benchmarks/checkpoint_stall.py --folder output
 
 A Mask R-CNN R50-FPN of this project with SGD's momentum, on the CPU, one thread. An iteration is
 a stand-in: products of matrices, and an update of every weight in place. In each round every way
@@ -12,27 +9,24 @@ for the disk nor has a checksum, and writes over the file before.
 """
 
 import argparse
-import statistics
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from fvcore.common.checkpoint import Checkpointer
+
+from benchmarks.measuring import machine, spread
+from virtex_d2.config import get_virtex_cfg
+from virtex_d2.runtime.background import StateWriter
+from virtex_d2.runtime.checkpointer import AtomicCheckpointer
+from virtex_d2.runtime.config import load_config
+from virtex_d2.runtime.snapshot import num_bytes
+from virtex_d2.trainer import DetectionTrainer
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402
-from fvcore.common.checkpoint import Checkpointer  # noqa: E402
-
-from virtex_d2.config import get_virtex_cfg  # noqa: E402
-from virtex_d2.runtime.background import StateWriter  # noqa: E402
-from virtex_d2.runtime.checkpointer import AtomicCheckpointer  # noqa: E402
-from virtex_d2.runtime.config import load_config  # noqa: E402
-from virtex_d2.runtime.snapshot import num_bytes  # noqa: E402
-from virtex_d2.trainer import DetectionTrainer  # noqa: E402
-
 CONFIG = ROOT / "configs" / "coco" / "mask_rcnn_R_50_FPN_2x.yaml"
 
 
@@ -68,7 +62,7 @@ class Training:
         return time.perf_counter() - start
 
 
-def measure(
+def _save_once(
     training: Training, save: Callable[[], None], wait: Callable[[], None]
 ) -> tuple[float, float]:
     """Seconds of the call, and seconds that the iterations until all is on disk take longer."""
@@ -86,20 +80,19 @@ def measure(
     return returned - start, end - start - training.seconds(iterations)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", default=None, help="on the disk to measure (default: /tmp's)")
     parser.add_argument("--rounds", type=int, default=7, help="checkpoints of each (default 7)")
-    args = parser.parse_args()
 
+
+def measure(args: argparse.Namespace) -> dict:
+    """All figures, in seconds."""
     torch.set_num_threads(1)
     model, optimizer = build()
     training = Training(model)
     if args.folder:
         Path(args.folder).mkdir(parents=True, exist_ok=True)
-    results: dict[str, list[tuple[float, float]]] = {}
+    turns: dict[str, list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         ways = {
             "fvcore": Checkpointer(model, folder, optimizer=optimizer),
@@ -112,24 +105,37 @@ def main() -> None:
         for turn in range(args.rounds + 1):
             for name, checkpointer in ways.items():
                 wait = getattr(checkpointer, "wait", lambda: None)
-                found = measure(training, lambda c=checkpointer: c.save("model", iteration=0), wait)
+                seconds = _save_once(
+                    training, lambda c=checkpointer: c.save("model", iteration=0), wait
+                )
                 if turn:  # the first one warms up: the snapshot's memory is new
-                    results.setdefault(name, []).append(found)
-                else:
-                    print(f"first {name}: {found[0]:.3f} s", flush=True)
+                    turns.setdefault(name, []).append(seconds)
+    calls = {name: [call for call, _ in rows] for name, rows in turns.items()}
+    return {
+        "settings": vars(args),
+        "machine": machine(torch.device("cpu")),
+        "bytes": size,
+        "save": {name: spread(values) for name, values in calls.items()},
+        "all": {name: spread([whole for _, whole in rows]) for name, rows in turns.items()},
+        "background_to_in_place": spread(
+            [behind / wait for behind, wait in zip(calls["background"], calls["in place"])]
+        ),
+    }
 
-    print(f"\n{size / 2**20:.0f} MiB, {args.rounds} rounds, seconds")
-    print("| | save, median | save, max | all, median | all, max |\n|---|---|---|---|---|")
-    for name, rows in results.items():
-        calls, alls = zip(*rows)
-        numbers = (statistics.median(calls), max(calls), statistics.median(alls), max(alls))
-        print(f"| {name} | " + " | ".join(f"{number:.3f}" for number in numbers) + " |")
-    ratios = [b[0] / p[0] for p, b in zip(results["in place"], results["background"])]
-    print(
-        f"background / in place, save: median {statistics.median(ratios):.3f}, "
-        f"max {max(ratios):.3f}"
+
+def report(found: dict) -> str:
+    """The figures as a table."""
+    lines = [
+        f"{found['bytes'] / 2**20:.0f} MiB, {found['settings']['rounds']} rounds, seconds",
+        "| | save, median | save, max | all, median | all, max |",
+        "|---|---|---|---|---|",
+    ]
+    for name, save in found["save"].items():
+        whole = found["all"][name]
+        numbers = (save["median"], save["max"], whole["median"], whole["max"])
+        lines.append(f"| {name} | " + " | ".join(f"{number:.3f}" for number in numbers) + " |")
+    ratio = found["background_to_in_place"]
+    lines.append(
+        f"background / in place, save: median {ratio['median']:.3f}, max {ratio['max']:.3f}"
     )
-
-
-if __name__ == "__main__":
-    main()
+    return "\n".join(lines)

@@ -1,9 +1,6 @@
-#!/usr/bin/env python
 """Tokens a second of beam search with the key/value cache, beside recomputing every prefix.
 
-python benchmarks/decode_captions.py
-
-One thread, float32, random weights of the base recipe's textual head (H 1024, L 1, A 16, 10 000
+Float32, random weights of a textual head (by default the base recipe's: H 1024, L 1, A 16, 10 000
 pieces), 7 x 7 visual tokens, beam 5, all captions 30 words long (the output layer's bias keeps
 [EOS] away). The baseline is nn.TransformerDecoder over the prefix with the output layer on the
 last position. Both must find the same captions; then they take turns. The backbone is left out:
@@ -11,22 +8,27 @@ it costs both the same.
 """
 
 import argparse
-import statistics
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import torch
 
-import torch  # noqa: E402
-
-from pretrain.decoding import beam_search  # noqa: E402
-from pretrain.textual_head import TextualHead  # noqa: E402
-from tests.pretrain import recompute  # noqa: E402
+from benchmarks.measuring import Clock, machine, ratios, spread, take_turns
+from pretrain.decoding import beam_search
+from pretrain.textual_head import TextualHead
+from tests.pretrain import recompute
 
 WORDS, BEAMS, FEATURES = 30, 5, 2048
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--images", type=int, nargs="+", default=[8, 16], help="at a time; default 8 and 16"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each (default 3)")
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--vocab", type=int, default=10_000)
+    parser.add_argument("--threads", type=int, default=1, help="default 1")
 
 
 def build_head(hidden: int, layers: int, heads: int, vocab: int) -> TextualHead:
@@ -37,28 +39,17 @@ def build_head(hidden: int, layers: int, heads: int, vocab: int) -> TextualHead:
     return head
 
 
-def seconds(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
+def measure(args: argparse.Namespace) -> dict:
+    """All figures, by number of images.
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--images", type=int, nargs="+", default=[8, 16], help="at a time; default 8 and 16"
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each (default 3)")
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--vocab", type=int, default=10_000)
-    args = parser.parse_args()
-
-    torch.set_num_threads(1)
+    Raises:
+        AssertionError: the two searches find different captions.
+    """
+    torch.set_num_threads(args.threads)
     head = build_head(args.hidden, args.layers, args.heads, args.vocab)
+    device = torch.device("cpu")
+    clock = Clock(device)
+    found: dict = {"settings": vars(args), "machine": machine(device), "images": {}}
     for images in args.images:
         features = torch.randn(images, FEATURES, 7, 7, generator=torch.Generator().manual_seed(1))
 
@@ -71,23 +62,31 @@ def main() -> None:
         captions = cached()
         assert captions == recomputed(), "the two searches differ"
         assert all(len(caption) == WORDS for caption in captions)
-        times: dict[str, list[float]] = {"cached": [], "recomputed": []}
-        for _ in range(args.rounds):
-            times["cached"].append(seconds(cached))
-            times["recomputed"].append(seconds(recomputed))
-        for name, values in times.items():
-            rates = [images * WORDS / value for value in values]
-            print(
-                f"{images:3} images  {name:10}  {statistics.median(rates):7.1f} tokens/s "
-                f"(from {min(rates):.1f} to {max(rates):.1f}; {statistics.median(values):.2f} s)"
+        ways = {"cached": clock.timed(cached), "recomputed": clock.timed(recomputed)}
+        turns = take_turns(ways, args.rounds, warm_up=0)  # the check was
+        seconds = {name: [turn["all"] for turn in turns[name]] for name in turns}
+        found["images"][images] = {
+            "tokens_per_s": {
+                name: spread([images * WORDS / value for value in values])
+                for name, values in seconds.items()
+            },
+            "ratio": ratios(seconds["recomputed"], seconds["cached"]),
+        }
+    return found
+
+
+def report(found: dict) -> str:
+    """The figures as text."""
+    lines = [f"{found['machine']['device']}, {found['machine']['threads']} threads"]
+    for images, of in found["images"].items():
+        for name, rate in of["tokens_per_s"].items():
+            lines.append(
+                f"{images:3} images  {name:10}  {rate['median']:7.1f} tokens/s "
+                f"({rate['min']:.1f} to {rate['max']:.1f})"
             )
-        ratios = [r / c for c, r in zip(times["cached"], times["recomputed"])]
-        print(
-            f"{images:3} images  the cache is {statistics.median(ratios):.1f} times as fast "
-            f"(from {min(ratios):.1f} to {max(ratios):.1f} over {args.rounds} rounds)",
-            flush=True,
+        ratio = of["ratio"]
+        lines.append(
+            f"{images:3} images  the cache is {ratio['median']:.1f} times as fast "
+            f"({ratio['min']:.1f} to {ratio['max']:.1f})"
         )
-
-
-if __name__ == "__main__":
-    main()
+    return "\n".join(lines)

@@ -1,0 +1,335 @@
+"""The pretraining step beside a plain one: images a second, time of its parts, FLOP/s, memory.
+
+R-50 bicaptioning on random images and captions as long as COCO's. The plain step is
+`benchmarks.plain`: on a CPU in float32, on a GPU under float16 autocast with a loss scaler, in
+torch's own memory layout, with SGD, clipping and Lookahead as everyone has them. Before anything is
+timed the losses and gradients of both are compared in float32, and the losses of the timed
+precision with them. Memory is that of a process of its own for each way, less what it held before
+the model was built, beside the plain step in the same precision.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.measuring import (
+    Clock,
+    ceilings,
+    machine,
+    peak_memory,
+    ratios,
+    resident_memory,
+    split,
+    spread,
+    take_turns,
+)
+from benchmarks.plain import PlainBicaptioner
+from pretrain.augment import PIXEL_MEAN, PIXEL_STD, normalize
+from pretrain.config import get_pretrain_cfg
+from pretrain.objectives import build_objective
+from pretrain.optim import Lookahead, build_optimizer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# How many of 7 215 captions of COCO 2017 have 9, 10 ... 30 pieces (of 4 000), specials included.
+SHORTEST_CAPTION = 9
+CAPTIONS = (28, 285, 988, 1341, 1410, 1062, 739, 524, 294, 165, 122)
+CAPTIONS += (81, 56, 33, 19, 15, 17, 6, 4, 5, 4, 17)
+WAYS = ("ours", "plain", "plain_same_precision")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch", type=int, default=16, help="images (default 16)")
+    parser.add_argument("--size", type=int, default=224, help="of an image (default 224)")
+    parser.add_argument("--width", type=int, default=1024, help="of the decoder (default 1024)")
+    parser.add_argument("--layers", type=int, default=1, help="of the decoder (default 1)")
+    parser.add_argument("--vocab", type=int, default=10_000, help="pieces (default 10 000)")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each (default 7)")
+    parser.add_argument("--threads", type=int, default=0, help="default: torch's choice")
+    parser.add_argument("--recompute", action="store_true", help="MODEL.VISUAL.RECOMPUTE True")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--memory-of", choices=WAYS, help=argparse.SUPPRESS)
+
+
+class Setting:
+    """Models of equal weights, a batch, and a step of each way.
+
+    Args:
+        args: of `add_arguments`.
+        needed: the ways that will be run; the others' memory is not taken.
+    """
+
+    def __init__(self, args: argparse.Namespace, needed: tuple[str, ...] = WAYS):
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        self.device = torch.device(args.device)
+        self.clock = Clock(self.device)
+        cfg = get_pretrain_cfg()
+        cfg.MODEL.TEXTUAL.HIDDEN_SIZE = args.width
+        cfg.MODEL.TEXTUAL.NUM_LAYERS = args.layers
+        cfg.MODEL.VISUAL.RECOMPUTE = args.recompute
+        self._cfg = cfg
+        torch.manual_seed(0)
+        ours = build_objective(cfg, args.vocab)
+        self.plain = None
+        if needed != ("ours",):
+            self.plain = PlainBicaptioner.of(ours, cfg.MODEL.TEXTUAL.DROPOUT).to(self.device)
+        self.ours = ours.to(self.device) if needed != ("plain",) else None
+        self.batch = _batch(args)
+        self.ways = {name: getattr(self, f"_{name}")() for name in needed}
+
+    def _ours(self) -> Callable[[], dict[str, float]]:
+        cfg, model = self._cfg, self.ours
+        optimizer = build_optimizer(cfg, model)
+        Lookahead(optimizer, cfg.SOLVER.LOOKAHEAD.STEPS, cfg.SOLVER.LOOKAHEAD.ALPHA)
+
+        def load() -> dict[str, torch.Tensor]:
+            batch = {k: v.to(self.device, non_blocking=True) for k, v in self.batch.items()}
+            batch["image"] = normalize(batch["image"])
+            return batch
+
+        return self._step(model, optimizer, load, model, torch.bfloat16)
+
+    def _plain(self) -> Callable[[], dict[str, float]]:
+        return self._plain_step(torch.float16 if self.device.type == "cuda" else None)
+
+    def _plain_same_precision(self) -> Callable[[], dict[str, float]]:
+        return self._plain_step(torch.bfloat16)
+
+    def _plain_step(self, dtype: torch.dtype | None) -> Callable[[], dict[str, float]]:
+        solver, model = self._cfg.SOLVER, self.plain
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=solver.MOMENTUM)
+        Lookahead(optimizer, solver.LOOKAHEAD.STEPS, solver.LOOKAHEAD.ALPHA)
+        mean, std = (torch.tensor(of).view(3, 1, 1) for of in (PIXEL_MEAN, PIXEL_STD))
+        image = (self.batch["image"].float() - mean) / std  # plain loaders do that on the host
+        given = [image, self.batch["caption_tokens"], self.batch["caption_lengths"]]
+
+        def load() -> list[torch.Tensor]:
+            return [tensor.to(self.device) for tensor in given]
+
+        return self._step(model, optimizer, load, lambda batch: model(*batch), dtype)
+
+    def _step(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        load: Callable,
+        losses: Callable[..., dict[str, torch.Tensor]],
+        dtype: torch.dtype | None,
+    ) -> Callable[[], dict[str, float]]:
+        scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+
+        def step() -> dict[str, float]:
+            self.clock.start()
+            batch = load()
+            self.clock.lap("data")
+            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+                total = sum(losses(batch).values())
+            self.clock.lap("forward")
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(total).backward()
+            self.clock.lap("backward")
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), self._cfg.SOLVER.CLIP_GRAD_NORM)
+            scaler.step(optimizer)
+            scaler.update()
+            self.clock.lap("optimizer")
+            return dict(self.clock.parts)
+
+        return step
+
+    def check(self) -> dict[str, float]:
+        """Losses without dropout: of both in float64 on four images, of ours as it is timed.
+
+        Raises:
+            AssertionError: losses or gradients differ by more than the types' rounding.
+        """
+        batch = {key: value.to(self.device) for key, value in self.batch.items()}
+        batch["image"] = normalize(batch["image"])
+        few = {key: value[:4] for key, value in batch.items()}
+        few["image"] = few["image"].double()
+        found, gradients = {}, {}
+        for name, model, run in (
+            ("ours", self.ours, self.ours),
+            ("plain", self.plain, lambda batch: self.plain(*batch.values())),
+        ):
+            with no_dropout(model.double()):
+                loss = sum(run(few).values())
+                loss.backward()
+                found[f"{name}, float64"] = loss.item()
+                first = next(m for m in model.modules() if isinstance(m, torch.nn.Conv2d))
+                gradients[name] = first.weight.grad.clone()
+                model.zero_grad(set_to_none=True)
+                model.float()
+                with torch.no_grad():
+                    found[f"{name}, float32"] = sum(run(batch).values()).item()
+                    with torch.autocast(self.device.type, torch.bfloat16):
+                        found[f"{name}, bfloat16"] = sum(run(batch).values()).item()
+        difference = (gradients["ours"] - gradients["plain"]).norm() / gradients["plain"].norm()
+        assert abs(found["ours, float64"] / found["plain, float64"] - 1) < 1e-6, found
+        assert difference < 1e-6, f"gradients of the first convolution differ by {difference}"
+        for dtype, tolerance in (("float32", 1e-4), ("bfloat16", 2e-2)):
+            assert abs(found[f"ours, {dtype}"] / found["plain, float32"] - 1) < tolerance, found
+        return found
+
+
+class no_dropout:  # noqa: N801 - reads as a statement
+    """Dropout off and batch norm as in training, within the block."""
+
+    def __init__(self, model: torch.nn.Module):
+        self._modules = [
+            m
+            for m in model.modules()
+            if isinstance(m, torch.nn.Dropout | torch.nn.MultiheadAttention)
+        ]
+
+    def __enter__(self) -> None:
+        for module in self._modules:
+            module.eval()
+
+    def __exit__(self, *_: object) -> None:
+        for module in self._modules:
+            module.train()
+
+
+def _batch(args: argparse.Namespace) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    counts = torch.tensor(CAPTIONS, dtype=torch.float32)
+    drawn = SHORTEST_CAPTION + torch.multinomial(counts, args.batch, True, generator=generator)
+    shape = (args.batch, int(drawn.max()))
+    tokens = torch.randint(4, args.vocab, shape, generator=generator)
+    tokens[:, 0] = 1  # [SOS]
+    places = torch.arange(shape[1])
+    tokens[places == drawn.unsqueeze(1) - 1] = 2  # [EOS]
+    tokens[places >= drawn.unsqueeze(1)] = 0
+    image = (args.batch, 3, args.size, args.size)
+    batch = {
+        "image": torch.randint(0, 256, image, generator=generator, dtype=torch.uint8),
+        "caption_tokens": tokens,
+        "caption_lengths": drawn,
+    }
+    if args.device != "cpu":
+        batch = {key: value.pin_memory() for key, value in batch.items()}
+    return batch
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """All figures; seconds are medians over rounds."""
+    setting = Setting(args, ("ours", "plain"))
+    losses = setting.check()
+    flops = {name: _flops(step) for name, step in setting.ways.items()}
+    turns = take_turns(setting.ways, args.rounds, warm_up=2)
+    found = {
+        "settings": {
+            key: value for key, value in vars(args).items() if key not in ("memory_of", "profile")
+        },
+        "machine": machine(setting.device),
+        "ceilings": ceilings(setting.device),
+        "losses": losses,
+        "ways": {},
+    }
+    totals = {name: [sum(turn.values()) for turn in turns[name]] for name in turns}
+    for name, seconds in totals.items():
+        found["ways"][name] = {
+            "images_per_s": spread([args.batch / second for second in seconds]),
+            "seconds": split(turns[name]),
+            "gflop_per_image": flops[name] / args.batch / 1e9,
+            "tflops": flops[name] / spread(seconds)["median"] / 1e12,
+        }
+    found["ratio"] = ratios(totals["plain"], totals["ours"])
+    found["share_of_bfloat16_ceiling"] = (
+        found["ways"]["ours"]["tflops"] / found["ceilings"]["matmul_bfloat16_tflops"]
+    )
+    found["memory_bytes"] = {
+        name: _memory_in_a_process(args, name) for name in ("ours", "plain_same_precision")
+    }
+    found["memory_ratio"] = (
+        found["memory_bytes"]["ours"] / found["memory_bytes"]["plain_same_precision"]
+    )
+    return found
+
+
+def profile(args: argparse.Namespace) -> str:
+    """Where a step of ours spends its time, a table by operator."""
+    setting = Setting(args, ("ours",))
+    step = setting.ways["ours"]
+    step(), step()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if setting.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiled:
+        step()
+    order = f"self_{setting.device.type}_time_total"
+    return profiled.key_averages().table(order, row_limit=30, max_name_column_width=60)
+
+
+def report(found: dict) -> str:
+    """The figures as text."""
+    lines = [f"{found['machine']['device']}, {found['machine']['threads']} threads"]
+    lines += [f"{name} {value:.3g}" for name, value in found["ceilings"].items()]
+    for name, way in found["ways"].items():
+        rate = way["images_per_s"]
+        parts = "  ".join(f"{part} {seconds:.3f} s" for part, seconds in way["seconds"].items())
+        lines.append(
+            f"{name:6} {rate['median']:8.2f} images/s ({rate['min']:.2f} to {rate['max']:.2f})  "
+            f"{way['tflops']:.3f} TFLOP/s of {way['gflop_per_image']:.1f} GFLOP an image  {parts}"
+        )
+    ratio, memory = found["ratio"], found["memory_bytes"]
+    lines += [
+        f"ours is {ratio['median']:.2f} times as fast ({ratio['min']:.2f} to {ratio['max']:.2f}), "
+        f"at {found['share_of_bfloat16_ceiling']:.0%} of the bfloat16 matrix product's rate",
+        "memory: " + ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in memory.items()),
+        f"memory, ours / plain in the same precision: {found['memory_ratio']:.2f}",
+    ]
+    return "\n".join(lines)
+
+
+def _flops(step: Callable[[], object]) -> int:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def _memory_in_a_process(args: argparse.Namespace, name: str) -> int:
+    options = [
+        part
+        for key in ("batch", "size", "width", "layers", "vocab", "threads", "device")
+        for part in (f"--{key}", str(getattr(args, key)))
+    ]
+    options += ["--recompute"] * args.recompute
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.pretrain_step", *options, "--memory-of", name],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+def _memory(args: argparse.Namespace) -> int:
+    before = resident_memory(torch.device(args.device))
+    setting = Setting(args, (args.memory_of,))
+    step = setting.ways[args.memory_of]
+    if args.memory_of == "ours":
+        setting.plain = None
+    else:
+        setting.ours = None
+    step(), step()
+    return peak_memory(step, setting.device) - before
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        print(json.dumps(_memory(arguments)))
+    else:
+        print(report(measure(arguments)))
