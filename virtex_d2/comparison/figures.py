@@ -45,8 +45,7 @@ def draw_differences(path: Path, blocks: Sequence[Block], metrics: Sequence[Metr
         )
         for row, block, names in zip(panels, blocks, others):
             for axes, metric in zip(row, metrics):
-                title = f"{metric.label}, {_place(block, blocks)}"
-                axes.set_title(f"{title}: difference from {block.baseline}")
+                axes.set_title(f"{metric.label}, {_place(block, blocks)}")
                 axes.axvline(0, color=MUTED, lw=1)
                 for place, name in enumerate(names):
                     _draw_difference(axes, block, name, metric, -place)
@@ -56,7 +55,7 @@ def draw_differences(path: Path, blocks: Sequence[Block], metrics: Sequence[Metr
                 axes.set_ylim(-len(names) + 0.4, 0.6)
                 axes.spines["left"].set_visible(False)
         for axes in panels[-1]:
-            axes.set_xlabel("points of AP")
+            axes.set_xlabel(f"points of AP above {blocks[0].baseline}")
         for axes in panels[0]:
             low, high = axes.get_xlim()
             low, high = min(low, -0.5), max(high, 0.5)
