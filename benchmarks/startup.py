@@ -203,7 +203,8 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def _lines(result: dict) -> list[str]:
+def report(result: dict) -> str:
+    """The figures as text."""
     lines = [f"{'seconds: median (least to most)':44} {'clock':>24} {'processor':>24}"]
     for part, content in result.items():
         for name, times in content.items():
@@ -214,7 +215,7 @@ def _lines(result: dict) -> list[str]:
             for stage, value in stages.items():
                 told = (_told(value[key]) for key in ("seconds", "processor_seconds"))
                 lines.append(" ".join([f"{f'{part}: {name} {stage}':44}", *told]))
-    return lines
+    return "\n".join(lines)
 
 
 def _told(times: dict[str, float]) -> str:
@@ -229,7 +230,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     result = measure(args)
-    print(json.dumps(result, indent=1) if args.json else "\n".join(_lines(result)))
+    print(json.dumps(result, indent=1) if args.json else report(result))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ python tools/benchmark.py pretrain                    the training step: images/
 python tools/benchmark.py finetune --size 800 1056    the detector's step beside stock detectron2's
 python tools/benchmark.py caption --images 8 16       beam search beside recomputing every prefix
 python tools/benchmark.py checkpoint --folder output  how long a checkpoint keeps training waiting
-python tools/benchmark.py loader                      images/s of a core, originals and prepared
 python tools/benchmark.py startup                     --help, and the time to the first iteration
 
 Each asserts first that both ways compute the same. NAME --help says what is measured and how.
@@ -23,7 +22,6 @@ ROOT = Path(__file__).resolve().parents[1]
 # What is measured -> the module with add_arguments, measure and report, and perhaps profile.
 BENCHMARKS = {
     "pretrain": "benchmarks.pretrain_step",
-    "loader": "benchmarks.loader",
     "finetune": "benchmarks.finetune_step",
     "caption": "benchmarks.decode_captions",
     "checkpoint": "benchmarks.checkpoint_stall",

@@ -1,8 +1,6 @@
 """tools/benchmark.py: small sizes, whose figures mean nothing, through all that it does."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -56,7 +54,9 @@ def test_a_plain_step_with_other_weights_is_noticed(monkeypatch):
     monkeypatch.setattr(PlainBicaptioner, "of", with_another_bias)
     parser = argparse.ArgumentParser()
     pretrain_step.add_arguments(parser)
-    args = parser.parse_args("--batch 4 --size 64 --width 64 --vocab 200 --device cpu".split())
+    args = parser.parse_args(
+        ["--batch", "4", "--size", "64", "--width", "64", "--vocab", "200", "--device", "cpu"]
+    )
     with pytest.raises(AssertionError):
         pretrain_step.Setting(args, ("ours", "plain")).check()
 
