@@ -148,12 +148,16 @@ def _timed(
         text=True,
     )
     said, found = [], {}
-    with process.stdout:
-        for line in process.stdout:
-            said.append(line)
-            for words, mark in marks.items():
-                if words in line and mark not in found:
-                    found[mark] = (time.perf_counter() - start, _processor_seconds(process.pid))
+    try:
+        with process.stdout:
+            for line in process.stdout:
+                said.append(line)
+                for words, mark in marks.items():
+                    if words in line and mark not in found:
+                        found[mark] = (time.perf_counter() - start, _processor_seconds(process.pid))
+    except BaseException:
+        process.kill()  # a benchmark that is interrupted leaves nothing running
+        raise
     _, status, usage = os.wait4(process.pid, 0)
     found["ended"] = (time.perf_counter() - start, usage.ru_utime + usage.ru_stime)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -186,7 +190,7 @@ def _measure_annotations(rounds: int) -> dict:
                 start = time.perf_counter(), time.process_time()
                 records = load(path, images)
                 times[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
-                ends.append((len(records), records[0], records[-1]))
+                ends.append((len(records), records[0], records[len(records) - 1]))
                 del records
             if ends[0] != ends[1]:
                 raise RuntimeError(f"the two ways read other records: {ends}")
