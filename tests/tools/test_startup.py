@@ -66,7 +66,7 @@ def test_a_flag_behind_the_pairs_is_refused_before_torch_is_imported(start, tool
 @pytest.mark.parametrize(
     ("tool", "arguments", "message"),
     [
-        ("check_dataset.py", [], "name data sets with --train and --val, or with --config-file"),
+        ("check_dataset.py", [], "expected the data sets either as --train or --val"),
         ("visualize_results.py", ["--output", "o"], "name the data set with --truth or with"),
         ("convert_checkpoint.py", ["a.pth"], "DEST is missing"),
         ("compare_inits.py", ["--output", "o"], "--config-file: name at least one config"),
