@@ -77,16 +77,16 @@ def test_without_the_images_the_report_says_why_it_has_no_pictures(
     finished, run_python, shapes_world, tmp_path
 ):
     _, output = finished
-    folders = list(output.glob("runs/*/*/other/seed1"))
-    copied = Path(
-        shutil.copytree(folders[0], tmp_path / "run", ignore=shutil.ignore_patterns("*.pth"))
-    )
-    config = (copied / "config.yaml").read_text()
-    (copied / "config.yaml").write_text(config.replace(str(shapes_world), "/nowhere"))
+    collected = []
+    for name in ("random", "other"):
+        folder = next(output.glob(f"runs/*/*/{name}/seed1"))
+        copied = tmp_path / name
+        shutil.copytree(folder, copied, ignore=shutil.ignore_patterns("*.pth"))
+        config = (copied / "config.yaml").read_text()
+        (copied / "config.yaml").write_text(config.replace(str(shapes_world), "/nowhere"))
+        collected += ["--collect", f"{name}={copied}"]
     result = run_python(
-        *("tools/compare_inits.py", "--output", tmp_path / "report"),
-        *("--collect", f"other={copied}"),
-        cwd=ROOT,
+        *("tools/compare_inits.py", "--output", tmp_path / "report", *collected), cwd=ROOT
     )
     assert result.returncode == 0, result.stderr
     html = (tmp_path / "report" / "report.html").read_text()
