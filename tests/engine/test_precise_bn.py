@@ -152,7 +152,7 @@ class _Batches:
         for number in itertools.count(1):
             if number == 2 and self._stop_file:
                 self._stop_file.touch()
-            yield torch.arange(8.0).reshape(4, 2) * number
+            yield torch.arange(8.0).reshape(4, 2) * number / 3
 
 
 def _measure(model, stop_file=None):
@@ -178,6 +178,29 @@ def test_measuring_twice_is_measuring_once():
     once = _measure(model)
     assert not _same(once, _small_model().state_dict())
     assert _same(once, _measure(model))
+
+
+class _AcrossProcesses(nn.BatchNorm1d):
+    """Updates its statistics as detectron2's NaiveSyncBatchNorm does where there are several."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            mean, var = x.mean(0), x.var(0, unbiased=False)
+            self.running_mean += self.momentum * (mean - self.running_mean)
+            self.running_var += self.momentum * (var - self.running_var)
+        return (x - mean) / (var + self.eps).sqrt()
+
+
+def test_what_was_there_before_does_not_change_what_is_measured():
+    """Not by a rounding either: a run that was stopped while it evaluated ended a bit beside."""
+    model = nn.Sequential(_AcrossProcesses(2))
+    measured = []
+    for value in (1.0, 12345.678):
+        for name in ("running_mean", "running_var"):
+            getattr(model[0], name).fill_(value)
+        measured.append(_measure(model))
+    assert _same(*measured)
+    assert not torch.equal(measured[0]["0.running_mean"], torch.zeros(2))
 
 
 def test_a_stop_while_they_are_measured_leaves_them_as_they_were(tmp_path, monkeypatch):

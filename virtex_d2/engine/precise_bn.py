@@ -60,6 +60,11 @@ class PreciseBN(HookBase):
         """
         layers = [layer for model in self._models.values() for layer in get_bn_modules(model)]
         before = [{k: v.clone() for k, v in layer.state_dict().items()} for layer in layers]
+        for layer in layers:
+            # detectron2's norms across processes add the difference to what was there, whose
+            # rounding depends on that: from zero it is none, and the second time gives the same.
+            layer.running_mean.zero_()
+            layer.running_var.zero_()
         try:
             self._measure()
         except StopRequested:
