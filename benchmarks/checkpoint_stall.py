@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from fvcore.common.checkpoint import Checkpointer
 
-from benchmarks.measuring import machine, spread
+from benchmarks.measuring import machine
+from benchmarks.rounds import spread
 from virtex_d2.config import get_virtex_cfg
 from virtex_d2.runtime.background import StateWriter
 from virtex_d2.runtime.checkpointer import AtomicCheckpointer

@@ -11,7 +11,8 @@ import argparse
 
 import torch
 
-from benchmarks.measuring import Clock, machine, ratios, spread, take_turns
+from benchmarks.measuring import Clock, machine
+from benchmarks.rounds import ratios, spread, take_turns
 from pretrain.decoding import beam_search
 from pretrain.textual_head import TextualHead
 from tests.pretrain import recompute

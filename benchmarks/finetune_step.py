@@ -7,6 +7,7 @@ the same losses in float32 before anything is timed.
 """
 
 import argparse
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
-from benchmarks.measuring import Clock, machine, ratios, spread, take_turns
+from benchmarks.measuring import Clock, machine
+from benchmarks.rounds import ratios, spread, take_turns
 from virtex_d2.config import get_virtex_cfg
 from virtex_d2.engine.loop import build_loop
 from virtex_d2.runtime.config import load_config
@@ -72,19 +74,6 @@ def _batch(args: argparse.Namespace, cfg: CfgNode) -> list[dict]:
     return batch
 
 
-class Endless:
-    """The same batch for ever, with the length that detectron2's loops never ask for."""
-
-    def __init__(self, batch: list[dict]):
-        self._batch = batch
-
-    def __iter__(self) -> "Endless":
-        return self
-
-    def __next__(self) -> list[dict]:
-        return self._batch
-
-
 class Way:
     """A model with its loop; a call is an update, on the same random numbers as every other's."""
 
@@ -93,7 +82,7 @@ class Way:
         trainer = DefaultTrainer if stock else DetectionTrainer
         self.model = trainer.build_model(cfg).train()
         optimizer = trainer.build_optimizer(cfg, self.model)
-        batches = Endless(_batch(args, cfg))
+        batches = itertools.repeat(_batch(args, cfg))
         if not stock:
             self._loop = build_loop(cfg, self.model, batches, optimizer)
         elif cfg.SOLVER.AMP.ENABLED:

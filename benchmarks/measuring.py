@@ -1,12 +1,8 @@
-"""How benchmarks measure: ways take turns in one process, beside what the machine can do.
-
-Ratios of neighbouring turns are what is claimed: on a shared machine seconds are worth little.
-"""
+"""What benchmarks read off the machine: time, memory, and what it can do."""
 
 import platform
-import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 
@@ -43,35 +39,6 @@ class Clock:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
-
-
-def take_turns(
-    ways: Mapping[str, Callable[[], dict[str, float]]], rounds: int, warm_up: int = 1
-) -> dict[str, list[dict[str, float]]]:
-    """Every way once a round; what each returned of each round, warm-up left out."""
-    for _ in range(warm_up):
-        for way in ways.values():
-            way()
-    turns: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            turns[name].append(way())
-    return turns
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, least and largest."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def split(turns: list[dict[str, float]]) -> dict[str, float]:
-    """Median seconds of each part."""
-    return {part: statistics.median(turn[part] for turn in turns) for part in turns[0]}
-
-
-def ratios(baseline: list[float], ours: list[float]) -> dict[str, float]:
-    """How many times as fast ours is, by round."""
-    return spread([theirs / mine for theirs, mine in zip(baseline, ours, strict=True)])
 
 
 def ceilings(device: torch.device) -> dict[str, float]:

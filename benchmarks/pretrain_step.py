@@ -17,18 +17,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measuring import (
-    Clock,
-    ceilings,
-    machine,
-    peak_memory,
-    ratios,
-    resident_memory,
-    split,
-    spread,
-    take_turns,
-)
+from benchmarks.measuring import Clock, ceilings, machine, peak_memory, resident_memory
 from benchmarks.plain import PlainBicaptioner
+from benchmarks.rounds import ratios, split, spread, take_turns
 from pretrain.augment import PIXEL_MEAN, PIXEL_STD, normalize
 from pretrain.config import get_pretrain_cfg
 from pretrain.objectives import build_objective
@@ -61,7 +52,7 @@ class Setting:
 
     Args:
         args: of `add_arguments`.
-        needed: the ways that will be run; the others' memory is not taken.
+        needed: the ways that will be run. A model that none of them runs is not kept.
     """
 
     def __init__(self, args: argparse.Namespace, needed: tuple[str, ...] = WAYS):
@@ -75,11 +66,12 @@ class Setting:
         cfg.MODEL.VISUAL.RECOMPUTE = args.recompute
         self._cfg = cfg
         torch.manual_seed(0)
+        self.ours = self.plain = None
         ours = build_objective(cfg, args.vocab)
-        self.plain = None
-        if needed != ("ours",):
+        if set(needed) - {"ours"}:
             self.plain = PlainBicaptioner.of(ours, cfg.MODEL.TEXTUAL.DROPOUT).to(self.device)
-        self.ours = ours.to(self.device) if needed != ("plain",) else None
+        if "ours" in needed:
+            self.ours = ours.to(self.device)
         self.batch = _batch(args)
         self.ways = {name: getattr(self, f"_{name}")() for name in needed}
 
@@ -317,10 +309,6 @@ def _memory(args: argparse.Namespace) -> int:
     before = resident_memory(torch.device(args.device))
     setting = Setting(args, (args.memory_of,))
     step = setting.ways[args.memory_of]
-    if args.memory_of == "ours":
-        setting.plain = None
-    else:
-        setting.ours = None
     step(), step()
     return peak_memory(step, setting.device) - before
 

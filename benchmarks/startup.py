@@ -1,8 +1,4 @@
-#!/usr/bin/env python
 """How long tools take to start: --help, the first iteration of a run, annotations of COCO's size.
-
-python benchmarks/startup.py
-python benchmarks/startup.py --parts help --rounds 5 --json
 
 - help: each tool's --help in a process of its own, in turns with `import torch, detectron2`: what
   a tool would wait for at least that imported them before it read its arguments.
@@ -16,15 +12,15 @@ other programs on the machine disturb less.
 """
 
 import argparse
-import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from benchmarks.rounds import spread
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("help", "runs", "annotations")
@@ -113,14 +109,8 @@ def _fine_tuning(world: Path, output: Path, pretrained: Path) -> Sequence[str]:
     return [
         *(str(ROOT / "tools/train_net.py"), "--config-file", str(config)),
         *("VIRTEX.DATASETS", repr([["world", "coco", str(annotations), str(images)]])),
-        *(
-            "DATASETS.TRAIN",
-            "('world',)",
-            "DATASETS.TEST",
-            "()",
-            "TEST.PRECISE_BN.ENABLED",
-            "False",
-        ),
+        *("DATASETS.TRAIN", "('world',)", "DATASETS.TEST", "()"),
+        *("TEST.PRECISE_BN.ENABLED", "False"),
         *("SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "()", "SOLVER.WARMUP_ITERS", "0"),
         *("SOLVER.IMS_PER_BATCH", "2", "VIRTEX.LOG_PERIOD", "1", "SEED", "1"),
         *("MODEL.WEIGHTS", str(pretrained / "backbone.safetensors"), "OUTPUT_DIR", str(output)),
@@ -172,7 +162,6 @@ def _processor_seconds(pid: int) -> float:
 
 
 def _measure_annotations(rounds: int) -> dict:
-    sys.path.insert(0, str(ROOT))
     from benchmarks.open_annotations import baseline, write_annotations
     from pretrain.captions import load_coco_captions
 
@@ -200,11 +189,7 @@ def _measure_annotations(rounds: int) -> dict:
 def _both(values: list[tuple[float, float]]) -> dict:
     """{"seconds", "processor_seconds"} of what was measured in each round."""
     clock, processor = zip(*values)
-    return {"seconds": _spread(clock), "processor_seconds": _spread(processor)}
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {"seconds": spread(clock), "processor_seconds": spread(processor)}
 
 
 def report(result: dict) -> str:
@@ -224,18 +209,3 @@ def report(result: dict) -> str:
 
 def _told(times: dict[str, float]) -> str:
     return f"{times['median']:9.2f} ({times['min']:.2f} to {times['max']:.2f})".rjust(24)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    args = parser.parse_args()
-    result = measure(args)
-    print(json.dumps(result, indent=1) if args.json else report(result))
-
-
-if __name__ == "__main__":
-    main()

@@ -102,12 +102,6 @@ class Captioning(nn.Module):
         """Tokens that a direction predicts: all but the first and the padding."""
         return int((batch["caption_tokens"][:, 1:] != PADDING).sum())
 
-    def _heads(self) -> list[TextualHead]:
-        """A head for each direction."""
-        if len(self.directions) == 1:
-            return [self.textual]
-        return [self.textual, self.backward_textual]
-
     def _caption_losses(self, visual_tokens: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
         """Of each direction the mean cross entropy, in nats, of tokens 1.. given those before them.
 
@@ -117,8 +111,14 @@ class Captioning(nn.Module):
         a loss must not depend on the longest of the batch.
         """
         tokens, lengths = batch["caption_tokens"], batch["caption_lengths"]
-        read = {"forward": tokens, "backward": reverse_captions(tokens, lengths)}
-        sequences = torch.stack([read[name] for name in self.directions], dim=-1)  # (N, T, D)
+        heads = [self.textual, *([self.backward_textual] if len(self.directions) == 2 else [])]
+        sequences = torch.stack(
+            [
+                reverse_captions(tokens, lengths) if direction == "backward" else tokens
+                for direction in self.directions
+            ],
+            dim=-1,
+        )  # (N, T, D)
         words = Words.first(lengths - 1, tokens.shape[1] - 1)
         inputs = words.pack(sequences[:, :-1]).T  # (D, P)
         targets = words.pack(sequences[:, 1:]).T
@@ -133,7 +133,7 @@ class Captioning(nn.Module):
         hidden = torch.cat(
             [
                 head.hidden_states(x, visual_tokens, words, parallel)
-                for head, x in zip(self._heads(), embedded)
+                for head, x in zip(heads, embedded)
             ]
         )
         logits = self.textual.output(hidden).float().unflatten(0, targets.shape)  # (D, P, V)

@@ -1,8 +1,9 @@
 """Residual blocks that keep less for the backward pass.
 
 What a convolution keeps for its weights' gradient is, within a block, the output of batch norm and
-ReLU: cheap to compute again from batch norm's own input, which is kept anyway. That is a sixth of
-what a ResNet-50 keeps, as Rota Bulo et al. (arXiv 1712.02616) observed.
+ReLU: cheap to compute again from batch norm's own input, which is kept anyway. In-place activated
+batch norm (Rota Bulo et al., arXiv 1712.02616) keeps the other of the two, for which the activation
+must be invertible; ReLU is not. `tools/benchmark.py pretrain --recompute` measures what it saves.
 """
 
 import torch

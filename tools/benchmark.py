@@ -59,7 +59,7 @@ def main() -> None:
     found = module.measure(args)
     print(module.report(found))
     if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1, default=str) + "\n")
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

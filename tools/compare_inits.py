@@ -87,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="DIR", help="folder of the comparison")
     add(
-        *("--config-file", "--config-files"),
+        "--config-file",
+        "--config-files",
         nargs="+",
         default=[],
         metavar="FILE",
@@ -109,14 +110,14 @@ def _parser() -> argparse.ArgumentParser:
         help="config overrides for one initialisation alone; the report names such differences",
     )
     add(
-        *("--fractions",),
+        "--fractions",
         type=float,
         nargs="+",
         default=[],
         help="of the training images (default: VIRTEX.FRACTION of the config)",
     )
     add(
-        *("--seeds",),
+        "--seeds",
         type=int,
         nargs="+",
         default=[],

@@ -81,6 +81,19 @@ def test_both_optimizers_use_the_groups(cfg, model, name):
     ]
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize(
+    ("enabled", "dtype", "fused"),
+    [(True, "bfloat16", True), (True, "float16", False), (False, "float16", True)],
+)
+def test_an_update_is_one_kernel_except_under_a_loss_scaler_that_skips_updates(
+    cfg, model, name, enabled, dtype, fused
+):
+    own = cfg.clone()
+    own.SOLVER.OPTIMIZER, own.SOLVER.AMP.ENABLED, own.SOLVER.AMP.DTYPE = name, enabled, dtype
+    assert build_optimizer(own, model).defaults["fused"] is fused
+
+
 def test_an_unknown_optimizer_is_refused_with_the_nearest_name(cfg, model):
     own = cfg.clone()
     own.SOLVER.OPTIMIZER = "adam"

@@ -80,11 +80,6 @@ def test_arguments_that_do_not_go_together_are_refused_before_torch_is_imported(
     assert (code, packages) == (2, set())
 
 
-def test_the_benchmark_of_starting_starts_without_other_packages(start):
-    code, packages, _ = start(ROOT / "benchmarks" / "startup.py", "--help")
-    assert (code, packages) == (0, set())
-
-
 _STRUCK = """\
 import contextlib, os, runpy, signal, sys, types
 from virtex_d2.runtime import signals

@@ -87,22 +87,20 @@ class DetectorCheckpointer(AtomicDetectionCheckpointer):
             "was trained). Add VIRTEX.EMA.EVALUATE False to evaluate the weights themselves."
         )
 
-    def _taken(self, whole: bool) -> str:
-        if whole:
-            return "A whole detector's checkpoint is needed here; a backbone alone detects nothing."
-        return (
-            "MODEL.WEIGHTS takes a detector's checkpoint, or a ResNet in one of the layouts of "
-            "docs/checkpoints.md."
-        )
-
     def _refuse(self, path: str, whole: bool) -> None:
         state = getattr(self.model, "module", self.model).state_dict()
         not_set = {name.removeprefix("module.") for name in self._not_set}
         backbone = set(backbone_names(state).values())
         if backbone and backbone <= not_set:
+            taken = (
+                "A whole detector's checkpoint is needed here; a backbone alone detects nothing."
+                if whole
+                else "MODEL.WEIGHTS takes a detector's checkpoint, or a ResNet in one of the "
+                "layouts of docs/checkpoints.md."
+            )
             raise InputError(
                 f"{path}: holds none of the detector's {len(backbone)} backbone tensors; its names "
-                f"begin with {', '.join(self._first_names)}. {self._taken(whole)}"
+                f"begin with {', '.join(self._first_names)}. {taken}"
             )
         if whole:
             raise InputError(
