@@ -21,8 +21,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pretrain.augment import normalize  # noqa: E402
 from pretrain.backbone import VisualBackbone  # noqa: E402
+from pretrain.colors import normalize  # noqa: E402
 from virtex_d2.data.shapes import CLASSES, render  # noqa: E402
 from virtex_d2.data.shapes_draw import COLORS, PATTERNS  # noqa: E402
 from virtex_d2.data.shapes_write import write_dataset  # noqa: E402

@@ -1,5 +1,6 @@
-"""What happens to an image and its caption: crop, flip and jitter on the host, normalisation on the
-device.
+"""What happens to an image and its caption on the host: crop and flip, in bytes.
+
+Jitter is drawn here too; the device carries it out, with normalisation: `pretrain.colors`.
 
 VirTex's recipe (arXiv 2006.06666, section 3.3). Every random number comes from the generator that
 is passed in, so that a sample can be made again.
@@ -10,11 +11,11 @@ import re
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image
 
-# ImageNet's, RGB, on the scale 0-255: what torchvision's ResNets expect.
-PIXEL_MEAN = (123.675, 116.28, 103.53)
-PIXEL_STD = (58.395, 57.12, 57.375)
+from .colors import draw_jitter
+from .crops import Picture
+from .jpeg import Box
 
 _SIDES = {"left": "right", "right": "left"}
 _SIDE_WORD = re.compile(r"\b(left|right)\b", re.IGNORECASE)
@@ -34,7 +35,7 @@ def swap_sides(caption: str) -> str:
 
 
 class TrainTransform:
-    """Random resized crop, flip with the caption, colour jitter.
+    """Random resized crop, flip with the caption; what jitter is to do.
 
     Args:
         size: side of the crop in pixels.
@@ -68,22 +69,26 @@ class TrainTransform:
         return math.ceil(self.size / math.sqrt(self.scale[0] * narrowest))
 
     def __call__(
-        self, image: Image.Image, caption: str, rng: np.random.Generator
-    ) -> tuple[torch.Tensor, str]:
-        """RGB image and caption -> ((3, size, size) uint8, caption)."""
-        image = image.resize(
-            (self.size, self.size), Image.Resampling.BILINEAR, box=self._crop_box(image.size, rng)
-        )
-        if rng.random() < self.flip:
-            image = ImageOps.mirror(image)
-            caption = swap_sides(caption)
-        if rng.random() < self.jitter_prob:
-            image = self._jittered(image, rng)
-        return _to_tensor(image), caption
+        self, picture: Picture, caption: str, rng: np.random.Generator
+    ) -> tuple[torch.Tensor, str, torch.Tensor]:
+        """A random view of a picture.
 
-    def _crop_box(
-        self, size: tuple[int, int], rng: np.random.Generator
-    ) -> tuple[int, int, int, int]:
+        Everything is drawn before a pixel is decoded: which are needed depends on it.
+
+        Returns:
+            (3, size, size) uint8 RGB, a colour's bytes three apart (channels last); the caption;
+            and (4, 2) float32 of `pretrain.colors.draw_jitter`.
+
+        Raises:
+            OSError: the picture cannot be decoded.
+        """
+        box = self._crop_box(picture.size, rng)
+        flip = bool(rng.random() < self.flip)
+        jitter = draw_jitter(self.jitter, self.jitter_prob, rng)
+        pixels = picture.crop(box, self.size, flip)
+        return _to_tensor(pixels), swap_sides(caption) if flip else caption, jitter
+
+    def _crop_box(self, size: tuple[int, int], rng: np.random.Generator) -> Box:
         """As torchvision's RandomResizedCrop: ten tries, then the largest central crop."""
         width, height = size
         low, high = (math.log(r) for r in self.ratio)
@@ -98,20 +103,6 @@ class TrainTransform:
         w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
         x, y = (width - w) // 2, (height - h) // 2
         return x, y, x + w, y + h
-
-    def _jittered(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """As torchvision's ColorJitter: the four changes in random order."""
-        enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-        for kind in rng.permutation(4):
-            strength = self.jitter[kind]
-            if strength <= 0:
-                continue
-            if kind < 3:
-                factor = rng.uniform(max(0.0, 1 - strength), 1 + strength)
-                image = enhancers[kind](image).enhance(factor)
-            else:
-                image = _shift_hue(image, rng.uniform(-strength, strength))
-        return image
 
 
 class EvalTransform:
@@ -134,22 +125,9 @@ class EvalTransform:
         image = image.resize(
             (self.size, self.size), Image.Resampling.BILINEAR, box=(x, y, x + side, y + side)
         )
-        return _to_tensor(image), caption
+        return _to_tensor(np.array(image)), caption
 
 
-def normalize(images: torch.Tensor) -> torch.Tensor:
-    """uint8 (N, 3, H, W) RGB -> float32 of the same shape, less ImageNet's mean, over its std."""
-    mean = torch.tensor(PIXEL_MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(PIXEL_STD, device=images.device).view(3, 1, 1)
-    return (images.to(torch.float32) - mean) / std
-
-
-def _shift_hue(image: Image.Image, turn: float) -> Image.Image:
-    hue, saturation, value = image.convert("HSV").split()
-    shift = round(turn * 255)
-    hue = hue.point([(level + shift) % 256 for level in range(256)])
-    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
-
-
-def _to_tensor(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
+def _to_tensor(pixels: np.ndarray) -> torch.Tensor:
+    """(H, W, 3) -> (3, H, W), without moving a byte."""
+    return torch.from_numpy(pixels).permute(2, 0, 1)

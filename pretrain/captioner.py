@@ -17,7 +17,8 @@ from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import read_checkpoint, require_file
 from virtex_d2.runtime.images import IMAGE_SUFFIXES, read_image
 
-from .augment import EvalTransform, normalize
+from .augment import EvalTransform
+from .colors import normalize
 from .config import get_pretrain_cfg
 from .decoding import Decode, Decoded
 from .objectives import Captioning, build_objective

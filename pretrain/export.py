@@ -11,7 +11,7 @@ import virtex_d2
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import write_safetensors
 
-from .augment import PIXEL_MEAN, PIXEL_STD
+from .colors import PIXEL_MEAN, PIXEL_STD
 
 FORMAT = "virtex_d2.backbone"
 FORMAT_VERSION = "1"

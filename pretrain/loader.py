@@ -23,6 +23,7 @@ from virtex_d2.runtime.signals import held_back, start_helper
 from .augment import EvalTransform, TrainTransform
 from .captions import CaptionRecord, caption_counts
 from .captions.records import offsets
+from .crops import open_picture
 from .order import order_of
 from .randomness import Stream, generator
 from .targets import SampleTarget
@@ -47,7 +48,8 @@ class CaptionDataset(Dataset):
     """Training samples by position; images with one caption drawn for each visit.
 
     `dataset[position]` is a dict with
-        image           (3, S, S) uint8, RGB
+        image           (3, S, S) uint8, RGB, channels last in memory
+        jitter          (4, 2) float32, what the device does to its colours (`pretrain.colors`)
         caption_tokens  (T,) int64: [SOS] pieces [EOS], T <= max_length; a caption that is too long
                         loses its end and keeps its [EOS]
         image_id        of the record
@@ -111,13 +113,18 @@ class CaptionDataset(Dataset):
             candidates: index and record of this position's image, then of its replacements.
             failures: becomes the sample's; images that cannot be decoded are added.
         """
-        rng = generator(self.seed, Stream.SAMPLE, position)
         for index, record in itertools.islice(candidates, MAX_REPLACEMENTS):
-            image = self.read(record, failures)
-            if image is not None:
-                caption = record.captions[rng.integers(len(record.captions))]
-                pixels, caption = self.transform(image, caption, rng)
-                return self.sample(index, record.image_id, position, pixels, caption, failures)
+            # a new one for each: a file may turn out to be damaged after its crop has been drawn
+            rng = generator(self.seed, Stream.SAMPLE, position)
+            caption = record.captions[rng.integers(len(record.captions))]
+            try:
+                picture = open_picture(record.image_file(), self.transform.smallest_side)
+                pixels, caption, jitter = self.transform(picture, caption, rng)
+            except OSError as error:
+                failures.append((record.file_name, str(error)))
+                continue
+            sample = self.sample(index, record.image_id, position, pixels, caption, failures)
+            return {**sample, "jitter": jitter}
         return {"failures": failures}
 
     def sample(
@@ -142,7 +149,7 @@ class CaptionDataset(Dataset):
         return sample
 
     def read(self, record: CaptionRecord, failures: Failures) -> Image.Image | None:
-        """The record's image; None where it cannot be decoded, and a line more in `failures`."""
+        """The record's whole image; None where there is none, and a line more in `failures`."""
         try:
             return read_image(record.image_file(), self.transform.smallest_side)
         except OSError as error:
@@ -202,10 +209,11 @@ def collate(samples: list[dict]) -> dict:
     """Samples -> a batch.
 
     Returns:
-        image (N, 3, S, S) uint8; caption_tokens (N, T) int64, padded with 0 to the longest;
-        caption_lengths (N,) int64; position (N,) int64; image_id, a list of N; skipped_files and
-        skipped_reasons, lists of equal length; num_skipped, that length; and of what targets add,
-        rows padded to the longest. N leaves out samples that are nothing but failures.
+        image (N, 3, S, S) uint8, channels last in memory; caption_tokens (N, T) int64, padded with
+        0 to the longest; caption_lengths (N,) int64; position (N,) int64; image_id, a list of N;
+        skipped_files and skipped_reasons, lists of equal length; num_skipped, that length; and of
+        what targets add, rows padded to the longest; jitter (N, 4, 2) float32 of training samples. N leaves out
+        samples that are nothing but failures.
     """
     failures = [failure for sample in samples for failure in sample["failures"]]
     samples = [sample for sample in samples if "image" in sample]
@@ -218,10 +226,11 @@ def collate(samples: list[dict]) -> dict:
         for key, padding in _PADDING.items()
         if samples and key in samples[0]
     }
-    if samples and "parallel" in samples[0]:
-        added["parallel"] = torch.stack([sample["parallel"] for sample in samples])
+    for key in ("parallel", "jitter"):
+        if samples and key in samples[0]:
+            added[key] = torch.stack([sample[key] for sample in samples])
     return {
-        "image": torch.stack(images) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8),
+        "image": stack_images(images) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8),
         "caption_tokens": torch.nn.utils.rnn.pad_sequence(
             tokens, batch_first=True, padding_value=Tokenizer.pad_id
         )
@@ -235,6 +244,12 @@ def collate(samples: list[dict]) -> dict:
         "num_skipped": len(failures),
         **added,
     }
+
+
+def stack_images(images: Sequence[torch.Tensor]) -> torch.Tensor:
+    """(3, S, S) each, channels last in memory -> (N, 3, S, S), channels last."""
+    # torch.stack of the images as they are takes nine times as long
+    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
 class CaptionLoader(DataLoader):

@@ -13,8 +13,9 @@ from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import atomic_path
 from virtex_d2.runtime.images import read_image
 
-from .augment import EvalTransform, normalize
+from .augment import EvalTransform
 from .captioner import can_caption
+from .colors import normalize
 from .decoding import Decoded, beam_search
 from .tokenizer import Tokenizer
 

@@ -22,7 +22,7 @@ from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.signals import held_back
 
 from .lanes import Cursor, Lane, Plan
-from .loader import CaptionDataset, check_batch, collate, loader_options
+from .loader import CaptionDataset, check_batch, collate, loader_options, stack_images
 
 # What a worker sends of an iteration: positions, samples without their pixels, all pixels, and
 # cursors of the lanes that gave them.
@@ -220,7 +220,7 @@ def _without_pixels(samples: list[dict]) -> tuple[list[dict], torch.Tensor]:
     return [
         {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in sample.items()}
         for sample in samples
-    ], torch.stack(pixels) if pixels else torch.empty(0)
+    ], stack_images(pixels) if pixels else torch.empty(0)
 
 
 def _with_pixels(samples: list[dict], pixels: torch.Tensor) -> Iterator[dict]:

@@ -34,8 +34,8 @@ from virtex_d2.runtime.retention import Retention
 from virtex_d2.runtime.setup import write_config
 from virtex_d2.runtime.stopping import StopHook, StoppableTrainer
 
-from .augment import normalize
 from .captioner import can_caption
+from .colors import normalize
 from .data import PretrainData, build_data
 from .export import export_backbone
 from .hooks import (
@@ -272,7 +272,8 @@ class PretrainTrainer(StoppableTrainer):
             for key, value in batch.items()
             if isinstance(value, torch.Tensor)
         }
-        on_device["image"] = normalize(on_device["image"])
+        on_device.pop("jitter", None)  # of validation there is none
+        on_device["image"] = normalize(on_device["image"], batch.get("jitter"))
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.cfg.SOLVER.AMP.ENABLED):
             return self.model(on_device)
 

@@ -1,0 +1,232 @@
+"""Decode no more of a JPEG than a crop of it needs.
+
+Nearly all of a training sample's time is entropy decoding, so that what a crop leaves out should
+not be decoded. Two things of the format allow that. Its 8 x 8 blocks are frequencies: an image of
+half, a quarter or an eighth of the size takes only the lowest of them. And where a file has restart
+markers, each stretch between two of them can be read by itself: from these stretches a smaller
+JPEG is put together, which holds the crop and little else (ITU-T T.81, B.2 and F.1.1.5). Files of
+`tools/prepare_images.py` have a marker after every block of 8 x 8 or 16 x 16 pixels.
+
+Pixels are those of decoding the whole file, bit for bit. What is not a plain, whole JPEG (EXIF
+orientation, CMYK, damage, ...) is left to `virtex_d2.runtime.images`, which says what it is.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import simplejpeg
+from PIL import ExifTags, Image
+
+Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels; x1 and y1 are outside
+
+_SOF, _PROGRESSIVE, _DRI, _SOS, _EOI, _RST = (0xC0, 0xC1), 0xC2, 0xDD, 0xDA, 0xD9, 0xD0
+_APP0, _APP15, _APP1, _APP2 = 0xE0, 0xEF, 0xE1, 0xE2
+_TABLES = (0xDB, 0xC4, 0xFE)  # quantisation, Huffman, comments
+# Of a picture's size; libjpeg has more of them, but is slower there than at the full size.
+_REDUCTIONS = (8, 4, 2)
+
+
+class NotPlainError(Exception):
+    """Not a JPEG that this module decodes as Pillow would."""
+
+
+@dataclass(frozen=True)
+class _Header:
+    """Of a JPEG with 8 bits, in grey or three colours, stored upright.
+
+    Attributes:
+        width, height: pixels.
+        frame: where its start-of-frame segment's content begins; height and width follow a byte.
+        mcu: width and height of what is encoded together (minimum coded unit), pixels.
+        interval: MCUs from one restart marker to the next; 0 without markers.
+        scan: where entropy-coded data begins, if there is one scan of all colours; else 0.
+    """
+
+    width: int
+    height: int
+    frame: int
+    mcu: tuple[int, int]
+    interval: int
+    scan: int
+
+
+class Jpeg:
+    """A plain JPEG of which crops are decoded.
+
+    Args:
+        data: the file.
+
+    Raises:
+        NotPlainError: it is none.
+    """
+
+    def __init__(self, data: bytes):
+        self._data = data
+        self._header = _read_header(data)
+        self.size = self._header.width, self._header.height
+
+    def crop(self, box: Box, side: int) -> np.ndarray:
+        """A part of the image, at full or reduced size.
+
+        Args:
+            box: of the part.
+            side: pixels that width and height of the part must keep, if they have as many.
+
+        Returns:
+            (height, width, 3) uint8 RGB, of the box's size divided by 1, 2, 4 or 8 and rounded.
+
+        Raises:
+            NotPlainError: the file is cut short or damaged.
+        """
+        data, (left, top), (width, height) = self._part(box)
+        smaller = min(box[2] - box[0], box[3] - box[1])
+        reduction = next((r for r in _REDUCTIONS if smaller >= r * side), 1)
+        try:
+            pixels = simplejpeg.decode_jpeg(
+                data,
+                "RGB",
+                min_height=-(-height // reduction),
+                min_width=-(-width // reduction),
+                min_factor=reduction,
+            )
+        except ValueError as error:  # also what libjpeg only warns of
+            raise NotPlainError(str(error)) from error
+        columns = _reduced(box[0] - left, box[2] - left, reduction, pixels.shape[1])
+        rows = _reduced(box[1] - top, box[3] - top, reduction, pixels.shape[0])
+        return pixels[rows, columns]
+
+    def _part(self, box: Box) -> tuple[bytes, tuple[int, int], tuple[int, int]]:
+        """A JPEG of the box and some pixels more, where that begins, its width and height."""
+        whole = self._data, (0, 0), self.size
+        header, intervals = self._header, self._intervals
+        if intervals is None:
+            return whole
+        starts, ends = intervals
+        step, mcu_height = header.mcu[0] * header.interval, header.mcu[1]
+        per_row = -(-header.width // step)
+        # a pixel more on each side: colours are smoothed over the neighbouring MCU's
+        first_column, last_column = (
+            max(box[0] - 1, 0) // step,
+            min(box[2], header.width - 1) // step,
+        )
+        first_row, last_row = (
+            max(box[1] - 1, 0) // mcu_height,
+            min(box[3], header.height - 1) // mcu_height,
+        )
+        left, top = first_column * step, first_row * mcu_height
+        width = min((last_column + 1) * step, header.width) - left
+        height = min((last_row + 1) * mcu_height, header.height) - top
+
+        rows = np.arange(first_row, last_row + 1) * per_row
+        begins, finishes = starts[rows + first_column], ends[rows + last_column] + 2
+        data = np.frombuffer(self._data, np.uint8)
+        part = np.concatenate(
+            [data[: header.scan], *(data[a:b] for a, b in zip(begins.tolist(), finishes.tolist()))]
+        )
+        part[header.frame + 1 : header.frame + 5] = (
+            height >> 8,
+            height & 255,
+            width >> 8,
+            width & 255,
+        )
+        # markers are counted from 0 to 7 and from 0 again; the last one becomes the image's end
+        lengths = finishes - begins
+        moved = header.scan + np.cumsum(lengths) - lengths - begins
+        markers = ends[rows[:, None] + np.arange(first_column, last_column + 1)] + moved[:, None]
+        markers = markers.ravel() + 1
+        part[markers] = _RST + (np.arange(len(markers)) & 7)
+        part[markers[-1]] = _EOI
+        return part.tobytes(), (left, top), (width, height)
+
+    @functools.cached_property
+    def _intervals(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Where each stretch between restart markers begins and ends; None if they are of no use.
+
+        Each is (intervals,) int64. A row of MCUs must be whole intervals, or they would not tile a
+        rectangle.
+        """
+        header = self._header
+        columns, rows = (-(-side // unit) for side, unit in zip(self.size, header.mcu))
+        if not header.scan or not header.interval or columns % header.interval:
+            return None
+        data = np.frombuffer(self._data, np.uint8)
+        places = np.flatnonzero(data[header.scan : -1] == 0xFF) + header.scan
+        kinds = data[places + 1]
+        places, kinds = places[kinds != 0], kinds[kinds != 0]  # 0xFF 0x00 is a coded 0xFF
+        count = columns * rows // header.interval
+        wanted = _RST + (np.arange(count) & 7)
+        wanted[-1] = _EOI
+        if len(kinds) < count or (kinds[:count] != wanted).any():
+            return None
+        ends = places[:count]
+        return np.concatenate([[header.scan], ends[:-1] + 2]), ends
+
+
+def _reduced(first: int, end: int, reduction: int, size: int) -> slice:
+    """A stretch of pixels in the reduced image: at least one."""
+    first = min(round(first / reduction), size - 1)
+    return slice(first, max(first + 1, min(round(end / reduction), size)))
+
+
+def _read_header(data: bytes) -> _Header:
+    if data[:2] != b"\xff\xd8":
+        raise NotPlainError("no JPEG")
+    place, frame, interval, progressive = 2, 0, 0, False
+    try:
+        while True:
+            if data[place] != 0xFF:
+                raise NotPlainError("no marker where one should be")
+            kind, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
+            content = place + 4
+            if kind == _SOS:
+                break
+            if kind in _SOF or kind == _PROGRESSIVE:
+                if frame:
+                    raise NotPlainError("two frames")
+                frame, progressive = content, kind == _PROGRESSIVE
+            elif kind == _DRI:
+                interval = int.from_bytes(data[content : content + 2], "big")
+            elif _APP0 <= kind <= _APP15:
+                _refuse_turned(kind, data[content : place + 2 + length])
+            elif kind not in _TABLES:
+                raise NotPlainError(f"a segment of kind {kind:x}")
+            place += 2 + length
+        components = data[frame + 5] if frame else 0
+        height, width = (int.from_bytes(data[frame + i : frame + i + 2], "big") for i in (1, 3))
+        if not frame or data[frame] != 8 or components not in (1, 3) or not width or not height:
+            raise NotPlainError("no frame of 8 bits in grey or three colours")
+        sampling = [data[frame + 7 + 3 * i] for i in range(components)]
+        in_scan = data[content]
+    except IndexError as error:
+        raise NotPlainError("cut short in its header") from error
+    if width * height > Image.MAX_IMAGE_PIXELS:
+        raise NotPlainError("too many pixels")
+    # one colour is not interleaved: its MCU is a block, whatever its sampling says (T.81, A.2.2)
+    mcu = (8 * max(s >> 4 for s in sampling), 8 * max(s & 15 for s in sampling))
+    one_scan = in_scan == components and not progressive
+    return _Header(
+        width,
+        height,
+        frame,
+        mcu if components == 3 else (8, 8),
+        interval,
+        place + 2 + length if one_scan else 0,
+    )
+
+
+def _refuse_turned(kind: int, content: bytes) -> None:
+    """Leave to Pillow what it may turn upright, and files of several pictures."""
+    if kind == _APP1 and content[:6] == b"Exif\0\0":
+        exif = Image.Exif()
+        try:
+            exif.load(content)
+            upright = exif.get(ExifTags.Base.Orientation, 1) == 1
+        except Exception as error:  # Pillow's parsers answer damaged bytes with nearly any kind
+            raise NotPlainError("damaged EXIF") from error
+        if not upright:
+            raise NotPlainError("turned")
+    elif kind == _APP1 and b"Orientation" in content:  # in XMP
+        raise NotPlainError("perhaps turned")
+    elif kind == _APP2 and content[:4] == b"MPF\0":
+        raise NotPlainError("several pictures")
