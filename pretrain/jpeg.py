@@ -1,17 +1,19 @@
 """Decode no more of a JPEG than a crop of it needs.
 
 Nearly all of a training sample's time is entropy decoding, so that what a crop leaves out should
-not be decoded. Two things of the format allow that. Its 8 x 8 blocks are frequencies: an image of
-half, a quarter or an eighth of the size takes only the lowest of them. And where a file has restart
-markers, each stretch between two of them can be read by itself: from these stretches a smaller
-JPEG is put together, which holds the crop and little else (ITU-T T.81, B.2 and F.1.1.5). Files of
-`tools/prepare_images.py` have a marker after every block of 8 x 8 or 16 x 16 pixels.
+not be decoded. Three things of the format allow that. Its 8 x 8 blocks are frequencies: an image of
+half, a quarter or an eighth of the size takes only the lowest of them. Rows below the crop come
+last. And where a file has restart markers, each stretch between two of them can be read by itself:
+from these stretches a smaller JPEG is put together, which holds the crop and little else (ITU-T
+T.81, B.2 and F.1.1.5). Files of `tools/prepare_images.py` have a marker after every block of 8 x 8
+or 16 x 16 pixels.
 
 Pixels are those of decoding the whole file, bit for bit. What is not a plain, whole JPEG (EXIF
 orientation, CMYK, damage, ...) is left to `virtex_d2.runtime.images`, which says what it is.
 """
 
 import functools
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +27,27 @@ _APP0, _APP15, _APP1, _APP2 = 0xE0, 0xEF, 0xE1, 0xE2
 _TABLES = (0xDB, 0xC4, 0xFE)  # quantisation, Huffman, comments
 # Of a picture's size; libjpeg has more of them, but is slower there than at the full size.
 _REDUCTIONS = (8, 4, 2)
+# Decoded bytes up to which memory is kept for the next image. What is asked for anew is mapped page
+# by page, which takes a seventh of the time of decoding.
+_KEPT = 3 * 4_000_000
+
+
+class _Scratch(threading.local):
+    """Of each thread: memory that images are decoded into, one after the other."""
+
+    def __init__(self):
+        self._kept = np.empty(0, np.uint8)
+
+    def of(self, size: int) -> np.ndarray:
+        """At least `size` bytes."""
+        if size > _KEPT:
+            return np.empty(size, np.uint8)
+        if size > len(self._kept):
+            self._kept = np.empty(size, np.uint8)
+        return self._kept
+
+
+_scratch = _Scratch()
 
 
 class NotPlainError(Exception):
@@ -51,6 +74,22 @@ class _Header:
     scan: int
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A JPEG of a part of the image: where that begins, and its size.
+
+    Attributes:
+        strict: whether to refuse what libjpeg only warns of.
+    """
+
+    data: bytes
+    left: int
+    top: int
+    width: int
+    height: int
+    strict: bool = True
+
+
 class Jpeg:
     """A plain JPEG of which crops are decoded.
 
@@ -75,61 +114,66 @@ class Jpeg:
 
         Returns:
             (height, width, 3) uint8 RGB, of the box's size divided by 1, 2, 4 or 8 and rounded.
+            The next image that this thread decodes will overwrite it.
 
         Raises:
             NotPlainError: the file is cut short or damaged.
         """
-        data, (left, top), (width, height) = self._part(box)
+        part = self._part(box)
         smaller = min(box[2] - box[0], box[3] - box[1])
         reduction = next((r for r in _REDUCTIONS if smaller >= r * side), 1)
+        height, width = -(-part.height // reduction), -(-part.width // reduction)
         try:
             pixels = simplejpeg.decode_jpeg(
-                data,
+                part.data,
                 "RGB",
-                min_height=-(-height // reduction),
-                min_width=-(-width // reduction),
+                min_height=height,
+                min_width=width,
                 min_factor=reduction,
+                buffer=_scratch.of(3 * height * width),
+                strict=part.strict,
             )
-        except ValueError as error:  # also what libjpeg only warns of
+        except ValueError as error:  # where that is strict, also what libjpeg only warns of
             raise NotPlainError(str(error)) from error
-        columns = _reduced(box[0] - left, box[2] - left, reduction, pixels.shape[1])
-        rows = _reduced(box[1] - top, box[3] - top, reduction, pixels.shape[0])
+        columns = _reduced(box[0] - part.left, box[2] - part.left, reduction, pixels.shape[1])
+        rows = _reduced(box[1] - part.top, box[3] - part.top, reduction, pixels.shape[0])
         return pixels[rows, columns]
 
-    def _part(self, box: Box) -> tuple[bytes, tuple[int, int], tuple[int, int]]:
-        """A JPEG of the box and some pixels more, where that begins, its width and height."""
-        whole = self._data, (0, 0), self.size
-        header, intervals = self._header, self._intervals
-        if intervals is None:
-            return whole
-        starts, ends = intervals
+    def _part(self, box: Box) -> _Part:
+        """The box and as little more as can be told apart without decoding."""
+        header = self._header
+        # a pixel below is needed too, and one on each other side: colours are smoothed over the
+        # edges of MCUs
+        last_row = min(box[3], header.height - 1) // header.mcu[1]
+        if self._intervals is not None:
+            return self._between_markers(box, last_row)
+        bottom = (last_row + 1) * header.mcu[1]
+        # libjpeg warns of the data that is left over, and so hides its other warnings. A file that
+        # has its end is not cut short; of other damage Pillow takes what comes out as well.
+        if header.scan and bottom < header.height and self._data.endswith(b"\xff\xd9"):
+            at = header.frame + 1
+            data = self._data[:at] + bottom.to_bytes(2, "big") + self._data[at + 2 :]
+            return _Part(data, 0, 0, header.width, bottom, strict=False)
+        return _Part(self._data, 0, 0, *self.size)
+
+    def _between_markers(self, box: Box, last_row: int) -> _Part:
+        """A JPEG of the stretches between restart markers that hold the box."""
+        header, (starts, ends) = self._header, self._intervals
         step, mcu_height = header.mcu[0] * header.interval, header.mcu[1]
-        per_row = -(-header.width // step)
-        # a pixel more on each side: colours are smoothed over the neighbouring MCU's
-        first_column, last_column = (
-            max(box[0] - 1, 0) // step,
-            min(box[2], header.width - 1) // step,
-        )
-        first_row, last_row = (
-            max(box[1] - 1, 0) // mcu_height,
-            min(box[3], header.height - 1) // mcu_height,
-        )
+        first_row, first_column = max(box[1] - 1, 0) // mcu_height, max(box[0] - 1, 0) // step
+        last_column = min(box[2], header.width - 1) // step
         left, top = first_column * step, first_row * mcu_height
         width = min((last_column + 1) * step, header.width) - left
         height = min((last_row + 1) * mcu_height, header.height) - top
 
-        rows = np.arange(first_row, last_row + 1) * per_row
+        rows = np.arange(first_row, last_row + 1) * -(-header.width // step)
         begins, finishes = starts[rows + first_column], ends[rows + last_column] + 2
         data = np.frombuffer(self._data, np.uint8)
         part = np.concatenate(
             [data[: header.scan], *(data[a:b] for a, b in zip(begins.tolist(), finishes.tolist()))]
         )
-        part[header.frame + 1 : header.frame + 5] = (
-            height >> 8,
-            height & 255,
-            width >> 8,
-            width & 255,
-        )
+        size = height.to_bytes(2, "big") + width.to_bytes(2, "big")
+        part[header.frame + 1 : header.frame + 5] = np.frombuffer(size, np.uint8)
         # markers are counted from 0 to 7 and from 0 again; the last one becomes the image's end
         lengths = finishes - begins
         moved = header.scan + np.cumsum(lengths) - lengths - begins
@@ -137,7 +181,7 @@ class Jpeg:
         markers = markers.ravel() + 1
         part[markers] = _RST + (np.arange(len(markers)) & 7)
         part[markers[-1]] = _EOI
-        return part.tobytes(), (left, top), (width, height)
+        return _Part(part.tobytes(), left, top, width, height)
 
     @functools.cached_property
     def _intervals(self) -> tuple[np.ndarray, np.ndarray] | None:

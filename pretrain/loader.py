@@ -212,8 +212,8 @@ def collate(samples: list[dict]) -> dict:
         image (N, 3, S, S) uint8, channels last in memory; caption_tokens (N, T) int64, padded with
         0 to the longest; caption_lengths (N,) int64; position (N,) int64; image_id, a list of N;
         skipped_files and skipped_reasons, lists of equal length; num_skipped, that length; and of
-        what targets add, rows padded to the longest; jitter (N, 4, 2) float32 of training samples. N leaves out
-        samples that are nothing but failures.
+        what targets add, rows padded to the longest; jitter (N, 4, 2) float32 of training samples.
+        N leaves out samples that are nothing but failures.
     """
     failures = [failure for sample in samples for failure in sample["failures"]]
     samples = [sample for sample in samples if "image" in sample]
