@@ -1,0 +1,130 @@
+"""Make one image file fit for fast loading: small, and with restart markers.
+
+Needs no torch, so that a process that does nothing else starts at once.
+"""
+
+import ctypes
+import os
+import shutil
+import signal
+from dataclasses import dataclass
+
+from PIL import Image
+
+from virtex_d2.runtime.atomic import atomic_path
+from virtex_d2.runtime.errors import InputError
+from virtex_d2.runtime.images import read_image
+
+_JPEG_SUFFIXES = ("jpg", "jpeg")
+_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How images are prepared.
+
+    Attributes:
+        shorter_side: pixels; images whose shorter side has no more are copied as they are.
+        quality: of JPEG, as libjpeg counts it.
+
+    Raises:
+        InputError: a side without pixels, or a quality outside of 1 to 95.
+    """
+
+    shorter_side: int = 320
+    quality: int = 90
+
+    def __post_init__(self):
+        if self.shorter_side < 1:
+            raise InputError(f"--shorter-side {self.shorter_side}: expected 1 or more pixels.")
+        if not 1 <= self.quality <= 95:
+            raise InputError(
+                f"--quality {self.quality}: expected 1 to 95; above, files grow and nothing else."
+            )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an image.
+
+    Attributes:
+        name: relative to the folder.
+        size, mtime_ns: of the source, bytes and nanoseconds: they tell whether it has changed.
+        what: "resized", "copied" or "unreadable".
+        bytes: of the result.
+        reason: why it is unreadable.
+    """
+
+    name: str
+    size: int
+    mtime_ns: int
+    what: str
+    bytes: int = 0
+    reason: str = ""
+
+
+def prepare_image(name: str, source: str, dest: str, settings: Settings) -> Outcome:
+    """Write an image that loads fast, of the same name; one that cannot be decoded leaves none.
+
+    It is upright, RGB and, where it is larger, `settings.shorter_side` wide or high. JPEGs get a
+    restart marker after each block of pixels, so that crops can be decoded by themselves
+    (`pretrain.jpeg`); other kinds stay what their name says. What has been written is decoded
+    before it appears.
+
+    Args:
+        name: of the image, relative to both folders.
+        source, dest: the folders.
+        settings: size and quality.
+
+    Raises:
+        InputError: the result cannot be written.
+    """
+    origin, result = os.path.join(source, name), os.path.join(dest, name)
+    size = mtime_ns = 0
+    try:
+        stat = os.stat(origin)
+        size, mtime_ns = stat.st_size, stat.st_mtime_ns
+        image = read_image(origin)
+    except OSError as error:
+        if os.path.lexists(result):  # of what the source was before
+            os.unlink(result)
+        return Outcome(name, size, mtime_ns, "unreadable", reason=error.strerror or str(error))
+    try:
+        with atomic_path(result) as temporary:
+            if min(image.size) <= settings.shorter_side:
+                what = "copied"
+                shutil.copyfile(origin, temporary)
+            else:
+                what = "resized"
+                _write(image, temporary, settings)
+            read_image(str(temporary))
+    except OSError as error:
+        raise InputError(
+            f"{result}: cannot be written: {error.strerror or error}. Make room for it, and run "
+            "the same command again: it goes on from here."
+        ) from error
+    return Outcome(name, size, mtime_ns, what, os.path.getsize(result))
+
+
+def _write(image: Image.Image, path: os.PathLike, settings: Settings) -> None:
+    scale = settings.shorter_side / min(image.size)
+    width, height = (max(settings.shorter_side, round(side * scale)) for side in image.size)
+    # sizes are halved by averaging first, as long as twice the size is left: faster, and hardly
+    # different
+    image = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    if str(path).rpartition(".")[2].lower() in _JPEG_SUFFIXES:
+        image.save(path, "JPEG", quality=settings.quality, optimize=True, restart_marker_blocks=1)
+    else:
+        image.save(path, quality=settings.quality)
+
+
+def end_with_parent(parent: int) -> None:
+    """In a process of a pool: do not outlive the process that started it, even if that is killed.
+
+    Args:
+        parent: its id.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is answered by the parent
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # gone before that was asked for
+        os._exit(1)
