@@ -1,7 +1,4 @@
-#!/usr/bin/env python
 """Images a second that one core loads for training, against loading them plainly.
-
-python benchmarks/loader.py --images coco/val2017 --captions coco/annotations/captions_val2017.json
 
 Measured, in turns in one process and one thread, in seconds of the processor (the machine may do
 other things meanwhile), at crops of 224 pixels with the recipe's augmentation:
@@ -22,42 +19,36 @@ with the same box and flip, pixels are those of the plain way up to how images a
 """
 
 import argparse
-import json
-import logging
 import math
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageOps
 
-import cv2  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image, ImageOps  # noqa: E402
-
-from pretrain.augment import TrainTransform  # noqa: E402
-from pretrain.captions import load_coco_captions  # noqa: E402
-from pretrain.captions.records import Records  # noqa: E402
-from pretrain.colors import PIXEL_MEAN, PIXEL_STD, normalize  # noqa: E402
-from pretrain.crops import open_picture  # noqa: E402
-from pretrain.jpeg import Box  # noqa: E402
-from pretrain.loader import CaptionDataset, build_train_loader, collate, stack_images  # noqa: E402
-from pretrain.prepare import Settings, prepare_image  # noqa: E402
-from pretrain.tokenizer import Tokenizer, train_tokenizer  # noqa: E402
-from virtex_d2.runtime.images import read_image  # noqa: E402
+from benchmarks.measuring import machine
+from pretrain.augment import TrainTransform
+from pretrain.captions import load_coco_captions
+from pretrain.captions.records import Records
+from pretrain.colors import PIXEL_MEAN, PIXEL_STD, normalize
+from pretrain.crops import open_picture
+from pretrain.jpeg import Box
+from pretrain.loader import CaptionDataset, build_train_loader, collate, stack_images
+from pretrain.prepare import Settings, prepare_image
+from pretrain.tokenizer import Tokenizer, train_tokenizer
+from virtex_d2.runtime.images import read_image
 
 SIZE, BATCH = 224, 32
 LONGER, SHORTER = 640, 480  # of an original, pixels
 JITTER, JITTER_PROB = (0.4, 0.4, 0.4, 0.1), 0.8
 # Mean difference to the plain way, levels of 0-255: it samples where others average.
 TOLERANCE = {"originals": 6.0, "prepared": 8.0}
-VOCAB = 4000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-images", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=7, help="turns of each way (default 7)")
     parser.add_argument("--grain", type=float, default=8.0, help="of stand-ins, levels (default 8)")
+    parser.add_argument("--vocab", type=int, default=4000, help="pieces (default 4000)")
     parser.add_argument("--quality", type=int, default=90, help="of prepared files (default 90)")
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2, 4])
 
@@ -74,10 +66,10 @@ def measure(args: argparse.Namespace) -> dict:
     """Everything above.
 
     Returns:
-        "files": mean kB of originals and prepared ones. "difference": mean to the plain way, in
-        levels. "per_core": by way "images_per_s" (median), "from", "to", "ratio" (median over
-        rounds, to plain). "device_ms": of an image, "jitter and normalise" and "normalise".
-        "workers": by way and number of workers, images a second.
+        "settings" and "machine". "files": mean kB of originals and prepared ones. "difference":
+        mean to the plain way, in levels. "per_core": by way "images_per_s" (median), "from", "to",
+        "ratio" (median over rounds, to plain). "device_ms": of an image, "jitter and normalise" and
+        "normalise". "workers": by way and number of workers, images a second.
     """
     threads = torch.get_num_threads(), cv2.getNumThreads()
     torch.set_num_threads(1)
@@ -92,7 +84,9 @@ def measure(args: argparse.Namespace) -> dict:
 
 def _measure(args: argparse.Namespace, folder: Path) -> dict:
     records = load_coco_captions(args.captions, args.images)
-    train_tokenizer((c for r in records for c in r.captions), VOCAB, folder / "tokenizer.model")
+    train_tokenizer(
+        (c for r in records for c in r.captions), args.vocab, folder / "tokenizer.model"
+    )
     tokenizer = Tokenizer(folder / "tokenizer.model")
     chosen = [records[i] for i in range(0, len(records), max(1, len(records) // args.num_images))]
     chosen = chosen[: args.num_images]
@@ -126,6 +120,8 @@ def _measure(args: argparse.Namespace, folder: Path) -> dict:
     seconds = _in_turns(ways, args.rounds)
     rates = {way: [len(names) / s for s in turns] for way, turns in seconds.items()}
     return {
+        "settings": vars(args),
+        "machine": machine(torch.device("cpu")),
         "files": {
             way: statistics.mean(os.path.getsize(path) for path in paths) / 1e3
             for way, paths in files.items()
@@ -296,7 +292,8 @@ def _worker_rate(dataset: CaptionDataset, workers: int, rounds: int) -> float:
 
 def report(result: dict) -> str:
     """The measurements as text."""
-    lines = [", ".join(f"{way} {size:.0f} kB" for way, size in result["files"].items())]
+    lines = [result["machine"]["device"]]
+    lines += [", ".join(f"{way} {size:.0f} kB" for way, size in result["files"].items())]
     lines += [
         "mean difference to the plain way: "
         + ", ".join(f"{way} {levels:.1f} levels" for way, levels in result["difference"].items()),
@@ -313,19 +310,3 @@ def report(result: dict) -> str:
         for way, rates in result["workers"].items()
     ]
     return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING)
-    result = measure(args)
-    print(json.dumps(result) if args.json else report(result))
-
-
-if __name__ == "__main__":
-    main()

@@ -20,7 +20,7 @@ import torch
 from benchmarks.measuring import Clock, ceilings, machine, peak_memory, resident_memory
 from benchmarks.plain import PlainBicaptioner
 from benchmarks.rounds import ratios, split, spread, take_turns
-from pretrain.augment import PIXEL_MEAN, PIXEL_STD, normalize
+from pretrain.colors import PIXEL_MEAN, PIXEL_STD, normalize
 from pretrain.config import get_pretrain_cfg
 from pretrain.objectives import build_objective
 from pretrain.optim import Lookahead, build_optimizer

@@ -2,6 +2,8 @@
 """Measure this project beside the plain way of doing the same, both in one run.
 
 python tools/benchmark.py pretrain                    the training step: images/s, FLOP/s, memory
+python tools/benchmark.py loader --images coco/val2017 --captions captions_val2017.json
+                                                      decoding and augmenting: images/s of a core
 python tools/benchmark.py finetune --size 800 1056    the detector's step beside stock detectron2's
 python tools/benchmark.py caption --images 8 16       beam search beside recomputing every prefix
 python tools/benchmark.py checkpoint --folder output  how long a checkpoint keeps training waiting
@@ -22,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # What is measured -> the module with add_arguments, measure and report, and perhaps profile.
 BENCHMARKS = {
     "pretrain": "benchmarks.pretrain_step",
+    "loader": "benchmarks.loader",
     "finetune": "benchmarks.finetune_step",
     "caption": "benchmarks.decode_captions",
     "checkpoint": "benchmarks.checkpoint_stall",

@@ -6,6 +6,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
+CAPTIONS = "annotations/captions_train.json"
 SMALL = {
     "pretrain": "--batch 4 --size 64 --width 64 --vocab 200 --rounds 2 --recompute",
     "finetune": "--images 2 --size 96 128 --rounds 1",
@@ -34,6 +35,45 @@ def test_both_ways_are_compared_and_their_figures_written(name, run_python, tmp_
     assert measured
     for key in measured:
         positive_leaves({key: found[key]}, name)
+
+
+LOADED = "--num-images 8 --rounds 1 --vocab 300 --workers 1"
+
+
+def loader_of(world, *options):
+    data = ("--images", world / "images/train", "--captions", world / CAPTIONS)
+    return ("tools/benchmark.py", "loader", *data, *LOADED.split(), *options)
+
+
+def test_loading_is_compared_and_its_figures_written(shapes_world, run_python, tmp_path):
+    written = tmp_path / "found.json"
+    done = run_python(*loader_of(shapes_world, "--json", written))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(written.read_text())
+    assert found["per_core"]["plain"]["ratio"] == 1
+    assert f"{found['per_core']['prepared']['ratio']:.2f}" in done.stdout
+    assert set(found["workers"]) == {"originals", "prepared"}
+    difference = found.pop("difference")
+    assert 0 <= difference["originals"] < difference["prepared"]
+    for key in set(found) - {"settings", "machine"}:
+        positive_leaves({key: found[key]}, "loader")
+
+
+def test_pixels_that_are_not_the_plain_ways_stop_the_benchmark(shapes_world, monkeypatch):
+    import argparse
+
+    from benchmarks import loader
+
+    def shifted(image, box, flip):
+        return original(image, (box[0], box[1], box[2] - 60, box[3]), flip)
+
+    original = loader.plain_crop
+    monkeypatch.setattr(loader, "plain_crop", shifted)
+    parser = argparse.ArgumentParser()
+    loader.add_arguments(parser)
+    args = parser.parse_args([str(part) for part in loader_of(shapes_world)[2:]])
+    with pytest.raises(AssertionError, match="levels from the plain way"):
+        loader.measure(args)
 
 
 def test_a_plain_step_with_other_weights_is_noticed(monkeypatch):
