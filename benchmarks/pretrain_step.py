@@ -40,9 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, default=1024, help="of the decoder (default 1024)")
     parser.add_argument("--layers", type=int, default=1, help="of the decoder (default 1)")
     parser.add_argument("--vocab", type=int, default=10_000, help="pieces (default 10 000)")
+    parser.add_argument("--words", type=int, help="of every caption (default: as COCO's)")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each (default 7)")
     parser.add_argument("--threads", type=int, default=0, help="default: torch's choice")
-    parser.add_argument("--recompute", action="store_true", help="MODEL.VISUAL.RECOMPUTE True")
+    parser.add_argument("--recompute", default="", metavar="WHAT", help="MODEL.VISUAL.RECOMPUTE")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--memory-of", choices=WAYS, help=argparse.SUPPRESS)
 
@@ -63,6 +64,7 @@ class Setting:
         cfg = get_pretrain_cfg()
         cfg.MODEL.TEXTUAL.HIDDEN_SIZE = args.width
         cfg.MODEL.TEXTUAL.NUM_LAYERS = args.layers
+        cfg.MODEL.TEXTUAL.MAX_LENGTH = max(cfg.MODEL.TEXTUAL.MAX_LENGTH, args.words or 0)
         cfg.MODEL.VISUAL.RECOMPUTE = args.recompute
         self._cfg = cfg
         torch.manual_seed(0)
@@ -191,8 +193,11 @@ class no_dropout:  # noqa: N801 - reads as a statement
 
 def _batch(args: argparse.Namespace) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    counts = torch.tensor(CAPTIONS, dtype=torch.float32)
-    drawn = SHORTEST_CAPTION + torch.multinomial(counts, args.batch, True, generator=generator)
+    if args.words:
+        drawn = torch.full((args.batch,), args.words)
+    else:
+        counts = torch.tensor(CAPTIONS, dtype=torch.float32)
+        drawn = SHORTEST_CAPTION + torch.multinomial(counts, args.batch, True, generator=generator)
     shape = (args.batch, int(drawn.max()))
     tokens = torch.randint(4, args.vocab, shape, generator=generator)
     tokens[:, 0] = 1  # [SOS]
@@ -292,10 +297,9 @@ def _flops(step: Callable[[], object]) -> int:
 def _memory_in_a_process(args: argparse.Namespace, name: str) -> int:
     options = [
         part
-        for key in ("batch", "size", "width", "layers", "vocab", "threads", "device")
+        for key in ("batch", "size", "width", "layers", "vocab", "threads", "device", "recompute")
         for part in (f"--{key}", str(getattr(args, key)))
     ]
-    options += ["--recompute"] * args.recompute
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.pretrain_step", *options, "--memory-of", name],
         cwd=ROOT,

@@ -6,7 +6,7 @@ from torch import nn
 
 from virtex_d2.runtime.errors import InputError, nearest
 
-from .recomputation import run_block
+from .recomputation import BLOCKS, NORMS, run_resnet
 
 ARCHITECTURES = (
     "resnet18",
@@ -25,8 +25,12 @@ class VisualBackbone(nn.Module):
     Parameters are named `cnn.conv1.weight`, `cnn.layer1.0.conv1.weight`, ... as in VirTex's
     checkpoints (arXiv 2006.06666, section 3.1).
 
+    Args:
+        recompute: what the backward pass computes again, as `pretrain.recomputation` has it:
+            "norms" or "blocks", or "" for nothing.
+
     Raises:
-        InputError: the architecture's name is not in `ARCHITECTURES`.
+        InputError: the architecture's name is not in `ARCHITECTURES`, or `recompute` is unknown.
     """
 
     def __init__(
@@ -34,13 +38,18 @@ class VisualBackbone(nn.Module):
         name: str,
         zero_init_residual: bool = True,
         channels_last: bool = True,
-        recompute: bool = False,
+        recompute: str = "",
     ):
         super().__init__()
         if name not in ARCHITECTURES:
             raise InputError(
                 f"MODEL.VISUAL.NAME: {name!r} is not one of {', '.join(ARCHITECTURES)}."
                 + nearest(name, ARCHITECTURES)
+            )
+        if recompute not in ("", NORMS, BLOCKS):
+            raise InputError(
+                f'MODEL.VISUAL.RECOMPUTE: expected "{NORMS}", "{BLOCKS}" or "", found '
+                f"{recompute!r}."
             )
         self.name = name
         self.cnn = getattr(torchvision.models, name)(
@@ -58,13 +67,7 @@ class VisualBackbone(nn.Module):
         if self.channels_last:
             image = image.contiguous(memory_format=torch.channels_last)
         cnn = self.cnn
-        x = cnn.maxpool(cnn.relu(cnn.bn1(cnn.conv1(image))))
-        stages = (cnn.layer1, cnn.layer2, cnn.layer3, cnn.layer4)
         if self.recompute and self.training and torch.is_grad_enabled():
-            for stage in stages:
-                for block in stage:
-                    x = run_block(block, x)
-            return x
-        for stage in stages:
-            x = stage(x)
-        return x
+            return run_resnet(cnn, image, self.recompute)
+        x = cnn.maxpool(cnn.relu(cnn.bn1(cnn.conv1(image))))
+        return cnn.layer4(cnn.layer3(cnn.layer2(cnn.layer1(x))))

@@ -29,9 +29,10 @@ _C.MODEL.VISUAL.NAME = "resnet50"
 _C.MODEL.VISUAL.ZERO_INIT_RESIDUAL = True
 # NHWC memory layout: faster convolutions on CPUs and tensor cores, same results up to rounding.
 _C.MODEL.VISUAL.CHANNELS_LAST = True
-# Compute batch norm and ReLU within each block again in the backward pass instead of keeping them:
-# the same numbers with less memory and more time (docs/performance.md).
-_C.MODEL.VISUAL.RECOMPUTE = False
+# Compute again in the backward pass instead of keeping: batch norm and ReLU within each block
+# ("norms"), or whole blocks ("blocks"); "" is nothing. The same numbers with less memory and more
+# time (docs/performance.md).
+_C.MODEL.VISUAL.RECOMPUTE = ""
 
 _C.MODEL.TEXTUAL = CN()
 _C.MODEL.TEXTUAL.HIDDEN_SIZE = 1024
