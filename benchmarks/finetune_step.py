@@ -35,13 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size", type=int, nargs=2, default=(320, 416), help="height, width (default 320 416)"
     )
     parser.add_argument("--objects", type=int, default=7, help="of an image (default 7, as COCO)")
+    parser.add_argument("--classes", type=int, default=80, help="default 80, as COCO")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each (default 7)")
     parser.add_argument("--threads", type=int, default=0, help="default: torch's choice")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _config(args: argparse.Namespace, *options: object) -> CfgNode:
-    always = ["MODEL.DEVICE", args.device, "MODEL.ROI_HEADS.NUM_CLASSES", 80]
+def config(args: argparse.Namespace, *options: object) -> CfgNode:
+    always = ["MODEL.DEVICE", args.device, "MODEL.ROI_HEADS.NUM_CLASSES", args.classes]
     # synchronised norms are for several processes; alone they are these
     always += ["MODEL.RESNETS.NORM", "BN", "MODEL.FPN.NORM", "BN"]
     return load_config(get_virtex_cfg(), args.config_file, [*map(str, [*always, *options])])
@@ -59,7 +60,7 @@ def _batch(args: argparse.Namespace, cfg: CfgNode) -> list[dict]:
         objects = Instances((height, width))
         objects.gt_boxes = Boxes(boxes)
         objects.gt_boxes.clip((height, width))
-        objects.gt_classes = torch.randint(0, 80, (args.objects,), generator=generator)
+        objects.gt_classes = torch.randint(0, args.classes, (args.objects,), generator=generator)
         if cfg.MODEL.MASK_ON:
             outlines = [
                 [[x0, y0, x1, y0, x1, y1, x0, y1]] for x0, y0, x1, y1 in boxes.double().tolist()
@@ -112,15 +113,15 @@ def measure(args: argparse.Namespace) -> dict:
     """All figures; seconds are medians over rounds."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    plain = _config(args, "SOLVER.AMP.ENABLED", False, "VIRTEX.CHANNELS_LAST", False)
-    fast = _config(args, "SOLVER.AMP.ENABLED", True, "VIRTEX.CHANNELS_LAST", True)
+    plain = config(args, "SOLVER.AMP.ENABLED", False, "VIRTEX.CHANNELS_LAST", False)
+    fast = config(args, "SOLVER.AMP.ENABLED", True, "VIRTEX.CHANNELS_LAST", True)
     ways = {
         "stock": Way(args, plain, stock=True),
         "ours": Way(args, plain, stock=False),
         "ours, bfloat16, channels_last": Way(args, fast, stock=False),
     }
     if args.device != "cpu":
-        mixed = _config(args, "SOLVER.AMP.ENABLED", True, "VIRTEX.CHANNELS_LAST", False)
+        mixed = config(args, "SOLVER.AMP.ENABLED", True, "VIRTEX.CHANNELS_LAST", False)
         ways["stock, AMP"] = Way(args, mixed, stock=True)
     losses = _check(ways)
     turns = take_turns(ways, args.rounds)

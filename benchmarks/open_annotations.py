@@ -28,20 +28,22 @@ NUM_IMAGES, CAPTIONS_PER_IMAGE, WORDS_PER_CAPTION = 118_000, 5, 10
 REPEATS = 3
 
 
-def write_annotations(folder: Path) -> tuple[Path, Path]:
+def write_annotations(
+    folder: Path, num_images: int = NUM_IMAGES, captions_per_image: int = CAPTIONS_PER_IMAGE
+) -> tuple[Path, Path]:
     """The file, with the fields that COCO's have, and the folder of (empty) images."""
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 8))) for _ in range(5000)]
     images, annotations = [], []
     root = folder / "images"
     root.mkdir()
-    for i in range(NUM_IMAGES):
+    for i in range(num_images):
         name = f"{i:012d}.jpg"
         (root / name).touch()
         address = f"http://images.cocodataset.org/train2017/{name}"
         images.append({"license": 3, "file_name": name, "coco_url": address, "id": i})
         images[-1].update(height=360, width=640, date_captured="2013-11-14 11:18:45")
-        for _ in range(CAPTIONS_PER_IMAGE):
+        for _ in range(captions_per_image):
             text = " ".join(rng.choices(words, k=WORDS_PER_CAPTION))
             annotations.append({"image_id": i, "id": len(annotations), "caption": text})
     path = folder / "captions.json"

@@ -8,7 +8,7 @@ pytestmark = pytest.mark.slow
 
 CAPTIONS = "annotations/captions_train.json"
 SMALL = {
-    "pretrain": "--batch 4 --size 64 --width 64 --vocab 200 --rounds 2 --recompute",
+    "pretrain": "--batch 4 --size 64 --width 64 --vocab 200 --rounds 2 --recompute norms",
     "finetune": "--images 2 --size 96 128 --rounds 1",
     "caption": "--images 2 --rounds 1 --hidden 64 --heads 4 --vocab 200",
 }
@@ -99,6 +99,39 @@ def test_a_plain_step_with_other_weights_is_noticed(monkeypatch):
     )
     with pytest.raises(AssertionError):
         pretrain_step.Setting(args, ("ours", "plain")).check()
+
+
+def test_growth_has_a_figure_for_each_size(run_python, tmp_path):
+    written = tmp_path / "found.json"
+    cases = ["caption files: images", "pretraining: words of a caption", "fine-tuning: classes"]
+    options = ["--doublings", "1", "--rounds", "1", "--json", str(written), "--cases", *cases]
+    done = run_python("tools/benchmark.py", "growth", *options)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(written.read_text())["cases"]
+    assert list(found) == cases
+    assert found["caption files: images"]["sizes"] == [10_000, 20_000]
+    for case in found.values():
+        assert all(value > 0 for value in [*case["seconds"], *case["memory_bytes"]])
+        assert len(case["seconds"]) == len(case["memory_bytes"]) == 2
+    # twice as many are read: no clock is needed to see that this is linear
+    assert found[cases[0]]["exponent_of_memory"] == pytest.approx(1, abs=0.5)
+    assert "exponent" in done.stdout
+
+
+def test_a_size_that_fails_is_named(monkeypatch, capfd):
+    import argparse
+
+    from benchmarks import growth
+
+    def broken(size, folder):
+        raise ValueError("no such thing")
+
+    monkeypatch.setitem(growth.CASES, "broken", (7, broken))
+    parser = argparse.ArgumentParser()
+    growth.add_arguments(parser)
+    with pytest.raises(RuntimeError, match="size 7"):
+        growth.measure(parser.parse_args(["--cases", "broken"]))
+    assert "no such thing" in capfd.readouterr().err
 
 
 def test_what_cannot_be_measured_is_named(run_python):

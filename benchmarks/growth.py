@@ -1,0 +1,166 @@
+"""How time and memory grow where there is more of something, all else being equal.
+
+Each quantity is doubled, three times by default, in a process of its own for each size: opening
+caption files by images and by captions of an image; the pretraining step by images, captions'
+length and vocabulary; the fine-tuning step by pixels, objects and classes. Seconds are the
+processor's, medians over rounds; memory is what a run of it takes at most beyond what was there
+before (of steps: before the model was built).
+
+The exponent of the last doubling is log2 of its ratio: 1 is linear; less, where something that does
+not grow takes its part; 2 is quadratic.
+"""
+
+import argparse
+import math
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from benchmarks import finetune_step, pretrain_step
+from benchmarks.measuring import machine, peak_memory, resident_memory
+from benchmarks.open_annotations import write_annotations
+from benchmarks.rounds import spread
+from pretrain.captions import load_coco_captions
+
+CPU = torch.device("cpu")
+FORK = multiprocessing.get_context("fork")
+Work = Callable[[], object]
+
+
+def _captions(folder: Path, num_images: int, captions_per_image: int) -> Work:
+    # by another process: what writing takes would be counted as reading's
+    written = FORK.Process(target=write_annotations, args=(folder, num_images, captions_per_image))
+    written.start()
+    written.join()
+    return lambda: load_coco_captions(folder / "captions.json", folder / "images")
+
+
+def _arguments(module, **options: int | tuple[int, int]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    args = parser.parse_args(["--device", "cpu", "--threads", "1"])
+    return argparse.Namespace(**vars(args) | options)
+
+
+def _pretraining(**options: int) -> Work:
+    args = _arguments(pretrain_step, **{"batch": 4, "size": 64, "width": 512} | options)
+    return pretrain_step.Setting(args, ("ours",)).ways["ours"]
+
+
+def _fine_tuning(**options: int | tuple[int, int]) -> Work:
+    args = _arguments(finetune_step, **{"images": 1, "size": (256, 256)} | options)
+    cfg = finetune_step.config(args, "SOLVER.AMP.ENABLED", False)
+    return finetune_step.Way(args, cfg, stock=False)
+
+
+# What grows -> its smallest size, and the work of a size: of (size, an empty folder).
+CASES: dict[str, tuple[int, Callable[[int, Path], Work]]] = {
+    "caption files: images": (10_000, lambda n, folder: _captions(folder, n, 5)),
+    "caption files: captions of an image": (5, lambda n, folder: _captions(folder, 2_000, n)),
+    "pretraining: images of a batch": (4, lambda n, _: _pretraining(batch=n)),
+    "pretraining: words of a caption": (15, lambda n, _: _pretraining(words=n)),
+    "pretraining: pieces of the vocabulary": (5_000, lambda n, _: _pretraining(vocab=n)),
+    "fine-tuning: pixels": (256**2, lambda n, _: _fine_tuning(size=_sides(n))),
+    "fine-tuning: objects of an image": (10, lambda n, _: _fine_tuning(objects=n)),
+    "fine-tuning: classes": (150, lambda n, _: _fine_tuning(classes=n)),
+}
+
+
+def _sides(pixels: int) -> tuple[int, int]:
+    """Height and width, multiples of 32, of 2**k pixels."""
+    exponent = int(math.log2(pixels))
+    return 2 ** (exponent // 2), 2 ** (exponent - exponent // 2)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--doublings", type=int, default=3, help="of each quantity (default 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each size (default 3)")
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        choices=CASES,
+        default=list(CASES),
+        metavar="NAME",
+        help=f"default: all of {', '.join(map(repr, CASES))}",
+    )
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """By case "sizes", "seconds", "memory_bytes", and the exponents of the last doubling of both.
+
+    Raises:
+        RuntimeError: a size could not be measured; what went wrong is printed by its process.
+    """
+    torch.set_num_threads(1)
+    found = {}
+    for name in args.cases:
+        smallest, prepare = CASES[name]
+        sizes = [smallest * 2**doubling for doubling in range(args.doublings + 1)]
+        turns = [_in_a_process(prepare, size, args.rounds) for size in sizes]
+        seconds = [spread(turn["seconds"])["median"] for turn in turns]
+        memory = [turn["memory"] for turn in turns]
+        found[name] = {
+            "sizes": sizes,
+            "seconds": seconds,
+            "memory_bytes": memory,
+            "exponent_of_seconds": _exponent(seconds),
+            "exponent_of_memory": _exponent(memory),
+        }
+    return {"settings": vars(args), "machine": machine(CPU), "cases": found}
+
+
+def _exponent(values: list[float]) -> float | None:
+    """None: there was no doubling."""
+    return math.log2(values[-1] / values[-2]) if len(values) > 1 else None
+
+
+def _in_a_process(prepare: Callable[[int, Path], Work], size: int, rounds: int) -> dict:
+    receiver, sender = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=_report, args=(sender, prepare, size, rounds))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise RuntimeError(f"size {size} could not be measured") from None
+    finally:
+        process.join()
+
+
+def _report(sender: Connection, prepare: Callable, size: int, rounds: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        before = resident_memory(CPU)
+        work = prepare(size, Path(folder))
+        work()
+        seconds = []
+        for _ in range(rounds):
+            start = time.process_time()
+            work()
+            seconds.append(time.process_time() - start)
+        sender.send({"seconds": seconds, "memory": peak_memory(work, CPU) - before})
+
+
+def report(found: dict) -> str:
+    """The figures as text: a line for each quantity, seconds and MiB of each size."""
+    lines = [f"{found['machine']['device']}, {found['machine']['threads']} threads"]
+    for name, case in found["cases"].items():
+        lines += [
+            f"{name}: {', '.join(map(str, case['sizes']))}",
+            f"    {_row(case['seconds'], 1)} s    exponent {_told(case['exponent_of_seconds'])}",
+            f"    {_row(case['memory_bytes'], 2**20)} MiB  exponent "
+            f"{_told(case['exponent_of_memory'])}",
+        ]
+    return "\n".join(lines)
+
+
+def _row(values: list[float], unit: int) -> str:
+    return " ".join(f"{value / unit:9.3g}" for value in values)
+
+
+def _told(exponent: float | None) -> str:
+    return "-" if exponent is None else f"{exponent:.2f}"
