@@ -1,0 +1,103 @@
+#!/usr/bin/env python
+"""What lower precision changes in training: losses beside float32's, on the same samples.
+
+python benchmarks/precision.py --output output/precision --seeds 1 2 --jobs 2 \\
+    DATA.TRAIN_CAPTIONS captions_train.json DATA.TRAIN_IMAGES train \\
+    DATA.VAL_CAPTIONS captions_val.json DATA.VAL_IMAGES val
+
+Each precision pretrains with each seed by tools/pretrain_net.py: with the same seed weights start
+the same, and so do samples and crops. Printed are training losses (medians of LOG_PERIOD
+iterations) along the way, the last validation's, and differences to float32 of the same seed beside
+those that another seed makes. Runs that are finished are not repeated; others go on.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "configs" / "pretrain" / "small_R_50.yaml"
+PRECISIONS = {
+    "float32": ["SOLVER.AMP.ENABLED", "False"],
+    "bfloat16": ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "bfloat16"],
+}
+REFERENCE = "float32"
+Curve = dict[int, float]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--config-file", default=str(CONFIG), help="default: small_R_50.yaml")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="default: 1 2")
+    parser.add_argument("--iterations", type=int, default=500)
+    parser.add_argument("--points", type=int, default=5, help="of the curve (default 5)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default 1)")
+    parser.add_argument("opts", nargs="+", metavar="KEY VALUE", help="of tools/pretrain_net.py")
+    args = parser.parse_args()
+
+    runs = [(precision, seed) for seed in args.seeds for precision in PRECISIONS]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        curves = dict(zip(runs, pool.map(lambda run: pretrain(args, *run), runs)))
+    print(table(curves, args.iterations, args.points))
+
+
+def pretrain(args: argparse.Namespace, precision: str, seed: int) -> tuple[Curve, float]:
+    """Train, or find trained.
+
+    Returns:
+        The training loss by iterations done, and the last validation loss.
+    """
+    run = args.output / f"{precision}-seed{seed}"
+    if not (run / "model_final.pth").exists():
+        options = ["SEED", seed, "OUTPUT_DIR", run, "SOLVER.MAX_ITER", args.iterations]
+        options += ["SOLVER.WARMUP_ITERS", args.iterations // 10]
+        options += ["TEST.EVAL_PERIOD", args.iterations, *PRECISIONS[precision], *args.opts]
+        command = [sys.executable, ROOT / "tools" / "pretrain_net.py", "--resume"]
+        command += ["--config-file", args.config_file, *options]
+        run.mkdir(parents=True, exist_ok=True)
+        with open(run / "output.txt", "w", encoding="utf-8") as output:
+            process = subprocess.run(list(map(str, command)), stdout=output, stderr=output)
+        if process.returncode:
+            sys.exit(f"error: {run / 'output.txt'} says what failed")
+    rows = list(map(json.loads, (run / "metrics.json").read_text().splitlines()))
+    losses = {row["iteration"] + 1: row["total_loss"] for row in rows if "total_loss" in row}
+    return losses, [row["val/loss"] for row in rows if "val/loss" in row][-1]
+
+
+def table(curves: dict[tuple[str, int], tuple[Curve, float]], iterations: int, points: int) -> str:
+    """Markdown: a row for each run, and differences as means of their absolute values."""
+    at = [round(iterations * point / points) for point in range(1, points + 1)]
+    places = [*map(str, at), "validation"]
+    values = {
+        run: [losses[max(i for i in losses if i <= place)] for place in at] + [validation]
+        for run, (losses, validation) in curves.items()
+    }
+    seeds = sorted({seed for _, seed in curves})
+    rows = [(f"{name}, seed {seed}", row) for (name, seed), row in values.items()]
+    for name in PRECISIONS:
+        if name != REFERENCE:
+            pairs = [(values[name, seed], values[REFERENCE, seed]) for seed in seeds]
+            rows.append((f"{name} from {REFERENCE}, the same seed", _mean_difference(pairs)))
+    others = [(values[REFERENCE, a], values[REFERENCE, b]) for a, b in itertools.pairwise(seeds)]
+    if others:
+        rows.append((f"{REFERENCE}, from seed to seed", _mean_difference(others)))
+    lines = [f"| loss after iteration | {' | '.join(places)} |", "|---" * (len(places) + 1) + "|"]
+    lines += [f"| {name} | {' | '.join(f'{v:.3f}' for v in row)} |" for name, row in rows]
+    return "\n".join(lines)
+
+
+def _mean_difference(pairs: list[tuple[list[float], list[float]]]) -> list[float]:
+    differences = [[abs(a - b) for a, b in zip(*pair)] for pair in pairs]
+    return [statistics.mean(column) for column in zip(*differences)]
+
+
+if __name__ == "__main__":
+    main()
