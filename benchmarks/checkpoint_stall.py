@@ -19,7 +19,7 @@ import torch
 from fvcore.common.checkpoint import Checkpointer
 
 from benchmarks.measuring import machine
-from benchmarks.rounds import spread
+from benchmarks.rounds import count, spread
 from virtex_d2.config import get_virtex_cfg
 from virtex_d2.runtime.background import StateWriter
 from virtex_d2.runtime.checkpointer import AtomicCheckpointer
@@ -83,7 +83,7 @@ def _save_once(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", default=None, help="on the disk to measure (default: /tmp's)")
-    parser.add_argument("--rounds", type=int, default=7, help="checkpoints of each (default 7)")
+    parser.add_argument("--rounds", type=count, default=7, help="checkpoints of each (default 7)")
 
 
 def measure(args: argparse.Namespace) -> dict:

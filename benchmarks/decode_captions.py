@@ -12,7 +12,7 @@ import argparse
 import torch
 
 from benchmarks.measuring import Clock, machine
-from benchmarks.rounds import ratios, spread, take_turns
+from benchmarks.rounds import count, ratios, spread, take_turns
 from pretrain.decoding import beam_search
 from pretrain.textual_head import TextualHead
 from tests.pretrain import recompute
@@ -22,13 +22,13 @@ WORDS, BEAMS, FEATURES = 30, 5, 2048
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--images", type=int, nargs="+", default=[8, 16], help="at a time; default 8 and 16"
+        "--images", type=count, nargs="+", default=[8, 16], help="at a time; default 8 and 16"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each (default 3)")
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--vocab", type=int, default=10_000)
+    parser.add_argument("--rounds", type=count, default=3, help="turns of each (default 3)")
+    parser.add_argument("--hidden", type=count, default=1024)
+    parser.add_argument("--layers", type=count, default=1)
+    parser.add_argument("--heads", type=count, default=16)
+    parser.add_argument("--vocab", type=count, default=10_000)
     parser.add_argument("--threads", type=int, default=1, help="default 1")
 
 

@@ -18,7 +18,7 @@ from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
 from benchmarks.measuring import Clock, machine
-from benchmarks.rounds import ratios, spread, take_turns
+from benchmarks.rounds import count, ratios, spread, take_turns
 from virtex_d2.config import get_virtex_cfg
 from virtex_d2.engine.loop import build_loop
 from virtex_d2.runtime.config import load_config
@@ -30,13 +30,13 @@ CONFIG = ROOT / "configs" / "coco" / "mask_rcnn_R_50_FPN_2x.yaml"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-file", default=str(CONFIG), help="default: COCO Mask R-CNN FPN")
-    parser.add_argument("--images", type=int, default=2, help="of a batch (default 2)")
+    parser.add_argument("--images", type=count, default=2, help="of a batch (default 2)")
     parser.add_argument(
-        "--size", type=int, nargs=2, default=(320, 416), help="height, width (default 320 416)"
+        "--size", type=count, nargs=2, default=(320, 416), help="height, width (default 320 416)"
     )
-    parser.add_argument("--objects", type=int, default=7, help="of an image (default 7, as COCO)")
-    parser.add_argument("--classes", type=int, default=80, help="default 80, as COCO")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each (default 7)")
+    parser.add_argument("--objects", type=count, default=7, help="of an image (default 7, as COCO)")
+    parser.add_argument("--classes", type=count, default=80, help="default 80, as COCO")
+    parser.add_argument("--rounds", type=count, default=7, help="turns of each (default 7)")
     parser.add_argument("--threads", type=int, default=0, help="default: torch's choice")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 

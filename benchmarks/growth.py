@@ -24,7 +24,7 @@ import torch
 from benchmarks import finetune_step, pretrain_step
 from benchmarks.measuring import machine, peak_memory, resident_memory
 from benchmarks.open_annotations import write_annotations
-from benchmarks.rounds import spread
+from benchmarks.rounds import count, spread
 from pretrain.captions import load_coco_captions
 
 CPU = torch.device("cpu")
@@ -37,6 +37,8 @@ def _captions(folder: Path, num_images: int, captions_per_image: int) -> Work:
     written = FORK.Process(target=write_annotations, args=(folder, num_images, captions_per_image))
     written.start()
     written.join()
+    if written.exitcode:
+        raise RuntimeError(f"{num_images} images' captions could not be written to {folder}")
     return lambda: load_coco_captions(folder / "captions.json", folder / "images")
 
 
@@ -78,8 +80,8 @@ def _sides(pixels: int) -> tuple[int, int]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--doublings", type=int, default=3, help="of each quantity (default 3)")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each size (default 3)")
+    parser.add_argument("--doublings", type=count, default=3, help="of each quantity (default 3)")
+    parser.add_argument("--rounds", type=count, default=3, help="turns of each size (default 3)")
     parser.add_argument(
         "--cases",
         nargs="+",
@@ -115,8 +117,8 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def _exponent(values: list[float]) -> float | None:
-    """None: there was no doubling."""
-    return math.log2(values[-1] / values[-2]) if len(values) > 1 else None
+    """None where the last two are not positive: nothing was taken that shows."""
+    return math.log2(values[-1] / values[-2]) if min(values[-2:]) > 0 else None
 
 
 def _in_a_process(prepare: Callable[[int, Path], Work], size: int, rounds: int) -> dict:

@@ -33,6 +33,7 @@ import torch
 from PIL import Image, ImageOps
 
 from benchmarks.measuring import machine
+from benchmarks.rounds import count
 from pretrain.augment import TrainTransform
 from pretrain.captions import load_coco_captions
 from pretrain.captions.records import Records
@@ -54,10 +55,10 @@ TOLERANCE = {"originals": 6.0, "prepared": 8.0}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", required=True, help="folder of photographs")
     parser.add_argument("--captions", required=True, help="COCO's caption file of them")
-    parser.add_argument("--num-images", type=int, default=96)
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each way (default 7)")
+    parser.add_argument("--num-images", type=count, default=96)
+    parser.add_argument("--rounds", type=count, default=7, help="turns of each way (default 7)")
     parser.add_argument("--grain", type=float, default=8.0, help="of stand-ins, levels (default 8)")
-    parser.add_argument("--vocab", type=int, default=4000, help="pieces (default 4000)")
+    parser.add_argument("--vocab", type=count, default=4000, help="pieces (default 4000)")
     parser.add_argument("--quality", type=int, default=90, help="of prepared files (default 90)")
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2, 4])
 

@@ -8,7 +8,8 @@ python benchmarks/precision.py --output output/precision --seeds 1 2 --jobs 2 \\
 Each precision pretrains with each seed by tools/pretrain_net.py: with the same seed weights start
 the same, and so do samples and crops. Printed are training losses (medians of LOG_PERIOD
 iterations) along the way, the last validation's, and differences to float32 of the same seed beside
-those that another seed makes. Runs that are finished are not repeated; others go on.
+those that another seed makes. The same command goes on where it stopped; runs of other settings
+are refused.
 """
 
 import argparse
@@ -21,6 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.rounds import count  # noqa: E402
+
 CONFIG = ROOT / "configs" / "pretrain" / "small_R_50.yaml"
 PRECISIONS = {
     "float32": ["SOLVER.AMP.ENABLED", "False"],
@@ -37,47 +42,52 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--config-file", default=str(CONFIG), help="default: small_R_50.yaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="default: 1 2")
-    parser.add_argument("--iterations", type=int, default=500)
-    parser.add_argument("--points", type=int, default=5, help="of the curve (default 5)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default 1)")
+    parser.add_argument("--iterations", type=count, default=500)
+    parser.add_argument("--points", type=count, default=5, help="of the curve (default 5)")
+    parser.add_argument("--jobs", type=count, default=1, help="runs at the same time (default 1)")
     parser.add_argument("opts", nargs="+", metavar="KEY VALUE", help="of tools/pretrain_net.py")
     args = parser.parse_args()
+    if args.iterations % args.points:
+        parser.error(f"--points {args.points}: expected a divisor of --iterations")
 
-    runs = [(precision, seed) for seed in args.seeds for precision in PRECISIONS]
+    runs = [(precision, seed) for seed in sorted(set(args.seeds)) for precision in PRECISIONS]
     with ThreadPoolExecutor(args.jobs) as pool:
         curves = dict(zip(runs, pool.map(lambda run: pretrain(args, *run), runs)))
     print(table(curves, args.iterations, args.points))
 
 
 def pretrain(args: argparse.Namespace, precision: str, seed: int) -> tuple[Curve, float]:
-    """Train, or find trained.
+    """Train, or go on, or find trained: pretrain_net compares what is there with what is asked.
 
     Returns:
         The training loss by iterations done, and the last validation loss.
     """
     run = args.output / f"{precision}-seed{seed}"
-    if not (run / "model_final.pth").exists():
-        options = ["SEED", seed, "OUTPUT_DIR", run, "SOLVER.MAX_ITER", args.iterations]
-        options += ["SOLVER.WARMUP_ITERS", args.iterations // 10]
-        options += ["TEST.EVAL_PERIOD", args.iterations, *PRECISIONS[precision], *args.opts]
-        command = [sys.executable, ROOT / "tools" / "pretrain_net.py", "--resume"]
-        command += ["--config-file", args.config_file, *options]
-        run.mkdir(parents=True, exist_ok=True)
-        with open(run / "output.txt", "w", encoding="utf-8") as output:
-            process = subprocess.run(list(map(str, command)), stdout=output, stderr=output)
-        if process.returncode:
-            sys.exit(f"error: {run / 'output.txt'} says what failed")
+    options = ["SEED", seed, "OUTPUT_DIR", run, "SOLVER.MAX_ITER", args.iterations]
+    options += ["SOLVER.WARMUP_ITERS", args.iterations // 10]
+    options += ["LOG_PERIOD", args.iterations // args.points]
+    options += ["TEST.EVAL_PERIOD", args.iterations, *PRECISIONS[precision], *args.opts]
+    command = [sys.executable, ROOT / "tools" / "pretrain_net.py", "--resume"]
+    command += ["--config-file", args.config_file, *options]
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / "output.txt", "a", encoding="utf-8") as output:
+        process = subprocess.run(list(map(str, command)), stdout=output, stderr=output)
+    if process.returncode:
+        sys.exit(f"error: {run / 'output.txt'} says what failed")
     rows = list(map(json.loads, (run / "metrics.json").read_text().splitlines()))
     losses = {row["iteration"] + 1: row["total_loss"] for row in rows if "total_loss" in row}
-    return losses, [row["val/loss"] for row in rows if "val/loss" in row][-1]
+    validation = [row["val/loss"] for row in rows if "val/loss" in row]
+    if not validation:
+        sys.exit(f"error: {run} has no validation loss: DATA.VAL_CAPTIONS names its captions")
+    return losses, validation[-1]
 
 
 def table(curves: dict[tuple[str, int], tuple[Curve, float]], iterations: int, points: int) -> str:
     """Markdown: a row for each run, and differences as means of their absolute values."""
-    at = [round(iterations * point / points) for point in range(1, points + 1)]
+    at = range(iterations // points, iterations + 1, iterations // points)
     places = [*map(str, at), "validation"]
     values = {
-        run: [losses[max(i for i in losses if i <= place)] for place in at] + [validation]
+        run: [*(losses[place] for place in at), validation]
         for run, (losses, validation) in curves.items()
     }
     seeds = sorted({seed for _, seed in curves})

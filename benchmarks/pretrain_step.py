@@ -19,11 +19,12 @@ import torch
 
 from benchmarks.measuring import Clock, ceilings, machine, peak_memory, resident_memory
 from benchmarks.plain import PlainBicaptioner
-from benchmarks.rounds import ratios, split, spread, take_turns
+from benchmarks.rounds import count, ratios, split, spread, take_turns
 from pretrain.colors import PIXEL_MEAN, PIXEL_STD, normalize
 from pretrain.config import get_pretrain_cfg
 from pretrain.objectives import build_objective
 from pretrain.optim import Lookahead, build_optimizer
+from pretrain.recomputation import BLOCKS, NORMS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,15 +36,20 @@ WAYS = ("ours", "plain", "plain_same_precision")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch", type=int, default=16, help="images (default 16)")
-    parser.add_argument("--size", type=int, default=224, help="of an image (default 224)")
-    parser.add_argument("--width", type=int, default=1024, help="of the decoder (default 1024)")
-    parser.add_argument("--layers", type=int, default=1, help="of the decoder (default 1)")
-    parser.add_argument("--vocab", type=int, default=10_000, help="pieces (default 10 000)")
-    parser.add_argument("--words", type=int, help="of every caption (default: as COCO's)")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each (default 7)")
+    parser.add_argument("--batch", type=count, default=16, help="images (default 16)")
+    parser.add_argument("--size", type=count, default=224, help="of an image (default 224)")
+    parser.add_argument("--width", type=count, default=1024, help="of the decoder (default 1024)")
+    parser.add_argument("--layers", type=count, default=1, help="of the decoder (default 1)")
+    parser.add_argument("--vocab", type=count, default=10_000, help="pieces (default 10 000)")
+    parser.add_argument("--words", type=count, help="of every caption (default: as COCO's)")
+    parser.add_argument("--rounds", type=count, default=7, help="turns of each (default 7)")
     parser.add_argument("--threads", type=int, default=0, help="default: torch's choice")
-    parser.add_argument("--recompute", default="", metavar="WHAT", help="MODEL.VISUAL.RECOMPUTE")
+    parser.add_argument(
+        "--recompute",
+        choices=("", NORMS, BLOCKS),
+        default="",
+        help="what ours computes again in the backward pass (default: nothing)",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--memory-of", choices=WAYS, help=argparse.SUPPRESS)
 
@@ -219,7 +225,9 @@ def measure(args: argparse.Namespace) -> dict:
     """All figures; seconds are medians over rounds."""
     setting = Setting(args, ("ours", "plain"))
     losses = setting.check()
+    setting.ours.visual.recompute = ""  # what is computed twice is no more of an achievement
     flops = {name: _flops(step) for name, step in setting.ways.items()}
+    setting.ours.visual.recompute = args.recompute
     turns = take_turns(setting.ways, args.rounds, warm_up=2)
     found = {
         "settings": {
@@ -300,6 +308,7 @@ def _memory_in_a_process(args: argparse.Namespace, name: str) -> int:
         for key in ("batch", "size", "width", "layers", "vocab", "threads", "device", "recompute")
         for part in (f"--{key}", str(getattr(args, key)))
     ]
+    options += ["--words", str(args.words)] if args.words else []
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.pretrain_step", *options, "--memory-of", name],
         cwd=ROOT,

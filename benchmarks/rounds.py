@@ -3,8 +3,16 @@
 Ratios of neighbours are what is claimed: on a shared machine seconds are worth little.
 """
 
+import argparse
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+
+
+def count(text: str) -> int:
+    """The type of an argument that counts: a whole number from 1."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, found {text!r}")
+    return int(text)
 
 
 def take_turns(

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.rounds import spread
+from benchmarks.rounds import count, spread
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("help", "runs", "annotations")
@@ -37,7 +37,7 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
-    parser.add_argument("--rounds", type=int, default=3, help="repetitions of each (default 3)")
+    parser.add_argument("--rounds", type=count, default=3, help="repetitions of each (default 3)")
 
 
 def measure(args: argparse.Namespace) -> dict:

@@ -27,6 +27,9 @@ _APP0, _APP15, _APP1, _APP2 = 0xE0, 0xEF, 0xE1, 0xE2
 _TABLES = (0xDB, 0xC4, 0xFE)  # quantisation, Huffman, comments
 # Of a picture's size; libjpeg has more of them, but is slower there than at the full size.
 _REDUCTIONS = (8, 4, 2)
+# Pixels that a reduced part keeps at least. Colours of half the width are smoothed by libjpeg only
+# where they have more than two columns, which a part must have where the whole has them.
+_FEWEST = 8
 # Decoded bytes up to which memory is kept for the next image. What is asked for anew is mapped page
 # by page, which takes a seventh of the time of decoding.
 _KEPT = 3 * 4_000_000
@@ -113,15 +116,17 @@ class Jpeg:
             side: pixels that width and height of the part must keep, if they have as many.
 
         Returns:
-            (height, width, 3) uint8 RGB, of the box's size divided by 1, 2, 4 or 8 and rounded.
-            The next image that this thread decodes will overwrite it.
+            (height, width, 3) uint8 RGB, of the box's size divided by 1, 2, 4 or 8 and rounded up
+            or down. The next image that this thread decodes will overwrite it.
 
         Raises:
             NotPlainError: the file is cut short or damaged.
         """
-        part = self._part(box)
         smaller = min(box[2] - box[0], box[3] - box[1])
-        reduction = next((r for r in _REDUCTIONS if smaller >= r * side), 1)
+        reduction = next((r for r in _REDUCTIONS if smaller >= r * max(side, _FEWEST)), 1)
+        # in reduced pixels; halves are rounded up: no side loses one by where it begins
+        x0, y0, x1, y1 = ((place + reduction // 2) // reduction for place in box)
+        part = self._part((x0, y0, x1, y1), reduction)
         height, width = -(-part.height // reduction), -(-part.width // reduction)
         try:
             pixels = simplejpeg.decode_jpeg(
@@ -135,33 +140,46 @@ class Jpeg:
             )
         except ValueError as error:  # where that is strict, also what libjpeg only warns of
             raise NotPlainError(str(error)) from error
-        columns = _reduced(box[0] - part.left, box[2] - part.left, reduction, pixels.shape[1])
-        rows = _reduced(box[1] - part.top, box[3] - part.top, reduction, pixels.shape[0])
-        return pixels[rows, columns]
+        left, top = part.left // reduction, part.top // reduction  # they are multiples of 8
+        return pixels[y0 - top : y1 - top, x0 - left : x1 - left]
 
-    def _part(self, box: Box) -> _Part:
-        """The box and as little more as can be told apart without decoding."""
+    def _part(self, box: Box, reduction: int = 1) -> _Part:
+        """The box, in reduced pixels, and as little more as can be told apart without decoding."""
         header = self._header
-        # a pixel below is needed too, and one on each other side: colours are smoothed over the
-        # edges of MCUs
-        last_row = min(box[3], header.height - 1) // header.mcu[1]
+        # a pixel more is needed on each side: colours are smoothed over the edges of MCUs
+        x0, y0, x1, y1 = (
+            (place + more) * reduction for place, more in zip(box, (-1, -1, 1, 1), strict=True)
+        )
+        outer = max(x0, 0), max(y0, 0), min(x1, header.width), min(y1, header.height)
+        last_row = (outer[3] - 1) // header.mcu[1]
         if self._intervals is not None:
-            return self._between_markers(box, last_row)
+            return self._between_markers(outer, last_row)
         bottom = (last_row + 1) * header.mcu[1]
         # libjpeg warns of the data that is left over, and so hides its other warnings. A file that
-        # has its end is not cut short; of other damage Pillow takes what comes out as well.
-        if header.scan and bottom < header.height and self._data.endswith(b"\xff\xd9"):
+        # has its end, and not before, is not cut short; of other damage Pillow takes what comes out
+        # as well.
+        if header.scan and bottom < header.height and self._has_its_end():
             at = header.frame + 1
             data = self._data[:at] + bottom.to_bytes(2, "big") + self._data[at + 2 :]
             return _Part(data, 0, 0, header.width, bottom, strict=False)
         return _Part(self._data, 0, 0, *self.size)
 
+    def _has_its_end(self) -> bool:
+        """Whether only restart markers stand before the end marker, which ends the file."""
+        places, kinds = self._markers
+        return (
+            len(kinds) > 0
+            and kinds[-1] == _EOI
+            and places[-1] == len(self._data) - 2
+            and bool((kinds[:-1] & 0xF8 == _RST).all())
+        )
+
     def _between_markers(self, box: Box, last_row: int) -> _Part:
         """A JPEG of the stretches between restart markers that hold the box."""
         header, (starts, ends) = self._header, self._intervals
         step, mcu_height = header.mcu[0] * header.interval, header.mcu[1]
-        first_row, first_column = max(box[1] - 1, 0) // mcu_height, max(box[0] - 1, 0) // step
-        last_column = min(box[2], header.width - 1) // step
+        first_row, first_column = box[1] // mcu_height, box[0] // step
+        last_column = (box[2] - 1) // step
         left, top = first_column * step, first_row * mcu_height
         width = min((last_column + 1) * step, header.width) - left
         height = min((last_row + 1) * mcu_height, header.height) - top
@@ -184,6 +202,14 @@ class Jpeg:
         return _Part(part.tobytes(), left, top, width, height)
 
     @functools.cached_property
+    def _markers(self) -> tuple[np.ndarray, np.ndarray]:
+        """Places, (markers,) int64, and kinds, uint8, of the markers behind the scan's header."""
+        data = np.frombuffer(self._data, np.uint8)
+        places = np.flatnonzero(data[self._header.scan : -1] == 0xFF) + self._header.scan
+        kinds = data[places + 1]
+        return places[kinds != 0], kinds[kinds != 0]  # 0xFF 0x00 is a coded 0xFF
+
+    @functools.cached_property
     def _intervals(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Where each stretch between restart markers begins and ends; None if they are of no use.
 
@@ -194,10 +220,7 @@ class Jpeg:
         columns, rows = (-(-side // unit) for side, unit in zip(self.size, header.mcu))
         if not header.scan or not header.interval or columns % header.interval:
             return None
-        data = np.frombuffer(self._data, np.uint8)
-        places = np.flatnonzero(data[header.scan : -1] == 0xFF) + header.scan
-        kinds = data[places + 1]
-        places, kinds = places[kinds != 0], kinds[kinds != 0]  # 0xFF 0x00 is a coded 0xFF
+        places, kinds = self._markers
         count = columns * rows // header.interval
         wanted = _RST + (np.arange(count) & 7)
         wanted[-1] = _EOI
@@ -205,12 +228,6 @@ class Jpeg:
             return None
         ends = places[:count]
         return np.concatenate([[header.scan], ends[:-1] + 2]), ends
-
-
-def _reduced(first: int, end: int, reduction: int, size: int) -> slice:
-    """A stretch of pixels in the reduced image: at least one."""
-    first = min(round(first / reduction), size - 1)
-    return slice(first, max(first + 1, min(round(end / reduction), size)))
 
 
 def _read_header(data: bytes) -> _Header:

@@ -4,6 +4,7 @@ Needs no torch, so that a process that does nothing else starts at once.
 """
 
 import ctypes
+import io
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ from virtex_d2.runtime.atomic import atomic_path
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.images import read_image
 
-_JPEG_SUFFIXES = ("jpg", "jpeg")
+_JPEG_SUFFIXES = (".jpg", ".jpeg")
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
@@ -24,7 +25,8 @@ class Settings:
     """How images are prepared.
 
     Attributes:
-        shorter_side: pixels; images whose shorter side has no more are copied as they are.
+        shorter_side: pixels; images whose shorter side has no more are copied as they are, as are
+            those so long that their format could not hold the result.
         quality: of JPEG, as libjpeg counts it.
 
     Raises:
@@ -66,10 +68,10 @@ class Outcome:
 def prepare_image(name: str, source: str, dest: str, settings: Settings) -> Outcome:
     """Write an image that loads fast, of the same name; one that cannot be decoded leaves none.
 
-    It is upright, RGB and, where it is larger, `settings.shorter_side` wide or high. JPEGs get a
-    restart marker after each block of pixels, so that crops can be decoded by themselves
-    (`pretrain.jpeg`); other kinds stay what their name says. What has been written is decoded
-    before it appears.
+    One that is larger becomes upright, RGB and `settings.shorter_side` wide or high. JPEGs then get
+    a restart marker after each block of pixels, so that crops can be decoded by themselves
+    (`pretrain.jpeg`); other kinds stay what their name says. Smaller images are copied as they are.
+    What has been written is decoded before it appears.
 
     Args:
         name: of the image, relative to both folders.
@@ -91,31 +93,39 @@ def prepare_image(name: str, source: str, dest: str, settings: Settings) -> Outc
         return Outcome(name, size, mtime_ns, "unreadable", reason=error.strerror or str(error))
     try:
         with atomic_path(result) as temporary:
-            if min(image.size) <= settings.shorter_side:
-                what = "copied"
+            encoded = _encoded(image, name, settings)
+            if encoded is None:
                 shutil.copyfile(origin, temporary)
             else:
-                what = "resized"
-                _write(image, temporary, settings)
+                temporary.write_bytes(encoded)
             read_image(str(temporary))
     except OSError as error:
         raise InputError(
             f"{result}: cannot be written: {error.strerror or error}. Make room for it, and run "
             "the same command again: it goes on from here."
         ) from error
+    what = "copied" if encoded is None else "resized"
     return Outcome(name, size, mtime_ns, what, os.path.getsize(result))
 
 
-def _write(image: Image.Image, path: os.PathLike, settings: Settings) -> None:
+def _encoded(image: Image.Image, name: str, settings: Settings) -> bytes | None:
+    """The smaller image in the format of its name; None where it is better left as it is."""
+    if min(image.size) <= settings.shorter_side:
+        return None
     scale = settings.shorter_side / min(image.size)
     width, height = (max(settings.shorter_side, round(side * scale)) for side in image.size)
     # sizes are halved by averaging first, as long as twice the size is left: faster, and hardly
     # different
     image = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2.0)
-    if str(path).rpartition(".")[2].lower() in _JPEG_SUFFIXES:
-        image.save(path, "JPEG", quality=settings.quality, optimize=True, restart_marker_blocks=1)
-    else:
-        image.save(path, quality=settings.quality)
+    suffix = os.path.splitext(name)[1].lower()
+    options = {"optimize": True, "restart_marker_blocks": 1} if suffix in _JPEG_SUFFIXES else {}
+    stream = io.BytesIO()
+    try:
+        kind = Image.registered_extensions()[suffix]
+        image.save(stream, kind, quality=settings.quality, **options)
+    except (OSError, ValueError):  # more pixels in a row than the format takes
+        return None
+    return stream.getvalue()
 
 
 def end_with_parent(parent: int) -> None:

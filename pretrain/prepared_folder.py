@@ -78,7 +78,12 @@ def prepare_folder(
     names = _image_names(source)
     folder = _Folder(dest, settings)
     lost: list[InputError] = []
-    os.makedirs(dest, exist_ok=True)
+    try:
+        os.makedirs(dest, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{dest}: cannot be made a folder: {error.strerror}. Choose another."
+        ) from error
     lock = RunLock(dest, lost.append)
     lock.acquire()
     try:
@@ -116,7 +121,7 @@ class _Folder:
         self._head = {"format": _FORMAT, "version": 1, "settings": dataclasses.asdict(settings)}
         if (self._path / MANIFEST).is_file():
             self._compare(read_json(self._path / MANIFEST))
-        elif self._path.exists() and not all(_is_passing(p.name) for p in self._path.iterdir()):
+        elif self._path.is_dir() and not all(_is_passing(p.name) for p in self._path.iterdir()):
             raise InputError(
                 f"{path}: expected an empty folder or one of prepared images, found something else "
                 "in it. Choose another."
@@ -166,6 +171,15 @@ class _Folder:
                 f"{path}: expected an image's outcome in each line, found {line[:80]!r}. Remove "
                 "the file: all images are then prepared again."
             ) from error
+        gone = sorted(lines.keys() - set(names))
+        if gone:
+            logger.warning(
+                "%s: %d of its images are not in %s (any more); they stay. The first: %s.",
+                self._path,
+                len(gone),
+                source,
+                ", ".join(gone[:3]),
+            )
         return {n: lines[n] for n in names if n in lines and self._is_current(source, lines[n])}
 
     def _is_current(self, source: str, outcome: Outcome) -> bool:
@@ -204,12 +218,19 @@ def _image_names(source: str) -> list[str]:
     """Relative names of all images, sorted."""
     if not os.path.isdir(source):
         raise InputError(f"{source}: expected a folder of images, found none.")
-    names = [
-        os.path.relpath(os.path.join(folder, file), source)
-        for folder, _, files in os.walk(source)
-        for file in files
-        if file.rpartition(".")[2].lower() in IMAGE_SUFFIXES
-    ]
+    names = []
+    for folder, subfolders, files in os.walk(source, followlinks=True):
+        here = os.path.realpath(folder)
+        links = {name: os.path.realpath(os.path.join(folder, name)) for name in subfolders}
+        # a link to a folder that it lies in would never end
+        subfolders[:] = [
+            name for name, target in links.items() if os.path.commonpath([here, target]) != target
+        ]
+        names += [
+            os.path.relpath(os.path.join(folder, file), source)
+            for file in files
+            if file.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+        ]
     if not names:
         raise InputError(
             f"{source}: expected images (.{', .'.join(IMAGE_SUFFIXES)}), found none in it."

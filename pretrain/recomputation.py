@@ -7,7 +7,8 @@ activation must be invertible; ReLU is not.
 
 BLOCKS: only the blocks' inputs are kept (Chen et al., arXiv 1604.06174), for one more forward pass.
 
-Either gives the same numbers to the bit. `tools/benchmark.py pretrain --recompute` measures both.
+Either gives the same numbers to the bit; `tools/benchmark.py pretrain --recompute WHAT` measures
+them.
 """
 
 from collections.abc import Callable

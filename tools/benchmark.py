@@ -10,8 +10,8 @@ python tools/benchmark.py checkpoint --folder output  how long a checkpoint keep
 python tools/benchmark.py growth                      time and memory against sizes
 python tools/benchmark.py startup                     --help, and the time to the first iteration
 
-Each asserts first that both ways compute the same. NAME --help says what is measured and how.
-docs/performance.md has figures.
+Where ways are compared, they are first asserted to compute the same. NAME --help says what is
+measured and how. docs/performance.md has figures.
 """
 
 import argparse
@@ -45,7 +45,8 @@ def main() -> None:
         return
     # only now: the modules import torch, and detectron2, whose bridges virtex_d2 lays before
     sys.path.insert(0, str(ROOT))
-    importlib.import_module("virtex_d2")
+    from virtex_d2.runtime.errors import exit_on_input_error
+
     module = importlib.import_module(BENCHMARKS[given[0]])
     parser = argparse.ArgumentParser(
         prog=f"benchmark.py {given[0]}",
@@ -58,10 +59,14 @@ def main() -> None:
         parser.add_argument("--profile", action="store_true", help="a table by operator instead")
     module.add_arguments(parser)
     args = parser.parse_args(sys.argv[2:])
-    if can_profile and args.profile:
-        print(module.profile(args))
+    profiles = can_profile and args.profile
+    if profiles and args.json:
+        parser.error("--json: --profile has no figures to write")
+    with exit_on_input_error():
+        found = module.profile(args) if profiles else module.measure(args)
+    if profiles:
+        print(found)
         return
-    found = module.measure(args)
     print(module.report(found))
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n")

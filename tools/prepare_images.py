@@ -3,9 +3,10 @@
 
 python tools/prepare_images.py --images train2017 --output train2017_320 --workers 8
 
-Images become upright RGB with a shorter side of 320 pixels; smaller ones are copied. Names stay, so
-that annotation files keep working: give the new folder as DATA.TRAIN_IMAGES. JPEGs get a restart
-marker after each block, between which the loader decodes only what a crop needs.
+Larger images become upright RGB with a shorter side of 320 pixels, and their JPEGs get a restart
+marker after each block, between which the loader decodes only what a crop needs. Smaller ones are
+copied as they are. Names stay, so that annotation files keep working: give the new folder as
+DATA.TRAIN_IMAGES.
 
 A run that was stopped or killed goes on with the same command. Images that cannot be decoded are
 named and left out; the exit code is then 1.
@@ -52,6 +53,11 @@ def main() -> int:
         f"{counts['unreadable']} unreadable; {summary.already} were there before; "
         f"{summary.bytes_before / 1e6:.1f} MB -> {summary.bytes_after / 1e6:.1f} MB"
     )
+    if counts["copied"] and not counts["resized"]:
+        print(
+            f"No shorter side has more than {args.shorter_side} pixels: the copies load no faster. "
+            "--shorter-side says otherwise, for another folder."
+        )
     return 1 if counts["unreadable"] else 0
 
 

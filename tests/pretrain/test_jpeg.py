@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
+import simplejpeg
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
@@ -106,6 +107,33 @@ def test_large_crops_are_decoded_at_a_reduced_size_that_is_large_enough(options,
     assert abs(crop.shape[1] - 340 / reduction) <= 1
     smooth = image.crop(box).resize(crop.shape[1::-1], Image.Resampling.BOX)
     assert np.abs(crop - np.asarray(smooth, np.float32)).mean() < 12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+def test_a_reduced_crop_keeps_the_side_and_is_the_whole_images(kind, data):
+    width, height = data.draw(st.sampled_from([(96, 130), (93, 81), (200, 200)]))
+    image = noisy(width, height)
+    file = jpeg(image, **KINDS[kind])
+    x0, y0 = data.draw(st.integers(0, width - 2)), data.draw(st.integers(0, height - 2))
+    x1, y1 = data.draw(st.integers(x0 + 1, width)), data.draw(st.integers(y0 + 1, height))
+    side = data.draw(st.integers(1, min(x1 - x0, y1 - y0)))
+    crop = Jpeg(file).crop((x0, y0, x1, y1), side).copy()
+    assert min(crop.shape[:2]) >= side
+    reduction = next((r for r in (8, 4, 2) if min(x1 - x0, y1 - y0) >= r * max(side, 8)), 1)
+    reduced = simplejpeg.decode_jpeg(
+        file,
+        min_width=-(-width // reduction),
+        min_height=-(-height // reduction),
+        min_factor=reduction,
+        strict=False,
+    )
+    half = reduction // 2
+    rows, columns = (
+        slice((first + half) // reduction, (end + half) // reduction)
+        for first, end in ((y0, y1), (x0, x1))
+    )
+    assert np.array_equal(crop, reduced[rows, columns])
 
 
 @pytest.mark.parametrize("options", [{}, {"restart_marker_blocks": 1}])
@@ -224,6 +252,7 @@ def test_damaged_bytes_give_a_crop_or_an_os_error(kind, changes, length):
 
 @settings(max_examples=100)
 @given(kind=st.sampled_from([0, 1]), place=st.floats(0.3, 0.99), value=st.integers(1, 255))
+@example(kind=0, place=0.5, value=181)  # a marker in the middle, where the image seems to end
 def test_damage_costs_the_image_where_it_does_with_pillow_and_nowhere_else(kind, place, value):
     """libjpeg's warnings are none of its errors. Only what lies beside a crop may be overlooked."""
     file = bytearray(SEEDS[kind])

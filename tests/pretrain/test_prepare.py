@@ -102,6 +102,46 @@ def test_crops_of_prepared_jpegs_need_a_part_of_the_file(real_data, tmp_path):
     assert len(part.data) < len(data) / 2
 
 
+def test_what_its_format_could_not_hold_is_copied(tmp_path):
+    (tmp_path / "images").mkdir()
+    wide = tmp_path / "images" / "wide.jpg"  # a PNG: in JPEG, 65 500 pixels are the most
+    scene(70_000, 52).save(wide, format="PNG")
+    summary = prepare_folder(tmp_path / "images", tmp_path / "out", SMALL)
+    # 64 615 x 48 pixels would do
+    assert summary.counts == {"resized": 1, "copied": 0, "unreadable": 0}
+    scene(72_000, 50).save(wide, format="PNG")
+    summary = prepare_folder(tmp_path / "images", tmp_path / "out", SMALL)
+    assert summary.counts == {"resized": 0, "copied": 1, "unreadable": 0}
+    assert (tmp_path / "out" / "wide.jpg").read_bytes() == wide.read_bytes()
+
+
+def test_linked_folders_are_prepared_and_links_in_a_circle_end(images, tmp_path):
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "there").symlink_to(images)
+    (linked / "itself").symlink_to(linked)
+    prepare_folder(linked, tmp_path / "out", SMALL)
+    assert set(content(tmp_path / "out")) == {
+        f"there/{path.relative_to(images)}" for path in images.rglob("*.*") if path.suffix != ".txt"
+    }
+
+
+def test_images_that_are_gone_from_the_source_are_named(images, tmp_path, caplog):
+    prepare_folder(images, tmp_path / "out", SMALL)
+    (images / "sub" / "large.png").unlink()
+    prepare_folder(images, tmp_path / "out", SMALL)
+    assert "1 of its images are not in" in caplog.text
+    assert "sub/large.png" in caplog.text
+    assert (tmp_path / "out" / "sub" / "large.png").is_file()
+
+
+@pytest.mark.parametrize("output", ["file", "file/below"])
+def test_an_output_that_cannot_be_a_folder_is_refused(images, tmp_path, output):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(InputError, match="cannot be made a folder"):
+        prepare_folder(images, tmp_path / output, SMALL)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_cannot_be_decoded_is_named_and_left_out(images, tmp_path, workers):
     whole = (images / "large.jpg").read_bytes()
@@ -219,12 +259,12 @@ def test_a_full_disk_ends_the_run_with_what_to_do_and_leaves_no_half_file(
 
 
 def test_a_result_that_does_not_decode_never_appears(images, tmp_path, monkeypatch):
-    def half(image, path, settings):
+    def half(image, name, settings):
         stream = io.BytesIO()
         image.save(stream, "JPEG")
-        Path(path).write_bytes(stream.getvalue()[: stream.tell() // 2])
+        return stream.getvalue()[: stream.tell() // 2]
 
-    monkeypatch.setattr(prepare_module, "_write", half)
+    monkeypatch.setattr(prepare_module, "_encoded", half)
     with pytest.raises(InputError, match=r"large\.jpg: cannot be written: .*truncated"):
         prepare_image("large.jpg", str(images), str(tmp_path / "out"), SMALL)
     assert content(tmp_path / "out") == {}

@@ -134,6 +134,22 @@ def test_a_size_that_fails_is_named(monkeypatch, capfd):
     assert "no such thing" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("pretrain --rounds 0", "--rounds: expected a whole number from 1, found '0'"),
+        ("pretrain --recompute block", "choose from '', 'norms', 'blocks'"),
+        ("pretrain --profile --json figures.json", "--json: --profile has no figures to write"),
+        ("loader --images nowhere --captions nowhere.json", "error: nowhere.json"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(run_python, arguments, told):
+    done = run_python("tools/benchmark.py", *arguments.split())
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_what_cannot_be_measured_is_named(run_python):
     done = run_python("tools/benchmark.py", "pretrian")
     assert done.returncode == 2
