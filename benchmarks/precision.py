@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What lower precision changes in training: losses beside float32's, on the same samples.
 
-python benchmarks/precision.py --output output/precision --seeds 1 2 --jobs 2 \\
+python benchmarks/precision.py --output output/precision --seeds 1 2 --jobs 2 --opts \\
     DATA.TRAIN_CAPTIONS captions_train.json DATA.TRAIN_IMAGES train \\
     DATA.VAL_CAPTIONS captions_val.json DATA.VAL_IMAGES val
 
@@ -45,7 +45,13 @@ def main() -> None:
     parser.add_argument("--iterations", type=count, default=500)
     parser.add_argument("--points", type=count, default=5, help="of the curve (default 5)")
     parser.add_argument("--jobs", type=count, default=1, help="runs at the same time (default 1)")
-    parser.add_argument("opts", nargs="+", metavar="KEY VALUE", help="of tools/pretrain_net.py")
+    parser.add_argument(
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="KEY VALUE",
+        help="of tools/pretrain_net.py; after everything else",
+    )
     args = parser.parse_args()
     if args.iterations % args.points:
         parser.error(f"--points {args.points}: expected a divisor of --iterations")
