@@ -90,7 +90,7 @@ class Setting:
 
         def load() -> dict[str, torch.Tensor]:
             batch = {k: v.to(self.device, non_blocking=True) for k, v in self.batch.items()}
-            batch["image"] = normalize(batch["image"])
+            batch["image"] = normalize(batch["image"], memory_format=torch.channels_last)
             return batch
 
         return self._step(model, optimizer, load, model, torch.bfloat16)

@@ -91,6 +91,10 @@ class PretrainTrainer(StoppableTrainer):
         self.optimizer = build_optimizer(cfg, self.objective)
         self.scheduler = build_lr_scheduler(cfg, self.optimizer)
         self.amp_dtype = AMP_DTYPES[cfg.SOLVER.AMP.DTYPE]
+        # as the backbone wants pixels: it would move them otherwise
+        self._layout = (
+            torch.channels_last if cfg.MODEL.VISUAL.CHANNELS_LAST else torch.contiguous_format
+        )
         self.scaler = torch.amp.GradScaler(
             self.device.type,
             enabled=cfg.SOLVER.AMP.ENABLED and self.amp_dtype == torch.float16,
@@ -273,7 +277,7 @@ class PretrainTrainer(StoppableTrainer):
             if isinstance(value, torch.Tensor)
         }
         on_device.pop("jitter", None)  # of validation there is none
-        on_device["image"] = normalize(on_device["image"], batch.get("jitter"))
+        on_device["image"] = normalize(on_device["image"], batch.get("jitter"), self._layout)
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.cfg.SOLVER.AMP.ENABLED):
             return self.model(on_device)
 
