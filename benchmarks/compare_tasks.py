@@ -27,7 +27,7 @@ from virtex_d2.demo.plan import (  # noqa: E402
     SPLIT_SEEDS,
     TEST_IMAGES,
 )
-from virtex_d2.pipeline.runner import StageFailedError, claim_output, run_stages  # noqa: E402
+from virtex_d2.pipeline.runner import claim_output, exit_on_stop, run_stages  # noqa: E402
 from virtex_d2.pipeline.stage import Stage, read_config  # noqa: E402
 from virtex_d2.runtime.errors import exit_on_input_error  # noqa: E402
 
@@ -119,9 +119,5 @@ def _instances(output: Path, split: str) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    with exit_on_input_error():
-        try:
-            main()
-        except StageFailedError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(error.code)
+    with exit_on_input_error(), exit_on_stop():
+        main()

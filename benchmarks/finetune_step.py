@@ -42,6 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def config(args: argparse.Namespace, *options: object) -> CfgNode:
+    """The detector's config that both ways have, with norms that one process computes alone.
+
+    Args:
+        args: --config-file, --device and --classes.
+        options: further keys and values.
+
+    Raises:
+        InputError: the file cannot be read, or a key is unknown.
+    """
     always = ["MODEL.DEVICE", args.device, "MODEL.ROI_HEADS.NUM_CLASSES", args.classes]
     # synchronised norms are for several processes; alone they are these
     always += ["MODEL.RESNETS.NORM", "BN", "MODEL.FPN.NORM", "BN"]

@@ -16,17 +16,20 @@ import argparse
 import itertools
 import json
 import statistics
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.rounds import count  # noqa: E402
+from pretrain.config import get_pretrain_cfg  # noqa: E402
+from virtex_d2.pipeline.runner import claim_output, exit_on_stop, run_stages  # noqa: E402
+from virtex_d2.pipeline.stage import Stage  # noqa: E402
+from virtex_d2.runtime.config import load_config  # noqa: E402
+from virtex_d2.runtime.errors import InputError, exit_on_input_error  # noqa: E402
 
-CONFIG = ROOT / "configs" / "pretrain" / "small_R_50.yaml"
+CONFIG = "configs/pretrain/small_R_50.yaml"
 PRECISIONS = {
     "float32": ["SOLVER.AMP.ENABLED", "False"],
     "bfloat16": ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "bfloat16"],
@@ -40,7 +43,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the runs")
-    parser.add_argument("--config-file", default=str(CONFIG), help="default: small_R_50.yaml")
+    parser.add_argument("--config-file", default=CONFIG, help=f"default: {CONFIG}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="default: 1 2")
     parser.add_argument("--iterations", type=count, default=500)
     parser.add_argument("--points", type=count, default=5, help="of the curve (default 5)")
@@ -56,35 +59,45 @@ def main() -> None:
     if args.iterations % args.points:
         parser.error(f"--points {args.points}: expected a divisor of --iterations")
 
+    output = args.output.resolve()
+    cfg = load_config(get_pretrain_cfg(), args.config_file, args.opts)
+    if not cfg.DATA.VAL_CAPTIONS:
+        raise InputError("DATA.VAL_CAPTIONS: expected captions to validate with, found none.")
+
+    claim_output(output, "precision", {"iterations": args.iterations, "points": args.points})
     runs = [(precision, seed) for seed in sorted(set(args.seeds)) for precision in PRECISIONS]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        curves = dict(zip(runs, pool.map(lambda run: pretrain(args, *run), runs)))
-    print(table(curves, args.iterations, args.points))
+    run_stages([_pretraining(args, output, *run) for run in runs], ROOT, output, [{}] * args.jobs)
+    curves = {run: _curve(_folder(output, *run)) for run in runs}
+    print("\n" + table(curves, args.iterations, args.points))
 
 
-def pretrain(args: argparse.Namespace, precision: str, seed: int) -> tuple[Curve, float]:
-    """Train, or go on, or find trained: pretrain_net compares what is there with what is asked.
-
-    Returns:
-        The training loss by iterations done, and the last validation loss.
-    """
-    run = args.output / f"{precision}-seed{seed}"
-    options = ["SEED", seed, "OUTPUT_DIR", run, "SOLVER.MAX_ITER", args.iterations]
-    options += ["SOLVER.WARMUP_ITERS", args.iterations // 10]
+def _pretraining(args: argparse.Namespace, output: Path, precision: str, seed: int) -> Stage:
+    options = ["SEED", seed, "OUTPUT_DIR", _folder(output, precision, seed)]
+    options += ["SOLVER.MAX_ITER", args.iterations, "SOLVER.WARMUP_ITERS", args.iterations // 10]
     options += ["LOG_PERIOD", args.iterations // args.points]
     options += ["TEST.EVAL_PERIOD", args.iterations, *PRECISIONS[precision], *args.opts]
-    command = [sys.executable, ROOT / "tools" / "pretrain_net.py", "--resume"]
-    command += ["--config-file", args.config_file, *options]
-    run.mkdir(parents=True, exist_ok=True)
-    with open(run / "output.txt", "a", encoding="utf-8") as output:
-        process = subprocess.run(list(map(str, command)), stdout=output, stderr=output)
-    if process.returncode:
-        sys.exit(f"error: {run / 'output.txt'} says what failed")
+    config = str(Path(args.config_file).resolve() if args.config_file != CONFIG else CONFIG)
+    return Stage(
+        name=f"{precision}-seed{seed}",
+        title=f"Pretraining in {precision}, seed {seed}",
+        command=("tools/pretrain_net.py", "--config-file", config, *map(str, options)),
+        folder=str(_folder(output, precision, seed)),
+        configs=(config,),
+        iterations=args.iterations,
+        label=f"{precision}-seed{seed}",
+        group="pretraining",
+    )
+
+
+def _folder(output: Path, precision: str, seed: int) -> Path:
+    return output / f"{precision}-seed{seed}"
+
+
+def _curve(run: Path) -> tuple[Curve, float]:
+    """The training loss by iterations done, and the last validation loss."""
     rows = list(map(json.loads, (run / "metrics.json").read_text().splitlines()))
     losses = {row["iteration"] + 1: row["total_loss"] for row in rows if "total_loss" in row}
     validation = [row["val/loss"] for row in rows if "val/loss" in row]
-    if not validation:
-        sys.exit(f"error: {run} has no validation loss: DATA.VAL_CAPTIONS names its captions")
     return losses, validation[-1]
 
 
@@ -116,4 +129,5 @@ def _mean_difference(pairs: list[tuple[list[float], list[float]]]) -> list[float
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_input_error(), exit_on_stop():
+        main()

@@ -31,7 +31,7 @@ _REDUCTIONS = (8, 4, 2)
 # where they have more than two columns, which a part must have where the whole has them.
 _FEWEST = 8
 # Decoded bytes up to which memory is kept for the next image. What is asked for anew is mapped page
-# by page, which takes a seventh of the time of decoding.
+# by page, each time.
 _KEPT = 3 * 4_000_000
 
 
@@ -151,10 +151,9 @@ class Jpeg:
             (place + more) * reduction for place, more in zip(box, (-1, -1, 1, 1), strict=True)
         )
         outer = max(x0, 0), max(y0, 0), min(x1, header.width), min(y1, header.height)
-        last_row = (outer[3] - 1) // header.mcu[1]
         if self._intervals is not None:
-            return self._between_markers(outer, last_row)
-        bottom = (last_row + 1) * header.mcu[1]
+            return self._between_markers(outer)
+        bottom = -(-outer[3] // header.mcu[1]) * header.mcu[1]
         # libjpeg warns of the data that is left over, and so hides its other warnings. A file that
         # has its end, and not before, is not cut short; of other damage Pillow takes what comes out
         # as well.
@@ -174,12 +173,12 @@ class Jpeg:
             and bool((kinds[:-1] & 0xF8 == _RST).all())
         )
 
-    def _between_markers(self, box: Box, last_row: int) -> _Part:
+    def _between_markers(self, box: Box) -> _Part:
         """A JPEG of the stretches between restart markers that hold the box."""
         header, (starts, ends) = self._header, self._intervals
         step, mcu_height = header.mcu[0] * header.interval, header.mcu[1]
         first_row, first_column = box[1] // mcu_height, box[0] // step
-        last_column = (box[2] - 1) // step
+        last_row, last_column = (box[3] - 1) // mcu_height, (box[2] - 1) // step
         left, top = first_column * step, first_row * mcu_height
         width = min((last_column + 1) * step, header.width) - left
         height = min((last_row + 1) * mcu_height, header.height) - top

@@ -248,7 +248,7 @@ def collate(samples: list[dict]) -> dict:
 
 def stack_images(images: Sequence[torch.Tensor]) -> torch.Tensor:
     """(3, S, S) each, channels last in memory -> (N, 3, S, S), channels last."""
-    # torch.stack of the images as they are takes nine times as long
+    # as rows of pixels, which lie together: torch.stack of the images as they are is much slower
     return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 

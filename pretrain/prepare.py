@@ -3,7 +3,6 @@
 Needs no torch, so that a process that does nothing else starts at once.
 """
 
-import ctypes
 import io
 import os
 import shutil
@@ -15,9 +14,9 @@ from PIL import Image
 from virtex_d2.runtime.atomic import atomic_path
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.images import read_image
+from virtex_d2.runtime.parent import end_with_parent
 
 _JPEG_SUFFIXES = (".jpg", ".jpeg")
-_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 @dataclass(frozen=True)
@@ -128,13 +127,11 @@ def _encoded(image: Image.Image, name: str, settings: Settings) -> bytes | None:
     return stream.getvalue()
 
 
-def end_with_parent(parent: int) -> None:
-    """In a process of a pool: do not outlive the process that started it, even if that is killed.
+def begin_worker(parent: int) -> None:
+    """In a process of a pool: leave Ctrl-C to its parent, and do not outlive it.
 
     Args:
         parent: its id.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is answered by the parent
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # gone before that was asked for
-        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent(signal.SIGKILL, parent)

@@ -27,7 +27,7 @@ from virtex_d2.runtime.images import IMAGE_SUFFIXES
 from virtex_d2.runtime.lock import NAME as LOCK
 from virtex_d2.runtime.lock import RunLock
 
-from .prepare import Outcome, Settings, end_with_parent, prepare_image
+from .prepare import Outcome, Settings, begin_worker, prepare_image
 
 logger = logging.getLogger(__name__)
 
@@ -250,7 +250,7 @@ def _prepared(
     pool = ProcessPoolExecutor(
         workers,
         mp_context=get_context("spawn"),
-        initializer=end_with_parent,
+        initializer=begin_worker,
         initargs=(os.getpid(),),
     )
     try:

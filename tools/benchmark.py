@@ -63,10 +63,10 @@ def main() -> None:
     if profiles and args.json:
         parser.error("--json: --profile has no figures to write")
     with exit_on_input_error():
-        found = module.profile(args) if profiles else module.measure(args)
-    if profiles:
-        print(found)
-        return
+        if profiles:
+            print(module.profile(args))
+            return
+        found = module.measure(args)
     print(module.report(found))
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n")

@@ -15,7 +15,6 @@ python tools/compare_inits.py --output output/report \\
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from virtex_d2.runtime.errors import InputError, exit_on_input_error
@@ -150,13 +149,7 @@ if __name__ == "__main__":
     with exit_on_input_error():
         arguments = parse_args()
         # after parsing: --help and a mistyped flag need not wait for torch
-        from virtex_d2.pipeline.runner import StageFailedError
+        from virtex_d2.pipeline.runner import exit_on_stop
 
-        try:
+        with exit_on_stop():
             main(arguments)
-        except StageFailedError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(error.code)
-        except KeyboardInterrupt:
-            print("\nStopped. The same command goes on from here.", file=sys.stderr)
-            sys.exit(130)

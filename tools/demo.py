@@ -9,7 +9,6 @@ same command with more --seeds runs only the new ones.
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from virtex_d2.runtime.errors import exit_on_input_error
@@ -36,16 +35,10 @@ def main() -> None:
     args = parse_args()
     # after parsing: --help and a mistyped flag need not wait for torch
     from virtex_d2.demo.main import run_demo
-    from virtex_d2.pipeline.runner import StageFailedError
+    from virtex_d2.pipeline.runner import exit_on_stop
 
-    try:
+    with exit_on_stop():
         run_demo(Path(__file__).resolve().parents[1], Path(args.output), args.scale, args.seeds)
-    except StageFailedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.code)
-    except KeyboardInterrupt:
-        print("\nStopped. The same command goes on from here.", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ code or signal, and nothing that it does comes back.
         process = server.start(["tools/train_net.py", ...], environment, log)
 """
 
-import ctypes
 import json
 import logging
 import multiprocessing.util
@@ -23,8 +22,9 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from virtex_d2.runtime.parent import end_with_parent
+
 ROOT = Path(__file__).resolve().parents[2]
-_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 class Process:
@@ -110,6 +110,7 @@ class Forkserver:
 def _serve() -> None:
     """In the server: a question a line, answered by one number."""
     codes: dict[int, int] = {}
+    server = os.getpid()
     while line := sys.stdin.readline():
         question = json.loads(line)
         if "wait" in question:
@@ -120,13 +121,13 @@ def _serve() -> None:
         else:
             answer = os.fork()
             if not answer:
-                _become(**question)
+                _become(server, **question)
         print(answer, flush=True)
 
 
-def _become(argv: list[str], environment: dict[str, str], log: str) -> None:
+def _become(server: int, argv: list[str], environment: dict[str, str], log: str) -> None:
     """In the fork: be `python *argv`."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL, server)
     os.setsid()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)

@@ -1,7 +1,7 @@
 """A real Slurm on this machine: munge, a controller and two nodes, and nothing left afterwards."""
 
 import contextlib
-import ctypes
+import functools
 import getpass
 import os
 import random
@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from virtex_d2.runtime.parent import end_with_parent
+
 NODES = ("node1", "node2")
 PROGRAMS = ("sbatch", "srun", "slurmctld", "slurmd", "munged", "mungekey")
 # PATH with the folders of daemons, which users' paths may lack.
@@ -21,8 +23,6 @@ DAEMONS = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 # What one of the namespaces of a node needs: its own hosts, host name and processes.
 UNSHARE = ("unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc")
 _NODE = "VIRTEX_TEST_NODE"  # in the environment of a node's slurmd, for nodes without namespaces
-_LIBC = ctypes.CDLL(None)  # loaded before there is a fork to be careful in
-_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 CONFIG = """\
 ClusterName=test
@@ -230,7 +230,7 @@ class Cluster:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                preexec_fn=_die_with_parent,
+                preexec_fn=functools.partial(end_with_parent, signal.SIGKILL, os.getpid()),
             )
 
     def _stop(self, name: str) -> None:
@@ -242,10 +242,6 @@ class Cluster:
             for pid in self.processes(f"{_NODE}={name}", f"SLURMD_NODENAME={name}"):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-
-
-def _die_with_parent() -> None:
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _allows_namespaces() -> bool:

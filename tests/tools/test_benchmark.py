@@ -1,5 +1,6 @@
 """tools/benchmark.py: small sizes, whose figures mean nothing, through all that it does."""
 
+import argparse
 import json
 
 import pytest
@@ -37,6 +38,13 @@ def test_both_ways_are_compared_and_their_figures_written(name, run_python, tmp_
         positive_leaves({key: found[key]}, name)
 
 
+def parsed(benchmark, *options):
+    """A benchmark's arguments, for a test that calls it in its own process."""
+    parser = argparse.ArgumentParser()
+    benchmark.add_arguments(parser)
+    return parser.parse_args([str(option) for option in options])
+
+
 LOADED = "--num-images 8 --rounds 1 --vocab 300 --workers 1"
 
 
@@ -60,8 +68,6 @@ def test_loading_is_compared_and_its_figures_written(shapes_world, run_python, t
 
 
 def test_pixels_that_are_not_the_plain_ways_stop_the_benchmark(shapes_world, monkeypatch):
-    import argparse
-
     from benchmarks import loader
 
     def shifted(image, box, flip):
@@ -69,16 +75,12 @@ def test_pixels_that_are_not_the_plain_ways_stop_the_benchmark(shapes_world, mon
 
     original = loader.plain_crop
     monkeypatch.setattr(loader, "plain_crop", shifted)
-    parser = argparse.ArgumentParser()
-    loader.add_arguments(parser)
-    args = parser.parse_args([str(part) for part in loader_of(shapes_world)[2:]])
+    args = parsed(loader, *loader_of(shapes_world)[2:])
     with pytest.raises(AssertionError, match="levels from the plain way"):
         loader.measure(args)
 
 
 def test_a_plain_step_with_other_weights_is_noticed(monkeypatch):
-    import argparse
-
     import torch
 
     from benchmarks import pretrain_step
@@ -92,11 +94,8 @@ def test_a_plain_step_with_other_weights_is_noticed(monkeypatch):
 
     original = PlainBicaptioner.of
     monkeypatch.setattr(PlainBicaptioner, "of", with_another_bias)
-    parser = argparse.ArgumentParser()
-    pretrain_step.add_arguments(parser)
-    args = parser.parse_args(
-        ["--batch", "4", "--size", "64", "--width", "64", "--vocab", "200", "--device", "cpu"]
-    )
+    options = "--batch 4 --size 64 --width 64 --vocab 200 --device cpu"
+    args = parsed(pretrain_step, *options.split())
     with pytest.raises(AssertionError):
         pretrain_step.Setting(args, ("ours", "plain")).check()
 
@@ -119,18 +118,14 @@ def test_growth_has_a_figure_for_each_size(run_python, tmp_path):
 
 
 def test_a_size_that_fails_is_named(monkeypatch, capfd):
-    import argparse
-
     from benchmarks import growth
 
     def broken(size, folder):
         raise ValueError("no such thing")
 
     monkeypatch.setitem(growth.CASES, "broken", (7, broken))
-    parser = argparse.ArgumentParser()
-    growth.add_arguments(parser)
     with pytest.raises(RuntimeError, match="size 7"):
-        growth.measure(parser.parse_args(["--cases", "broken"]))
+        growth.measure(parsed(growth, "--cases", "broken"))
     assert "no such thing" in capfd.readouterr().err
 
 

@@ -1,11 +1,10 @@
 """The process of one stage, with its lock, its marker and its log."""
 
-import ctypes
+import functools
 import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -13,12 +12,12 @@ from pathlib import Path
 
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.lock import RunLock
+from virtex_d2.runtime.parent import end_with_parent
 from virtex_d2.runtime.shell import shell
 
 from .markers import FOLDER, checked_marker, marker_path, write_record
 from .stage import Stage, argv
 
-_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 LOG_TAIL = 25  # lines shown of a failed stage
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -117,7 +116,7 @@ class StageProcess:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            preexec_fn=functools.partial(end_with_parent, signal.SIGTERM, os.getpid()),
         )
         threading.Thread(target=self._read, args=(tell,), daemon=True).start()
 
@@ -154,11 +153,3 @@ class StageProcess:
 
     def _record(self) -> None:
         write_record(marker_path(self.stage, self._output), self._marker)
-
-
-def _end_with_parent() -> None:
-    """A run whose parent is killed would go on unseen, beside the one that is started next.
-
-    In the child: Linux is to send it SIGTERM when the thread that started it is gone.
-    """
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

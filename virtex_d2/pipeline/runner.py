@@ -5,10 +5,12 @@ next call skips it. One that was stopped goes on with the tool's --resume, or wr
 Two processes never run the same stage at the same time: each is locked while it runs.
 """
 
+import contextlib
 import os
 import queue
+import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,23 @@ class StageFailedError(Exception):
     def __init__(self, message: str, code: int = 1):
         super().__init__(message)
         self.code = code
+
+
+@contextlib.contextmanager
+def exit_on_stop() -> Iterator[None]:
+    """Around what a tool does with stages: end with a message instead of a traceback.
+
+    Raises:
+        SystemExit: a stage failed, with its exit code; or Ctrl-C was pressed, with 130.
+    """
+    try:
+        yield
+    except StageFailedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.code) from None
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on from here.", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def claim_output(output: Path, kind: str, settings: Mapping[str, Any]) -> None:
