@@ -135,6 +135,7 @@ def measure(args: argparse.Namespace) -> dict:
     losses = _check(ways)
     turns = take_turns(ways, args.rounds)
     seconds = {name: [turn["step"] for turn in turns[name]] for name in turns}
+    images = plain.SOLVER.MAX_ITER * plain.SOLVER.IMS_PER_BATCH
     return {
         "settings": {key: value for key, value in vars(args).items() if key != "profile"},
         "machine": machine(torch.device(args.device)),
@@ -144,6 +145,13 @@ def measure(args: argparse.Namespace) -> dict:
             name: ratios(seconds["stock"], values)
             for name, values in seconds.items()
             if name != "stock"
+        },
+        "schedule": {
+            "images": images,
+            "hours": {
+                name: images / args.images * spread(values)["median"] / 3600
+                for name, values in seconds.items()
+            },
         },
     }
 
@@ -176,4 +184,9 @@ def report(found: dict) -> str:
                 f"  {ratio['median']:.2f} times as fast ({ratio['min']:.2f} to {ratio['max']:.2f})"
             )
         lines.append(line)
+    hours = found["schedule"]["hours"].items()
+    lines.append(
+        f"the config's {found['schedule']['images']:,} images, of this size and at these rates: "
+        + ", ".join(f"{name} {value:,.0f} h" for name, value in hours)
+    )
     return "\n".join(lines)

@@ -33,6 +33,7 @@ SHORTEST_CAPTION = 9
 CAPTIONS = (28, 285, 988, 1341, 1410, 1062, 739, 524, 294, 165, 122)
 CAPTIONS += (81, 56, 33, 19, 15, 17, 6, 4, 5, 4, 17)
 WAYS = ("ours", "plain", "plain_same_precision")
+PAPER_IMAGES = 500_000 * 256  # iterations and batch of the paper's runs (section 3)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -246,6 +247,10 @@ def measure(args: argparse.Namespace) -> dict:
             "gflop_per_image": flops[name] / args.batch / 1e9,
             "tflops": flops[name] / spread(seconds)["median"] / 1e12,
         }
+    found["hours_of_paper"] = {
+        name: PAPER_IMAGES / way["images_per_s"]["median"] / 3600
+        for name, way in found["ways"].items()
+    }
     found["ratio"] = ratios(totals["plain"], totals["ours"])
     found["share_of_bfloat16_ceiling"] = (
         found["ways"]["ours"]["tflops"] / found["ceilings"]["matmul_bfloat16_tflops"]
@@ -290,6 +295,8 @@ def report(found: dict) -> str:
         f"at {found['share_of_bfloat16_ceiling']:.0%} of the bfloat16 matrix product's rate",
         "memory: " + ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in memory.items()),
         f"memory, ours / plain in the same precision: {found['memory_ratio']:.2f}",
+        f"{PAPER_IMAGES:,} images, as the paper's runs see, at these rates: "
+        + ", ".join(f"{name} {hours:,.0f} h" for name, hours in found["hours_of_paper"].items()),
     ]
     return "\n".join(lines)
 

@@ -61,7 +61,13 @@ def main() -> int:
     return 1 if counts["unreadable"] else 0
 
 
+def _end(number: int, frame: object) -> None:
+    """TERM ends this as Ctrl-C does: its processes end with it, and nothing half-written is left."""
+    raise SystemExit(128 + number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _end)
     try:
         raise SystemExit(main())
     except KeyboardInterrupt:

@@ -314,6 +314,34 @@ def test_a_killed_run_goes_on_and_leaves_what_an_undisturbed_one_does(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_stop_leaves_nothing_half_written(tmp_path, run_python, number):
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    for place in range(150):
+        scene(400 + place, 300).save(images / f"{place:03}.jpg")
+    command = [TOOL, "--images", images, "--output", out, "--shorter-side", 64, "--workers", 2]
+    with subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        while not (out / JOURNAL).is_file() or not (out / JOURNAL).read_bytes():
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.send_signal(number)
+        errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number
+    assert "Traceback" not in errors
+    assert "leaked" not in errors  # what multiprocessing says of processes that were left
+    assert not [file for file in content(out) if Path(file).name.startswith(".tmp-")]
+    result = run_python(*command)
+    assert result.returncode == 0, result.stderr
+    assert "150 images resized" in result.stdout
+
+
+@pytest.mark.slow
 def test_the_exit_code_and_the_last_line_say_what_happened(images, tmp_path, run_python):
     (images / "bad.jpg").write_bytes(b"no image")
     command = [TOOL, "--images", images, "--output", tmp_path / "out", "--shorter-side", "48"]
