@@ -62,7 +62,7 @@ def main() -> int:
 
 
 def _end(number: int, frame: object) -> None:
-    """TERM ends this as Ctrl-C does: its processes end with it, and nothing half-written is left."""
+    """TERM ends this as Ctrl-C does: with its processes, and with nothing half-written left."""
     raise SystemExit(128 + number)
 
 
