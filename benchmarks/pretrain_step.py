@@ -51,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         help="what ours computes again in the backward pass (default: nothing)",
     )
+    parser.add_argument(
+        "--compile", action="store_true", help="ours has its backbone compiled: minutes, at first"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--memory-of", choices=WAYS, help=argparse.SUPPRESS)
 
@@ -73,6 +76,7 @@ class Setting:
         cfg.MODEL.TEXTUAL.NUM_LAYERS = args.layers
         cfg.MODEL.TEXTUAL.MAX_LENGTH = max(cfg.MODEL.TEXTUAL.MAX_LENGTH, args.words or 0)
         cfg.MODEL.VISUAL.RECOMPUTE = args.recompute
+        cfg.MODEL.VISUAL.COMPILE = args.compile
         self._cfg = cfg
         torch.manual_seed(0)
         self.ours = self.plain = None
@@ -150,6 +154,7 @@ class Setting:
         Raises:
             AssertionError: losses or gradients differ by more than the types' rounding.
         """
+        self.ours.visual.compiled = False  # would be anew for each type
         batch = {key: value.to(self.device) for key, value in self.batch.items()}
         batch["image"] = normalize(batch["image"])
         few = {key: value[:4] for key, value in batch.items()}
@@ -174,7 +179,13 @@ class Setting:
         difference = (gradients["ours"] - gradients["plain"]).norm() / gradients["plain"].norm()
         assert abs(found["ours, float64"] / found["plain, float64"] - 1) < 1e-6, found
         assert difference < 1e-6, f"gradients of the first convolution differ by {difference}"
-        for dtype, tolerance in (("float32", 1e-4), ("bfloat16", 2e-2)):
+        tolerances = {"float32": 1e-4, "bfloat16": 2e-2}
+        if self._cfg.MODEL.VISUAL.COMPILE:
+            self.ours.visual.compiled = True
+            tolerances["compiled"] = 2e-2
+            with no_dropout(self.ours), torch.autocast(self.device.type, torch.bfloat16):
+                found["ours, compiled"] = sum(self.ours(batch).values()).item()
+        for dtype, tolerance in tolerances.items():
             assert abs(found[f"ours, {dtype}"] / found["plain, float32"] - 1) < tolerance, found
         return found
 
@@ -226,9 +237,10 @@ def measure(args: argparse.Namespace) -> dict:
     """All figures; seconds are medians over rounds."""
     setting = Setting(args, ("ours", "plain"))
     losses = setting.check()
-    setting.ours.visual.recompute = ""  # what is computed twice is no more of an achievement
+    # what is computed twice is no more of an achievement, and compiled code is not counted
+    setting.ours.visual.recompute, setting.ours.visual.compiled = "", False
     flops = {name: _flops(step) for name, step in setting.ways.items()}
-    setting.ours.visual.recompute = args.recompute
+    setting.ours.visual.recompute, setting.ours.visual.compiled = args.recompute, args.compile
     turns = take_turns(setting.ways, args.rounds, warm_up=2)
     found = {
         "settings": {
@@ -316,6 +328,7 @@ def _memory_in_a_process(args: argparse.Namespace, name: str) -> int:
         for part in (f"--{key}", str(getattr(args, key)))
     ]
     options += ["--words", str(args.words)] if args.words else []
+    options += ["--compile"] if args.compile else []
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.pretrain_step", *options, "--memory-of", name],
         cwd=ROOT,

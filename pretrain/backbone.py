@@ -1,8 +1,12 @@
 """The visual backbone: a torchvision ResNet that returns its last feature map."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torchvision
 from torch import nn
+from torchvision.models import ResNet
 
 from virtex_d2.runtime.errors import InputError, nearest
 
@@ -19,6 +23,17 @@ ARCHITECTURES = (
 )
 
 
+def features(cnn: ResNet, image: torch.Tensor) -> torch.Tensor:
+    """(N, 3, H, W) float -> the last feature map, (N, C, H / 32, W / 32)."""
+    x = cnn.maxpool(cnn.relu(cnn.bn1(cnn.conv1(image))))
+    return cnn.layer4(cnn.layer3(cnn.layer2(cnn.layer1(x))))
+
+
+@functools.cache  # torch.compile imports its compiler, which takes seconds
+def _compiled_features() -> Callable[[ResNet, torch.Tensor], torch.Tensor]:
+    return torch.compile(features, dynamic=False)
+
+
 class VisualBackbone(nn.Module):
     """torchvision's ResNet (stride in the 3x3 convolution) without pooling and classifier.
 
@@ -28,9 +43,12 @@ class VisualBackbone(nn.Module):
     Args:
         recompute: what the backward pass computes again, as `pretrain.recomputation` has it:
             "norms" or "blocks", or "" for nothing.
+        compiled: whether training runs what torch.compile makes of it, for images of one shape.
+            Evaluation, whose batches have many, does not.
 
     Raises:
-        InputError: the architecture's name is not in `ARCHITECTURES`, or `recompute` is unknown.
+        InputError: the architecture's name is not in `ARCHITECTURES`, or `recompute` is unknown or
+            does not go with `compiled`.
     """
 
     def __init__(
@@ -39,6 +57,7 @@ class VisualBackbone(nn.Module):
         zero_init_residual: bool = True,
         channels_last: bool = True,
         recompute: str = "",
+        compiled: bool = False,
     ):
         super().__init__()
         if name not in ARCHITECTURES:
@@ -51,6 +70,11 @@ class VisualBackbone(nn.Module):
                 f'MODEL.VISUAL.RECOMPUTE: expected "{NORMS}", "{BLOCKS}" or "", found '
                 f"{recompute!r}."
             )
+        if recompute and compiled:
+            raise InputError(
+                f'MODEL.VISUAL.RECOMPUTE "{recompute}" with MODEL.VISUAL.COMPILE True: expected '
+                "one of them; a compiler decides itself what it computes again."
+            )
         self.name = name
         self.cnn = getattr(torchvision.models, name)(
             weights=None, zero_init_residual=zero_init_residual
@@ -59,6 +83,7 @@ class VisualBackbone(nn.Module):
         self.cnn.fc = nn.Identity()  # leaves no key in the state dict
         self.channels_last = channels_last
         self.recompute = recompute
+        self.compiled = compiled
         if channels_last:
             self.cnn.to(memory_format=torch.channels_last)
 
@@ -66,8 +91,9 @@ class VisualBackbone(nn.Module):
         """(N, 3, H, W) normalised float -> (N, feature_size, H / 32, W / 32)."""
         if self.channels_last:
             image = image.contiguous(memory_format=torch.channels_last)
-        cnn = self.cnn
-        if self.recompute and self.training and torch.is_grad_enabled():
-            return run_resnet(cnn, image, self.recompute)
-        x = cnn.maxpool(cnn.relu(cnn.bn1(cnn.conv1(image))))
-        return cnn.layer4(cnn.layer3(cnn.layer2(cnn.layer1(x))))
+        if self.training and torch.is_grad_enabled():
+            if self.recompute:
+                return run_resnet(self.cnn, image, self.recompute)
+            if self.compiled:
+                return _compiled_features()(self.cnn, image)
+        return features(self.cnn, image)

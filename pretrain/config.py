@@ -33,6 +33,9 @@ _C.MODEL.VISUAL.CHANNELS_LAST = True
 # ("norms"), or whole blocks ("blocks"); "" is nothing. The same numbers with less memory and more
 # time (docs/performance.md).
 _C.MODEL.VISUAL.RECOMPUTE = ""
+# Train what torch.compile makes of the backbone: other rounding, minutes at the start. It is not
+# known to be faster anywhere: `tools/benchmark.py pretrain --compile` tells for a machine.
+_C.MODEL.VISUAL.COMPILE = False
 
 _C.MODEL.TEXTUAL = CN()
 _C.MODEL.TEXTUAL.HIDDEN_SIZE = 1024

@@ -252,7 +252,11 @@ def label_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def _visual(cfg: CfgNode) -> VisualBackbone:
     visual = cfg.MODEL.VISUAL
     return VisualBackbone(
-        visual.NAME, visual.ZERO_INIT_RESIDUAL, visual.CHANNELS_LAST, visual.RECOMPUTE
+        visual.NAME,
+        visual.ZERO_INIT_RESIDUAL,
+        visual.CHANNELS_LAST,
+        visual.RECOMPUTE,
+        visual.COMPILE,
     )
 
 

@@ -36,6 +36,7 @@ from virtex_d2.runtime.stopping import StopHook, StoppableTrainer
 
 from .captioner import can_caption
 from .colors import normalize
+from .compilation import require_compiler
 from .data import PretrainData, build_data
 from .export import export_backbone
 from .hooks import (
@@ -84,6 +85,8 @@ class PretrainTrainer(StoppableTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         _check_sizes(cfg)
         check_objective(cfg)
+        if cfg.MODEL.VISUAL.COMPILE and with_training_data:
+            require_compiler(self.device)
         self.data = build_data(cfg, with_training_data)
         torch.manual_seed(cfg.SEED)
         self.objective = build_objective(cfg, self.data.num_outputs).to(self.device)

@@ -1,0 +1,90 @@
+"""MODEL.VISUAL.COMPILE: the same backbone in other code, resumed exactly, refused without tools."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.backbone import VisualBackbone
+from tests.pretrain.test_trainer import options, write_captioned_images
+from virtex_d2.runtime.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+TOOL = "tools/pretrain_net.py"
+
+
+@pytest.mark.slow
+@COMPILER
+def test_features_gradients_and_running_statistics_are_the_plain_ones(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.manual_seed(0)
+    compiled = VisualBackbone("resnet18", compiled=True, zero_init_residual=False).double()
+    plain = VisualBackbone("resnet18", zero_init_residual=False).double()
+    plain.load_state_dict(compiled.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(4, 3, 64, 64, dtype=torch.float64, generator=generator)
+
+    torch._dynamo.utils.counters.clear()
+    outputs = [backbone(images) for backbone in (compiled, plain)]
+    torch.testing.assert_close(*outputs)
+    for output in outputs:
+        output.square().mean().backward()
+    for (name, mine), theirs in zip(compiled.named_parameters(), plain.parameters(), strict=True):
+        difference = (mine.grad - theirs.grad).norm() / theirs.grad.norm()
+        assert difference < 1e-9, name
+    for (name, mine), theirs in zip(compiled.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs, msg=name)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == 1  # in one piece
+
+    with torch.no_grad():
+        more = torch.cat([images, images])
+        torch.testing.assert_close(compiled.eval()(more), plain.eval()(more))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.slow
+@COMPILER
+def test_a_compiled_run_that_is_resumed_ends_as_one_that_was_not_stopped(tmp_path, run_python):
+    for split, number in (("train", 24), ("val", 9)):
+        write_captioned_images(tmp_path / "data", number, split)
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "code")}
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+
+    def run(output: Path, *more: str):
+        compiled = options(tmp_path / "data", output, "MODEL.VISUAL.COMPILE", True)
+        done = run_python(TOOL, *more, *compiled, env=environment, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+
+    run(whole)
+    shutil.copytree(whole, resumed)
+    (resumed / "model_final.pth").unlink()
+    (resumed / "last_checkpoint").write_text("model_0000003.pth")
+    run(resumed, "--resume")
+    ends = [
+        torch.load(folder / "model_final.pth", weights_only=True)["model"]
+        for folder in (whole, resumed)
+    ]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    assert not [name for name in ends[0] if "_orig_mod" in name]  # any other run can load it
+
+
+@pytest.mark.slow
+def test_a_machine_without_a_compiler_is_told_before_the_run(tmp_path, run_python):
+    write_captioned_images(tmp_path / "data", 4)
+    write_captioned_images(tmp_path / "data", 4, "val")
+    environment = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "code")}
+    arguments = options(tmp_path / "data", tmp_path / "out", "MODEL.VISUAL.COMPILE", True)
+    done = run_python(TOOL, *arguments, env=environment, cwd=ROOT)
+    assert done.returncode == 2, done.stderr
+    assert "error: MODEL.VISUAL.COMPILE True: torch.compile does not work" in done.stderr
+    assert "no-such-compiler" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_recomputing_and_compiling_exclude_each_other():
+    with pytest.raises(InputError, match="RECOMPUTE.*COMPILE"):
+        VisualBackbone("resnet18", recompute="blocks", compiled=True)
