@@ -5,7 +5,7 @@ python benchmarks/compare_tasks.py --output output/tasks
 Pretrains a ResNet-50 by bicaptioning, token classification and multi-label classification on the
 same images for the same iterations, once with each seed, and gives them with random weights to
 tools/compare_inits.py: Mask R-CNN on all labelled images and on a tenth. It is the small
-counterpart of the paper's table of tasks (arXiv 2006.06666, section 4.1). What is done is not
+counterpart of the paper's table of tasks (arXiv 2006.06666, section 4). What is done is not
 repeated. Some four hours on one core; `--jobs 2` uses two.
 """
 

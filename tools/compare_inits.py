@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         "--config-file",
         "--config-files",
         nargs="+",
+        action="extend",
         default=[],
         metavar="FILE",
         help="configs of tools/train_net.py; each is a comparison of its own in the report",
@@ -112,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         "--fractions",
         type=float,
         nargs="+",
+        action="extend",
         default=[],
         help="of the training images (default: VIRTEX.FRACTION of the config)",
     )
@@ -119,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seeds",
         type=int,
         nargs="+",
+        action="extend",
         default=[],
         help="one run of each start for every seed (default 1)",
     )

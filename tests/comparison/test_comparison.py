@@ -390,6 +390,10 @@ def test_the_tool_runs_lists_and_reports(project, run_python):
     lines = listed.stdout.splitlines()
     assert [line.split("\t")[0] for line in lines] == [str(n) for n in range(4)]
     assert not (project / "out").exists()
+    more = ("--seeds", 7, "--fractions", 0.25)  # flags that are given twice add up
+    listed = run_python("tools/compare_inits.py", "--output", "out", *more, *COMMAND, "--list")
+    assert len(listed.stdout.splitlines()) > len(lines)
+    assert {"7", "0.25"} <= set(re.findall(r"[\w.]+", listed.stdout))
     result = run_python("tools/compare_inits.py", "--output", "out", *COMMAND, "--jobs", 2)
     assert result.returncode == 0, result.stderr
     assert re.search(r"^virtex +\d+\.\d", result.stdout, re.MULTILINE)
