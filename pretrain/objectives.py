@@ -147,8 +147,8 @@ class Captioning(nn.Module):
 class MaskedLanguageModel(nn.Module):
     """Predict words that are hidden in the caption, from all the others and the image.
 
-    VirTex (section 4, ablation of tasks) and the released code: BERT's task; the loss is the mean cross entropy over
-    the chosen words.
+    VirTex (section 4, ablation of tasks) and the released code: BERT's task; the loss is the mean
+    cross entropy over the chosen words.
     """
 
     losses = ("loss_masked_lm",)
@@ -196,8 +196,8 @@ class LinearHead(nn.Module):
 class Classification(nn.Module):
     """Tell from the image which words a caption has, or which classes the image shows.
 
-    VirTex (section 4, ablation of tasks) and the released code, after Joulin et al. (arXiv 1511.02251): log-softmax,
-    averaged over an image's labels, then over the images that have any.
+    VirTex (section 4, ablation of tasks) and the released code, after Joulin et al. (arXiv
+    1511.02251): log-softmax, averaged over an image's labels, then over the images that have any.
 
     Args:
         visual: (N, 3, H, W) -> (N, C, h, w), with an attribute `feature_size` = C.
