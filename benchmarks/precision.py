@@ -29,7 +29,7 @@ from virtex_d2.pipeline.stage import Stage  # noqa: E402
 from virtex_d2.runtime.config import load_config  # noqa: E402
 from virtex_d2.runtime.errors import InputError, exit_on_input_error  # noqa: E402
 
-CONFIG = "configs/pretrain/small_R_50.yaml"
+CONFIG = ROOT / "configs" / "pretrain" / "small_R_50.yaml"
 PRECISIONS = {
     "float32": ["SOLVER.AMP.ENABLED", "False"],
     "bfloat16": ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "bfloat16"],
@@ -43,7 +43,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the runs")
-    parser.add_argument("--config-file", default=CONFIG, help=f"default: {CONFIG}")
+    parser.add_argument("--config-file", type=Path, default=CONFIG, help=f"default: {CONFIG.name}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="default: 1 2")
     parser.add_argument("--iterations", type=count, default=500)
     parser.add_argument("--points", type=count, default=5, help="of the curve (default 5)")
@@ -60,37 +60,34 @@ def main() -> None:
         parser.error(f"--points {args.points}: expected a divisor of --iterations")
 
     output = args.output.resolve()
-    cfg = load_config(get_pretrain_cfg(), args.config_file, args.opts)
+    cfg = load_config(get_pretrain_cfg(), str(args.config_file), args.opts)
     if not cfg.DATA.VAL_CAPTIONS:
         raise InputError("DATA.VAL_CAPTIONS: expected captions to validate with, found none.")
 
     claim_output(output, "precision", {"iterations": args.iterations, "points": args.points})
     runs = [(precision, seed) for seed in sorted(set(args.seeds)) for precision in PRECISIONS]
-    run_stages([_pretraining(args, output, *run) for run in runs], ROOT, output, [{}] * args.jobs)
-    curves = {run: _curve(_folder(output, *run)) for run in runs}
+    stages = {run: _pretraining(args, output, *run) for run in runs}
+    run_stages(list(stages.values()), ROOT, output, [{}] * args.jobs)
+    curves = {run: _curve(Path(stage.folder)) for run, stage in stages.items()}
     print("\n" + table(curves, args.iterations, args.points))
 
 
 def _pretraining(args: argparse.Namespace, output: Path, precision: str, seed: int) -> Stage:
-    options = ["SEED", seed, "OUTPUT_DIR", _folder(output, precision, seed)]
+    name, config = f"{precision}-seed{seed}", str(args.config_file.resolve())
+    options = ["SEED", seed, "OUTPUT_DIR", output / name]
     options += ["SOLVER.MAX_ITER", args.iterations, "SOLVER.WARMUP_ITERS", args.iterations // 10]
     options += ["LOG_PERIOD", args.iterations // args.points]
     options += ["TEST.EVAL_PERIOD", args.iterations, *PRECISIONS[precision], *args.opts]
-    config = str(Path(args.config_file).resolve() if args.config_file != CONFIG else CONFIG)
     return Stage(
-        name=f"{precision}-seed{seed}",
+        name=name,
         title=f"Pretraining in {precision}, seed {seed}",
         command=("tools/pretrain_net.py", "--config-file", config, *map(str, options)),
-        folder=str(_folder(output, precision, seed)),
+        folder=str(output / name),
         configs=(config,),
         iterations=args.iterations,
-        label=f"{precision}-seed{seed}",
+        label=name,
         group="pretraining",
     )
-
-
-def _folder(output: Path, precision: str, seed: int) -> Path:
-    return output / f"{precision}-seed{seed}"
 
 
 def _curve(run: Path) -> tuple[Curve, float]:
