@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 from virtex_d2.runtime.config import load_config
+from virtex_d2.runtime.device import resolve_device
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import read_checkpoint, require_file
 from virtex_d2.runtime.images import IMAGE_SUFFIXES, read_image
@@ -135,6 +136,7 @@ def load_captioner(
             forward; the vocabulary or the sizes are not those of the checkpoint; there is no such
             device.
     """
+    device = resolve_device(device)
     checkpoint = _checkpoint_in(model) if os.path.isdir(model) else model
     require_file(checkpoint)
     folder = os.path.dirname(checkpoint)
@@ -150,10 +152,6 @@ def load_captioner(
     except InputError as error:
         _check_vocabulary(checkpoint, tokenizer_file, pieces.vocab_size, error)
         raise
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"Device {device}: no CUDA device is usable here. Use auto or cpu.")
     objective = objective.eval().to(device)
     return Captioner(objective, pieces, cfg.DATA.IMAGE_SIZE, torch.device(device))
 

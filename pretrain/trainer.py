@@ -24,6 +24,7 @@ from torch import nn
 from virtex_d2.runtime.background import StateWriter
 from virtex_d2.runtime.checkpointer import AtomicCheckpointer
 from virtex_d2.runtime.compat import write_metrics
+from virtex_d2.runtime.device import AMP_DTYPES, check_amp
 from virtex_d2.runtime.disk import stop_where_disk_is_full
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.evaluations import MetricsWriter
@@ -59,8 +60,6 @@ from .validation import check_metric, validate
 from .weights import load_weights
 
 logger = logging.getLogger(__name__)
-
-AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class PretrainTrainer(StoppableTrainer):
@@ -301,15 +300,7 @@ class PretrainTrainer(StoppableTrainer):
 
 
 def _check_sizes(cfg: CfgNode) -> None:
-    if cfg.SOLVER.AMP.DTYPE not in AMP_DTYPES:
-        raise InputError(
-            f"SOLVER.AMP.DTYPE: {cfg.SOLVER.AMP.DTYPE!r} is not one of {', '.join(AMP_DTYPES)}."
-        )
-    if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "float16" and cfg.MODEL.DEVICE == "cpu":
-        raise InputError(
-            "SOLVER.AMP.DTYPE float16 needs a GPU: on a CPU use bfloat16, or SOLVER.AMP.ENABLED "
-            "False."
-        )
+    check_amp(cfg)
     images, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if images % processes:
         near = sorted(

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from virtex_d2.data.paths import expanded
 from virtex_d2.probes.config import check_config, get_probe_cfg
 from virtex_d2.runtime.config import load_config
+from virtex_d2.runtime.shell import expanded
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs" / "probes"
 

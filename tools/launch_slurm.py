@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from virtex_d2.runtime.errors import InputError, exit_on_input_error
+from virtex_d2.runtime.shell import expanded
 from virtex_d2.slurm.follow import follow, status_table
 from virtex_d2.slurm.options import (
     LOGS,
@@ -50,7 +51,7 @@ def main() -> int:
     args, command = _parse()
     layers = read_site(args.site), given_options(args)
     cwd = Path.cwd()
-    logs = cwd / Path({**layers[0], **layers[1]}.get("logs", LOGS)).expanduser()
+    logs = cwd / expanded({**layers[0], **layers[1]}.get("logs", LOGS), "logs")
     if command or args.pipeline:
         if command and args.pipeline:
             raise InputError("--pipeline: its file has the commands; leave the one after -- out.")

@@ -59,7 +59,7 @@ def main() -> None:
     from virtex_d2.data.catalog import register_datasets
     from virtex_d2.modeling import resolve_norms
     from virtex_d2.runtime.config import load_config
-    from virtex_d2.runtime.setup import resolve_device
+    from virtex_d2.runtime.device import resolve_device
     from virtex_d2.visualization.main import Options, read_truth, run, truth_of_config
 
     options = Options(

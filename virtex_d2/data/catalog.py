@@ -11,11 +11,11 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
 from virtex_d2.runtime.errors import InputError, nearest
+from virtex_d2.runtime.shell import expanded
 
 from .coco_file import check_coco_file
 from .fraction import check_fraction
 from .lvis_file import check_lvis_file, check_version, load_lvis_file, without_version
-from .paths import expanded
 from .use import Found, Use, use_of
 from .voc_folder import VOC_CLASSES, check_voc_folder, load_voc_folder
 

@@ -5,9 +5,9 @@ import math
 import torch
 from detectron2.config import CfgNode
 
+from virtex_d2.runtime.device import AMP_DTYPES, check_amp
 from virtex_d2.runtime.errors import InputError, nearest
 
-AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 FULL_MODEL = "full_model"
 CLIP_TYPES = ("value", "norm", FULL_MODEL)
 
@@ -19,7 +19,7 @@ def check_training(cfg: CfgNode) -> None:
         InputError: a value is not one of those that there are, or not possible on this device.
     """
     if cfg.SOLVER.AMP.ENABLED:
-        _check_precision(cfg)
+        check_amp(cfg)
     if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
         _check_clipping(cfg.SOLVER.CLIP_GRADIENTS)
     if cfg.VIRTEX.EMA.ENABLED and not 0 < cfg.VIRTEX.EMA.DECAY < 1:
@@ -65,26 +65,6 @@ def clips_full_model(cfg: CfgNode) -> bool:
     """Whether the norm of all gradients together is clipped."""
     clip = cfg.SOLVER.CLIP_GRADIENTS
     return clip.ENABLED and clip.CLIP_TYPE == FULL_MODEL
-
-
-def _check_precision(cfg: CfgNode) -> None:
-    name, device = cfg.SOLVER.AMP.DTYPE, cfg.MODEL.DEVICE
-    if name not in AMP_DTYPES:
-        raise InputError(
-            f"SOLVER.AMP.DTYPE is '{name}'; expected one of {', '.join(AMP_DTYPES)}."
-            + nearest(name, AMP_DTYPES)
-        )
-    if device == "cpu" and name == "float16":
-        raise InputError(
-            "SOLVER.AMP.DTYPE float16 needs a GPU. On a CPU use bfloat16, or SOLVER.AMP.ENABLED "
-            "False."
-        )
-    # Tensor cores for bfloat16 came with NVIDIA's Ampere; before, it is emulated, and slow.
-    if device != "cpu" and name == "bfloat16" and torch.cuda.get_device_capability() < (8, 0):
-        raise InputError(
-            f"SOLVER.AMP.DTYPE bfloat16: {torch.cuda.get_device_name()} has no such arithmetic. "
-            "Use float16, whose loss is scaled."
-        )
 
 
 def _check_clipping(clip: CfgNode) -> None:

@@ -14,10 +14,10 @@ from detectron2.utils import comm
 from tabulate import tabulate
 
 from virtex_d2.checkpoint.transfer import config_preprocessing
-from virtex_d2.data.paths import expanded
 from virtex_d2.modeling import resolve_norms
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.setup import setup_run
+from virtex_d2.runtime.shell import expanded
 
 from .classification import train_classifier
 from .config import check_config

@@ -10,6 +10,7 @@ from fvcore.common.config import BASE_KEY
 from yacs.config import CfgNode
 
 from .errors import InputError, nearest
+from .shell import expanded
 
 _LISTED = 5  # problems of one file that are named
 
@@ -19,30 +20,36 @@ def load_config(
     config_file: str | None,
     opts: Sequence[str] | None,
     opts_from: str = "command line",
+    expand: bool = True,
 ) -> CfgNode:
     """Merge a YAML file (with the files it names in `_BASE_`) and KEY VALUE pairs into `cfg`.
 
     YAML tags that build Python objects are refused (detectron2's own loader allows them). An int
-    is accepted for a float; a value for a string key stays text, so `OUTPUT_DIR 2024` works.
+    is accepted for a float; a value for a string key stays text, so `OUTPUT_DIR 2024` works. In
+    every text a leading ~ and variables are replaced, except in commands ("pipe:...").
 
     Args:
         cfg: every valid key with its default. Changed only when all is valid.
         config_file: path of a YAML file; None or "" for none.
         opts: ["KEY", "VALUE", ...] from the command line, applied last.
         opts_from: where they stand, for messages: a flag's name.
+        expand: False where the config is only looked at, and used on another machine.
 
     Returns:
         `cfg`, not frozen.
 
     Raises:
         InputError: no such file, not YAML, an unknown key or a value of another type (each with the
-            file and the key; for a key, the nearest valid one), or a key without a value.
+            file and the key; for a key, the nearest valid one), a key without a value, or a
+            variable that is not set.
     """
     cfg.defrost()
     result = cfg.clone()
     if config_file:
         _merge_file(result, config_file, including=())
     _merge_opts(result, list(opts or []), opts_from)
+    if expand:
+        _expand(result, prefix="")
     # Replaced and not merged: yacs would evaluate the strings once more, and 2024 become a number.
     cfg.clear()
     cfg.update(result)
@@ -50,17 +57,29 @@ def load_config(
 
 
 def _merge_file(cfg: CfgNode, path: str, including: tuple[str, ...]) -> None:
-    path = os.path.expanduser(path)
+    path = expanded(path, "--config-file")
     if os.path.realpath(path) in including:
         raise InputError(f"{path}: includes itself through {BASE_KEY}. Remove one of the two.")
     content = _read_yaml(path, including)
     bases = content.pop(BASE_KEY, [])
     for base in [bases] if isinstance(bases, str) else bases:
-        base = os.path.join(os.path.dirname(path), os.path.expanduser(base))
+        base = os.path.join(os.path.dirname(path), expanded(base, f"{path}: {BASE_KEY}"))
         _merge_file(cfg, base, including=(*including, os.path.realpath(path)))
     problems = list(_merge_mapping(cfg, cfg, content, prefix=""))
     if problems:
         raise InputError(f"{path}: " + _listed(problems))
+
+
+def _expand(value: Any, prefix: str) -> Any:
+    """A value with its texts `expanded`; of a config itself in place."""
+    if isinstance(value, CfgNode):
+        for key, one in value.items():
+            value[key] = _expand(one, f"{prefix}.{key}".lstrip("."))
+    elif isinstance(value, (list, tuple)):
+        return type(value)(_expand(one, prefix) for one in value)
+    elif isinstance(value, str) and not value.startswith("pipe:"):
+        return expanded(value, prefix)
+    return value
 
 
 def _read_yaml(path: str, including: tuple[str, ...]) -> dict[str, Any]:

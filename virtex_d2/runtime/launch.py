@@ -22,6 +22,7 @@ from .lock import release_locks
 from .preemption import EXIT_UNFINISHED
 from .preflight import (
     check_collectives,
+    check_interfaces,
     check_records,
     clock_skew,
     code_version,
@@ -57,7 +58,8 @@ def launch(main: Main, args: argparse.Namespace) -> None:
         SystemExit: in a run of several processes, where it does not end well.
     """
     gpus = 0 if _asks_for_cpu(args) or not torch.cuda.is_available() else torch.cuda.device_count()
-    topology = resolve(args, os.environ, Machine(socket.gethostname(), gpus))
+    machine = Machine(socket.gethostname(), gpus, pid=os.getpid())
+    topology = resolve(args, os.environ, machine)
     try:
         if topology.spawn:
             _account_for_machine(main, args, topology)
@@ -90,10 +92,13 @@ def wrap_ddp(model: nn.Module) -> nn.Module:
     """
     from detectron2.engine import create_ddp_model
 
-    more_than_two = comm.get_world_size() > 2
-    fixed_buckets = more_than_two and next(model.parameters()).device.type == "cpu"
+    device = next(model.parameters()).device
+    fixed_buckets = comm.get_world_size() > 2 and device.type == "cpu"
     return create_ddp_model(
         model,
+        # The device's number and not the local rank, which detectron2 takes: a task that sees one
+        # GPU alone has it as the first, whatever its rank.
+        device_ids=None if device.type == "cpu" else [device.index],
         broadcast_buffers=False,
         find_unused_parameters=fixed_buckets,
         gradient_as_bucket_view=True,  # or each gradient is held twice
@@ -152,6 +157,7 @@ def _take_part(
 def _join(store: dist.Store, topology: Topology, others: list[dict], timeout: timedelta) -> None:
     """Make the process groups: all, over gloo too, and this machine's for detectron2's `comm`."""
     on_gpu = topology.gpu is not None
+    check_interfaces(os.environ, on_gpu)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         store=dist.PrefixStore("groups", store),
@@ -183,7 +189,8 @@ def _look_over(topology: Topology, others: list[dict]) -> None:
     lines = [
         f"Processes: {len(others)} on {len(nodes)} machine{'s' if len(nodes) > 1 else ''} "
         f"({topology.launcher}), over {'NCCL' if topology.gpu is not None else 'gloo'}, meeting at "
-        f"{place}."
+        f"{place}.",
+        *([topology.note] if topology.note else []),
     ]
     for ranks in nodes.values():
         members = [others[rank] for rank in ranks]
@@ -313,4 +320,5 @@ def _collective_timeout(args: argparse.Namespace) -> timedelta:
 
 def _asks_for_cpu(args: argparse.Namespace) -> bool:
     opts = getattr(args, "opts", None) or []
-    return ("MODEL.DEVICE", "cpu") in zip(opts[::2], opts[1::2])
+    given = dict(zip(opts[::2], opts[1::2])).get("MODEL.DEVICE", "auto")
+    return given == "cpu" or (given == "auto" and getattr(args, "num_gpus", None) == 0)

@@ -290,6 +290,12 @@ def _slurm_deadline() -> float | None:
     end = os.environ.get("SLURM_JOB_END_TIME", "")
     if not end.isdigit():
         return None
+    if float(end) <= time.time():
+        logger.info(
+            "SLURM_JOB_END_TIME, %s, is past: of a job that is over. It is no limit.",
+            time.ctime(float(end)),
+        )
+        return None
     start = os.environ.get("SLURM_JOB_START_TIME", "")
     length = float(end) - (float(start) if start.isdigit() else time.time())
     deadline = float(end) - min(SLURM_MARGIN, length / 10)

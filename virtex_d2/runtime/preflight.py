@@ -4,9 +4,11 @@ import functools
 import hashlib
 import os
 import platform
+import socket
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,33 @@ def code() -> dict[str, str]:
 def code_version() -> str:
     """All of `code` in twelve digits."""
     return hashlib.sha256(repr(sorted(code().items())).encode()).hexdigest()[:12]
+
+
+def check_interfaces(environment: Mapping[str, str], on_gpu: bool) -> None:
+    """Look whether the network interfaces that are to be used are there.
+
+    gloo takes names. NCCL takes beginnings of names, whole ones behind "=", and behind "^" those
+    that it is to leave out, which need not be there.
+
+    Raises:
+        InputError: none is left, or gloo's is not there; it names those that are.
+    """
+    there = [name for _, name in socket.if_nameindex()]
+    gloo, nccl = (environment.get(f"{name}_SOCKET_IFNAME", "") for name in ("GLOO", "NCCL"))
+    hint = " (gloo takes names alone, NCCL_SOCKET_IFNAME knows ^)" if "^" in gloo else ""
+    absent = {f"GLOO_SOCKET_IFNAME={gloo}{hint}": set(filter(None, gloo.split(","))) - set(there)}
+    wanted = [name for name in nccl.lstrip("^=").split(",") if name]
+    if on_gpu and wanted:
+        whole = "=" in nccl[:2]
+        found = {n for n in there for w in wanted if (n == w if whole else n.startswith(w))}
+        left = set(there) - found if nccl.startswith("^") else found
+        absent[f"NCCL_SOCKET_IFNAME={nccl}"] = set() if left else set(wanted)
+    for variable, names in absent.items():
+        if names:
+            raise InputError(
+                f"{variable}: this machine has no interface {', '.join(sorted(names))}, but "
+                f"{', '.join(there)}. Name one of these, or unset the variable."
+            )
 
 
 def check_collectives(topology: Topology, group: Any) -> float:

@@ -187,13 +187,16 @@ def _missing(what: str, came: Records, total: int, expected: Sequence[tuple[str,
     for index, record in came.items():
         by_host.setdefault(record["host"], []).append(index)
     short = [
-        f"{host} ({len(by_host.get(host, []))} of {count} came)"
+        f"{host} ({len(by_host.get(host, []))} of its {count} came)"
         for host, count in expected
         if len(by_host.get(host, [])) < count
     ]
     where = f", expected on {', '.join(short)}" if short else ""
-    there = "; ".join(f"{numbers(ranks)} on {host}" for host, ranks in by_host.items())
-    return f"{what}s {numbers(absent)} of {total}{where} (there are {there})"
+    there = "; ".join(
+        f"{what}{'s' if len(ranks) > 1 else ''} {numbers(ranks)} on {host}"
+        for host, ranks in by_host.items()
+    )
+    return f"{what}s {numbers(absent)} of {total}{where} (so far came {there})"
 
 
 def _register(store: dist.Store, what: str, index: int, record: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 from yacs.config import CfgNode
 
+from .device import resolve_device
 from .errors import InputError
 from .failures import abort
 from .files import atomic_path
@@ -63,8 +64,7 @@ def setup_run(
     Raises:
         InputError: OUTPUT_DIR holds another run and neither --resume nor --eval-only is given, or a
             live one; it cannot be written, or not all processes see it; they have other configs; a
-            run that goes on has another config than before; MODEL.DEVICE is CUDA, and there is
-            none.
+            run that goes on has another config than before; CUDA is asked for, and cannot be used.
     """
     resume, eval_only = getattr(args, "resume", False), getattr(args, "eval_only", False)
     was_frozen = cfg.is_frozen()
@@ -83,7 +83,7 @@ def setup_run(
     logger.info("Process %d of %d; command line: %s", rank, comm.get_world_size(), args)
 
     configured_device = cfg.MODEL.DEVICE
-    cfg.MODEL.DEVICE = resolve_device(configured_device)
+    cfg.MODEL.DEVICE = resolve_device(configured_device, getattr(args, "num_gpus", None))
     _check_backend(cfg.MODEL.DEVICE)
     logger.info("MODEL.DEVICE %s: running on %s", configured_device, cfg.MODEL.DEVICE)
     drawn = cfg.SEED < 0
@@ -126,12 +126,18 @@ def write_config(cfg: CfgNode) -> None:
 
 def _check_backend(device: str) -> None:
     """Raises:
-    InputError: the processes have met for GPUs, and the config file says CPU.
+    InputError: the processes have met for GPUs, and the config file says CPU; or all are to use
+        one GPU.
     """
     if device == "cpu" and comm.get_world_size() > 1 and dist.get_backend() == "nccl":
         raise InputError(
             "MODEL.DEVICE cpu is in the config file, which is read after the processes have met to "
             "use GPUs. Give it on the command line, as MODEL.DEVICE cpu."
+        )
+    if ":" in device and comm.get_world_size() > 1:
+        raise InputError(
+            f"MODEL.DEVICE {device}: all {comm.get_world_size()} processes would use that one. Say "
+            "cuda or auto, and each has its own; CUDA_VISIBLE_DEVICES chooses among them."
         )
 
 
@@ -164,22 +170,6 @@ def _prepare_output(folder: str, check: bool) -> None:
     if problem:
         raise InputError(problem)
     check_shared(folder)
-
-
-def resolve_device(device: str) -> str:
-    """MODEL.DEVICE with "auto" resolved to "cuda" where there is a device, else to "cpu".
-
-    Raises:
-        InputError: it is CUDA, and there is none.
-    """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(
-            f"MODEL.DEVICE {device}: no CUDA device is usable here. Use MODEL.DEVICE auto or cpu, "
-            "or check the driver with nvidia-smi."
-        )
-    return device
 
 
 def _resolved_seed(seed: int, resumed_folder: str | None) -> int:

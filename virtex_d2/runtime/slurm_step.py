@@ -59,8 +59,7 @@ def find_step(
     Raises:
         InputError: the variables are incomplete or contradict each other.
     """
-    step = environment.get("SLURM_STEP_ID", "")
-    if not step.isdigit() or int(step) >= FIRST_SPECIAL_STEP:
+    if not is_in_step(environment):
         return None
     # SLURM_NTASKS may still be the job's in a step with a number of its own.
     tasks_key = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
@@ -73,7 +72,7 @@ def find_step(
     )
     found = SlurmStep(
         job=_number(environment, "SLURM_JOB_ID"),
-        step=int(step),
+        step=_number(environment, "SLURM_STEP_ID"),
         restarts=_number({"SLURM_RESTART_COUNT": "0", **environment}, "SLURM_RESTART_COUNT"),
         task=_number(environment, "SLURM_PROCID"),
         tasks=tasks,
@@ -84,6 +83,12 @@ def find_step(
     )
     _check(found, tasks_key, shares)
     return found
+
+
+def is_in_step(environment: Mapping[str, str]) -> bool:
+    """Whether srun has started this process, or the shell that it was started in."""
+    step = environment.get("SLURM_STEP_ID", "")
+    return step.isdigit() and int(step) < FIRST_SPECIAL_STEP
 
 
 def expand_hosts(nodelist: str) -> list[str]:
@@ -101,8 +106,10 @@ def expand_hosts(nodelist: str) -> list[str]:
             timeout=60,
             check=False,
         )
-        if done.returncode == 0 and done.stdout.split():
-            return done.stdout.split()
+        # Sites let it print other things, too.
+        hosts = [line for line in done.stdout.split("\n") if re.fullmatch(r"[\w.-]+", line)]
+        if done.returncode == 0 and hosts:
+            return hosts
     return expand_brackets(nodelist)
 
 

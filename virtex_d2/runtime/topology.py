@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from .errors import InputError
-from .slurm_step import SlurmStep, expand_hosts, find_step
+from .slurm_step import SlurmStep, expand_hosts, find_step, is_in_step
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,13 @@ class Machine:
         host: its name.
         gpus: CUDA devices that this process sees; 0 where the run is to use the CPU.
         expand: names of the hosts in one of Slurm's lists.
+        pid: of this process.
     """
 
     host: str
     gpus: int
     expand: Callable[[str], list[str]] = expand_hosts
+    pid: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,11 @@ class _Flags:
                 f"--num-gpus {gpus} --num-processes {processes}: each process has one GPU; give "
                 "one of the two flags."
             )
+        if machine_rank >= machines:
+            raise InputError(
+                f"--machine-rank {machine_rank} of --num-machines {machines}: machines count from "
+                "0."
+            )
         return cls(
             processes or gpus or 0,
             "--num-processes" if processes else "--num-gpus",
@@ -129,17 +136,18 @@ class _Flags:
             (self.name, self.per_machine, per_machine, "processes on this machine"),
             ("--num-machines", self.machines if self.machines > 1 else 0, machines, "machines"),
         ):
-            if asked and found is not None and asked != found:
+            if asked and asked != (found or 1):
                 raise InputError(
-                    f"{flag} {asked}: {launcher} has started {found} {what}. Leave the flag out: "
-                    "sizes come from the launcher."
+                    f"{flag} {asked}: {launcher} has started {found or 'an unknown number of'} "
+                    f"{what}. Leave the flag out: sizes come from the launcher."
                 )
 
 
 def resolve(args: argparse.Namespace, environment: Mapping[str, str], machine: Machine) -> Topology:
     """Find this process's place. The first that applies:
 
-    1. RANK and WORLD_SIZE above 1: torchrun, or whoever sets its variables.
+    1. RANK and WORLD_SIZE above 1: torchrun, or whoever sets its variables; in a step of srun
+       torchrun alone, as Slurm's own numbers are of this run, and others may be left over.
     2. `--num-machines` above 1: detectron2's flags, the command being given on every machine.
     3. A Slurm step of several tasks. Where a node has several, each task is a process; where each
        node has one, it starts its machine's: `--num-processes`, `--num-gpus`, or one per GPU.
@@ -150,16 +158,49 @@ def resolve(args: argparse.Namespace, environment: Mapping[str, str], machine: M
         InputError: flags, environment and machine do not fit together.
     """
     flags = _Flags.of(args)
-    if "WORLD_SIZE" in environment and _number(environment, "WORLD_SIZE") > 1:
+    ranked = "WORLD_SIZE" in environment and _number(environment, "WORLD_SIZE") > 1
+    if ranked and ("TORCHELASTIC_RUN_ID" in environment or not is_in_step(environment)):
         return _torchrun(flags, environment, machine)
-    if flags.machines > 1:
-        return _several_machines(flags, environment, machine)
     step = find_step(environment, machine.expand)
-    if step is not None:
+    # A shell of `srun --pty` hands on what it has of its step: only srun's own child is a task.
+    task = environment.get("SLURM_TASK_PID")
+    typed = "SLURM_PTY_PORT" in environment and task != str(machine.pid)
+    if ranked and typed and step is None:
+        return _torchrun(flags, environment, machine)
+    found = _by_flags_or_srun(flags, step, typed, environment, machine)
+    if not ranked:
+        return found
+    note = "RANK and WORLD_SIZE are left over from elsewhere: srun says who is who."
+    return replace(found, note=note)
+
+
+def _by_flags_or_srun(
+    flags: _Flags,
+    step: SlurmStep | None,
+    typed: bool,
+    environment: Mapping[str, str],
+    machine: Machine,
+) -> Topology:
+    """What applies where RANK and WORLD_SIZE do not; `typed`: in the shell of srun --pty."""
+    if flags.machines > 1:
+        return _several_machines(flags, step, machine)
+    if step is not None and typed and not flags.per_machine:
+        raise InputError(
+            f"this is task {step.task} of a step of {step.tasks}, in the shell of srun --pty "
+            "(SLURM_PTY_PORT is set), so that the others would not come. Start all tasks with srun "
+            "from salloc's shell, or here the processes of this machine with torchrun or "
+            "--num-processes. (Where a script of srun's own has started this: unset "
+            "SLURM_PTY_PORT in it.)"
+        )
+    if step is not None and not typed:
         return _slurm(flags, step, machine)
     if flags.per_machine > 1:
         _require_gpus(machine, flags)
+        local = flags.dist_url == "auto"
+        address, port = ("127.0.0.1", 0) if local else _meeting_place(flags.dist_url)
         return Topology(
+            address=address,
+            port=port,
             launcher=f"{flags.name} {flags.per_machine}",
             host=machine.host,
             spawn=flags.per_machine,
@@ -193,6 +234,11 @@ def _torchrun(flags: _Flags, environment: Mapping[str, str], machine: Machine) -
     if "GROUP_WORLD_SIZE" in environment:
         machines = _number(environment, "GROUP_WORLD_SIZE")
     flags.refuse_other_sizes("torchrun", local_size, machines)
+    if flags.dist_url != "auto":
+        raise InputError(
+            f"--dist-url {flags.dist_url}: processes that torchrun has started meet at MASTER_ADDR "
+            "and MASTER_PORT. Leave the flag out; torchrun has --master-addr and --master-port."
+        )
     if machine.gpus and local_rank >= machine.gpus:
         raise InputError(
             f"environment: LOCAL_RANK {local_rank} has no GPU of its own: this machine shows "
@@ -218,15 +264,9 @@ def _torchrun(flags: _Flags, environment: Mapping[str, str], machine: Machine) -
     )
 
 
-def _several_machines(flags: _Flags, environment: Mapping[str, str], machine: Machine) -> Topology:
+def _several_machines(flags: _Flags, step: SlurmStep | None, machine: Machine) -> Topology:
     if flags.dist_url == "auto":
         raise InputError("--dist-url auto works on one machine; give tcp://HOST:PORT of the first.")
-    if flags.machine_rank >= flags.machines:
-        raise InputError(
-            f"--machine-rank {flags.machine_rank} of --num-machines {flags.machines}: machines "
-            "count from 0."
-        )
-    step = find_step(environment, machine.expand)
     if step is not None and max(step.tasks_of_nodes) > 1:
         raise InputError(
             f"--num-machines {flags.machines}: each of the tasks that srun started "

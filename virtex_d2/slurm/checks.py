@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from virtex_d2.runtime.arguments import argument_parser
 from virtex_d2.runtime.errors import InputError
+from virtex_d2.runtime.shell import expanded
 
 from .command import Command
 from .options import JobOptions
@@ -113,11 +114,13 @@ def check_configs(
     all_there = True
     for file in _config_files(command):
         for number in array_numbers(options.array) if ARRAY in file else [0]:
-            path = Path(file.replace(ARRAY, str(number))).expanduser()
-            if (cwd / path).is_file():
+            path = file.replace(ARRAY, str(number))
+            later = options.dependency or set(made) & set((cwd / path).resolve().parents)
+            unknown = later and "$" in path  # the variable may be set there alone
+            if not unknown and (cwd / expanded(path, "--config-file")).is_file():
                 continue
             all_there = False
-            if not (options.dependency or set(made) & set((cwd / path).resolve().parents)):
+            if not later:
                 raise InputError(
                     f"--config-file {path}: no such file in {cwd}, where the job would run."
                 )
@@ -129,8 +132,8 @@ def check_configs(
     if cfg is not None:
         from virtex_d2.runtime.config import load_config  # which needs more than a login node has
 
-        file = args.config_file and str(cwd / Path(args.config_file).expanduser())
-        load_config(cfg, file, args.opts)
+        file = args.config_file and str(cwd / expanded(args.config_file, "--config-file"))
+        load_config(cfg, file, args.opts, expand=False)
 
 
 def _parsed(command: Command, words: Sequence[str]) -> argparse.Namespace:

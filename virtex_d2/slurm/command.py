@@ -26,6 +26,7 @@ class Command:
             or nothing.
         python_options: of that interpreter, such as -u.
         is_own: whether the program is one of this project's tools.
+        unread: whether no shell has read the words: variables and ~ are for the job's to replace.
     """
 
     program: str
@@ -33,6 +34,7 @@ class Command:
     python: str = ""
     python_options: tuple[str, ...] = ()
     is_own: bool = False
+    unread: bool = False
 
     @property
     def name(self) -> str:
@@ -60,13 +62,14 @@ class Command:
         return words[places[-1] + 1] if places else None
 
 
-def read_command(words: Sequence[str], cwd: Path, root: Path) -> Command:
+def read_command(words: Sequence[str], cwd: Path, root: Path, unread: bool = False) -> Command:
     """Take a command line apart: "python tools/train_net.py ..." is "tools/train_net.py ...".
 
     Args:
         words: of the command line.
         cwd: where it is run.
         root: the project's folder.
+        unread: as `Command`'s.
 
     Raises:
         InputError: there is none, or it starts processes by itself, as torchrun does.
@@ -80,7 +83,7 @@ def read_command(words: Sequence[str], cwd: Path, root: Path) -> Command:
     if not words[0].endswith(".py"):
         _refuse_wrapped_tool(words)
     is_own = (cwd / words[0]).resolve().parent == root / "tools"
-    return Command(words[0], tuple(words[1:]), named, options, is_own)
+    return Command(words[0], tuple(words[1:]), named, options, is_own, unread)
 
 
 def _without_python(words: Sequence[str]) -> tuple[str, tuple[str, ...], Sequence[str]]:

@@ -70,7 +70,10 @@ def job_states(job: Submitted) -> list[State]:
         if _NO_SUCH_JOB not in str(error):
             raise
         return _remembered(job)
-    states = [_state(dict(_FIELD.findall(line))) for line in lines if line.strip()]
+    # Sites let it print other things, too.
+    states = [_state(dict(_FIELD.findall(line))) for line in lines if "JobState=" in line]
+    if not states:
+        raise SlurmError(f"scontrol does not tell the state of job {job.job_id}: {lines}")
     return sorted(states, key=lambda state: _order(state.number))
 
 

@@ -21,7 +21,8 @@ else:
 
 LOGS = "output/slurm"
 LAUNCHERS = ("srun", "torchrun")
-_TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}|UNLIMITED|INFINITE")
+_TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|-1|UNLIMITED|INFINITE", re.IGNORECASE)
+_GPUS = re.compile(r"([^\s,:=]+:)?\d+(,([^\s,:=]+:)?\d+)*")  # types as in any gres.conf
 _MEMORY = re.compile(r"\d+([KMGT]i?B?)?", re.IGNORECASE)
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -108,7 +109,7 @@ class JobOptions:
     )
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"(\w+:)?\d+", self.gpus_per_node):
+        if not _GPUS.fullmatch(self.gpus_per_node):
             raise InputError(
                 "--gpus-per-node: expected a number such as 8 or a100:8, or 0 for CPUs alone; "
                 f"found '{self.gpus_per_node}'."
@@ -150,7 +151,7 @@ class JobOptions:
     @property
     def num_gpus(self) -> int:
         """GPUs of a node."""
-        return int(self.gpus_per_node.rpartition(":")[2])
+        return sum(int(part.rpartition(":")[2]) for part in self.gpus_per_node.split(","))
 
 
 FIELDS = {item.name: item for item in dataclasses.fields(JobOptions)}

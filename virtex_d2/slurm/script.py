@@ -4,12 +4,12 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.shell import quote
+from virtex_d2.runtime.shell import expanded, quote, quote_unread
 
 from .checks import ARRAY, check_command, processes_per_node
 from .command import Command
@@ -88,7 +88,7 @@ class Job:
             *(f"#SBATCH --{key}={_quoted(str(v))}" for key, v in asked.items() if v != ""),
             "#SBATCH --requeue",
             "#SBATCH --kill-on-invalid-dep=yes",
-            *(f"#SBATCH {_dashed(line)}" for line in o.sbatch),
+            *(f"#SBATCH {_dashed(expanded(line, '--sbatch'))}" for line in o.sbatch),
         ]
 
     def _records(self) -> list[str]:
@@ -97,23 +97,37 @@ class Job:
 
     def _environment(self) -> list[str]:
         o = self.options
-        lines = [f"module load {quote(name)}" for name in o.modules]
+        lines: list[str] = []
+        for name in o.modules:
+            pattern = rf":{re.escape(name)}([:/]|$)"
+            # Its exit code is to be believed where it is 0: an alias loads what has another name.
+            lines.append(
+                " || ".join(_unless_done(f"module load {quote(name)}", _LOADED.format(pattern)))
+            )
         if o.conda:
+            env = quote_unread(o.conda)
             lines.append('eval "$(conda shell.bash hook)"')
-            lines.append(f"conda activate {quote(o.conda)}")
+            active = _IN_CONDA.format(quote(f"/{os.path.basename(o.conda)}"), env)
+            lines += _unless_done(f"conda activate {env}", active)
         if o.venv:
-            lines.append(f"source {quote(os.path.expanduser(o.venv))}/bin/activate")
-        lines += o.setup
-        if lines:  # scripts of modules and conda read variables that are not set
-            lines = ["set +u", *lines, "set -u"]
+            env = quote_unread(o.venv)
+            lines += _unless_done(f"source {env}/bin/activate", _IN_VENV.format(env))
+        if o.setup:
+            lines += ["trap at_line ERR", *o.setup, "trap - ERR"]
+        if lines:  # in others' scripts commands fail in passing, and read what is not set
+            lines = ["set +euo pipefail", *lines, "set -euo pipefail"]
         return [
             "",
             "# ---- environment",
+            "# what the submitting shell has of another run: srun says who is who in this one",
+            "unset RANK LOCAL_RANK GROUP_RANK ROLE_RANK WORLD_SIZE LOCAL_WORLD_SIZE \\",
+            "    GROUP_WORLD_SIZE ROLE_WORLD_SIZE NODE_RANK MASTER_ADDR MASTER_PORT \\",
+            '    "${!TORCHELASTIC_@}"',
             *lines,
             'export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # loader workers share the cores',
             'export NCCL_DEBUG="${NCCL_DEBUG:-WARN}" PYTHONUNBUFFERED=1',
             f'export PYTHONPATH={quote(str(self.root))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
-            *(f"export {name}={quote(value)}" for name, value in o.env.items()),
+            *(f"export {name}={quote_unread(value)}" for name, value in o.env.items()),
             "trap - EXIT",
         ]
 
@@ -126,7 +140,7 @@ class Job:
             "",
             "# ---- run",
             *(_RENDEZVOUS.splitlines() if self._by_torchrun else []),
-            *_array_of("srun", ["srun", *map(quote, srun)]),
+            *_array_of("srun", ["srun", *map(quote_unread, srun)]),
             *_array_of("command", self._words()),
             f"max_stuck={o.max_stuck}",
             *_EPILOGUE.splitlines(),
@@ -135,11 +149,11 @@ class Job:
     def _words(self) -> list[str]:
         """The command, quoted for the shell."""
         o, command, arguments = self.options, self.command, self.command.arguments
-        words = [quote(word) for word in shlex.split(o.container)]
+        words = [quote_unread(word) for word in shlex.split(o.container)]
         if command.is_python:
             activated = o.conda or o.venv or o.container
             default = "python" if activated else sys.executable
-            words.append(quote(command.python or o.python or default))
+            words.append(quote_unread(command.python or o.python or default))
             words += map(quote, command.python_options)
             if self._by_torchrun:
                 words += ["-m", "torch.distributed.run", "--max-restarts=0"]
@@ -147,7 +161,8 @@ class Job:
                 words += ["--rdzv-backend=c10d", '--rdzv-endpoint="$rendezvous"']
             if command.resumes and not {"--resume", "--eval-only"} & set(arguments):
                 arguments = ("--resume", *arguments)
-        return words + [_word(word) for word in (command.program, *arguments)]
+        read = quote_unread if command.unread else quote
+        return words + [_word(word, read) for word in (command.program, *arguments)]
 
     @property
     def _processes(self) -> int:
@@ -167,8 +182,13 @@ class Job:
         return self._processes, o.cpus_per_task
 
 
+# Tests of whether modules and environments are there.
+_LOADED = '[[ ":${{LOADEDMODULES:-}}" =~ {} ]]'
+_IN_CONDA = '[[ "${{CONDA_PREFIX:-}}" == *{} || "${{CONDA_DEFAULT_ENV:-}}" == {} ]]'
+_IN_VENV = '[[ "${{VIRTUAL_ENV:-}}" -ef {0} || "${{CONDA_PREFIX:-}}" -ef {0} ]]'
+
 _RENDEZVOUS = """\
-mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -x "[[:alnum:]_.-]*")
 rendezvous="${hosts[0]}:$((10000 + SLURM_JOB_ID % 20000))"  # jobs that share a node differ"""
 
 _PROLOGUE = r"""
@@ -201,7 +221,16 @@ ask_to_stop() {
 }
 trap 'ask_to_stop USR1' USR1
 trap 'ask_to_stop TERM' TERM
-trap 'say "failed with exit code $? before the run"' EXIT"""
+at=""
+at_line() {  # of this script's own lines, what has failed; in a script that one sources it may
+    local status=$?
+    ((${#BASH_SOURCE[@]} > 2)) || { at="line ${BASH_LINENO[0]}: $BASH_COMMAND" && exit "$status"; }
+}
+unless_done() {  # exit code and text of a line, and a test of whether it has done its work
+    eval "$3" || { at="$2" && exit $(($1 ? $1 : 1)); }
+    (($1 == 0)) || say "exit code $1 of $2, which has done its work: going on"
+}
+trap 'say "failed with exit code $? before the run: ${at:-$BASH_COMMAND}"' EXIT"""
 
 _EPILOGUE = r"""
 say "start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST, until $(squeue -h -j "$job" -o %e)"
@@ -270,9 +299,14 @@ say "unfinished at iteration $iteration: requeued"
 """
 
 
-def _word(text: str) -> str:
+def _unless_done(line: str, test: str) -> list[str]:
+    """A line that runs others' scripts, whose exit code says less than what they have done."""
+    return [line, f"unless_done $? {quote(line)} {quote(test)}"]
+
+
+def _word(text: str, read: Callable[[str], str]) -> str:
     """A word of the command for the shell: all is quoted but the number of an array's job."""
-    parts = [quote(part) if part else "" for part in text.split(ARRAY)]
+    parts = [read(part) if part else "" for part in text.split(ARRAY)]
     return '"$SLURM_ARRAY_TASK_ID"'.join(parts) or "''"
 
 

@@ -30,6 +30,7 @@ _KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_TIME_FORMAT")
 _CONFIGURATION = re.compile(
     r"configuration (source|file)|slurm\.conf|[Uu]nable to contact|onnection refused"
 )
+_NUMBER = re.compile(r"^\s*(\d+)(?:;\S+)?\s*$", re.MULTILINE)  # or NUMBER;CLUSTER
 _NO_CLUSTER = (
     "Run this on a machine of a cluster with Slurm, such as a login node, where sinfo answers; "
     "--dry-run prints the script anywhere."
@@ -124,6 +125,9 @@ def submit(job: Job, after: Sequence[str] = ()) -> Submitted:
     dependency = [f"--dependency={','.join(filter(None, wanted))}"] if after else []
     try:
         answer = slurm("sbatch", "--parsable", *dependency, script, env=environment(job))
+        numbers = _NUMBER.findall(answer)  # sites let it print other things, too
+        if not numbers:
+            raise NoAnswerError(f"sbatch has answered without a job's number:\n{answer.strip()}")
     except NoAnswerError as error:
         raise InputError(
             f"{error}\nThe job may have been submitted: look at squeue --me before you try again. "
@@ -135,7 +139,7 @@ def submit(job: Job, after: Sequence[str] = ()) -> Submitted:
             raise
         hint = f"\n{_NO_CLUSTER}" if _CONFIGURATION.search(str(error)) else ""
         raise InputError(f"sbatch refuses the job {job.name}:\n{error}{hint}") from error
-    submitted = Submitted(answer.strip().partition(";")[0], job.name, job.folder, job.log)
+    submitted = Submitted(numbers[-1], job.name, job.folder, job.log)
     with atomic_path(job.folder / RECORD) as temporary:
         record = {"job_id": submitted.job_id, "name": submitted.name, "log": submitted.log}
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -197,7 +201,7 @@ def stage_jobs(
     jobs: list[tuple[Stage, Job]] = []
     for stage in stages:
         try:
-            command = read_command(stage.command, cwd, root)
+            command = read_command(stage.command, cwd, root, unread=True)
             job = Job(stage.options, command, folder / stage.name, cwd, root)
             earlier = [other.command for _, other in jobs]
             check_configs(command, stage.options, cwd, defaults, earlier)
@@ -240,7 +244,7 @@ def _read(path: Path) -> Submitted:
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         # The folder may have been moved or copied meanwhile.
-        return Submitted(record["job_id"], record["name"], path.parent, record["log"])
+        return Submitted(str(int(record["job_id"])), record["name"], path.parent, record["log"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: no record of a job: {error}. Remove it.") from error
 
