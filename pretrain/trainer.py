@@ -18,7 +18,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import hooks
 from detectron2.utils import comm
-from detectron2.utils.events import JSONWriter, TensorboardXWriter
 from torch import nn
 
 from virtex_d2.runtime.background import StateWriter
@@ -152,14 +151,10 @@ class PretrainTrainer(StoppableTrainer):
             if main and cfg.TEST.NUM_CAPTIONS > 0 and can_caption(self.objective):
                 built.append(CaptionPictures(cfg.TEST.EVAL_PERIOD, self._draw_captions))
         if main:
-            writers = [
-                PretrainMetricPrinter(self.max_iter, cfg.SOLVER.IMS_PER_BATCH),
-                JSONWriter(os.path.join(cfg.OUTPUT_DIR, "metrics.json")),
-                TensorboardXWriter(cfg.OUTPUT_DIR),
-            ]
+            printer = PretrainMetricPrinter(self.max_iter, cfg.SOLVER.IMS_PER_BATCH)
             built += [
                 # before the checkpoint: a run that goes on from there does not validate again
-                MetricsWriter(writers, cfg.LOG_PERIOD),
+                MetricsWriter(printer, cfg.OUTPUT_DIR, cfg.LOG_PERIOD),
                 PeriodicCheckpointer(
                     self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, self.optimizer
                 ),
@@ -230,7 +225,7 @@ class PretrainTrainer(StoppableTrainer):
 
     def train(self) -> None:
         """Train from `start_iter` to SOLVER.MAX_ITER; a run that is finished is left as it is."""
-        if self.start_iter >= self.max_iter and not self.unfinished:
+        if self.is_finished():
             logger.info("All %d iterations are done: there is nothing to train.", self.max_iter)
             if comm.is_main_process():
                 # A stop between the last checkpoint and the export has left an older one.

@@ -10,6 +10,7 @@ from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
@@ -137,13 +138,22 @@ class DetectionTrainer(StoppableTrainer, DefaultTrainer):
             write_config(self._given_cfg)
 
     def train(self) -> dict | None:
-        """Train to SOLVER.MAX_ITER.
+        """Train to SOLVER.MAX_ITER; a run that is finished is left as it is.
 
         Returns:
             The last evaluation's results where TEST.EXPECTED_RESULTS asks for a check of them.
         """
-        if comm.is_main_process():  # last, so that they write what the other hooks found
-            self.register_hooks([MetricsWriter(self.build_writers(), self.cfg.VIRTEX.LOG_PERIOD)])
+        if self.is_finished():
+            logger.info(
+                "All %d iterations are done and evaluated: nothing is left. --eval-only evaluates "
+                "once more.",
+                self.max_iter,
+            )
+            return None
+        cfg = self.cfg
+        if comm.is_main_process():  # last, so that it writes what the other hooks found
+            printer = CommonMetricPrinter(self.max_iter)
+            self.register_hooks([MetricsWriter(printer, cfg.OUTPUT_DIR, cfg.VIRTEX.LOG_PERIOD)])
         with stop_where_disk_is_full(self.cfg.OUTPUT_DIR):
             return super().train()
 

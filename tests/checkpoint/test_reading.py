@@ -473,7 +473,7 @@ def hostile(canary):
         "eval": b"cbuiltins\neval\n" + text(code) + b"\x85R",
         "exec": b"cbuiltins\nexec\n" + text(code) + b"\x85R",
         "STACK_GLOBAL": text("posix") + text("system") + b"\x93" + call,
-        "STACK_GLOBAL with dots": text("pathlib") + text("os.system") + b"\x93" + call,
+        "STACK_GLOBAL with dots": text("shutil") + text("os.system") + b"\x93" + call,
         "INST": b"(" + text(command) + b"ios\nsystem\n",
         "OBJ": b"(cos\nsystem\n" + text(command) + b"o",
         "NEWOBJ": b"cbuiltins\ntuple\n" + lazy + b"\x81\x85\x81",

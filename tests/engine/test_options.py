@@ -46,8 +46,8 @@ def test_values_of_what_is_off_do_not_matter(detection_cfg):
 
 
 def test_a_gpu_without_bfloat16_is_not_made_to_emulate_it(detection_cfg, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
     detection_cfg.MODEL.DEVICE, detection_cfg.SOLVER.AMP.ENABLED = "cuda", True
     with pytest.raises(InputError, match="Tesla V100 has no such arithmetic. Use float16"):
         DetectionTrainer(detection_cfg)

@@ -81,9 +81,14 @@ def vanish(args: argparse.Namespace) -> None:
 
 def freeze(args: argparse.Namespace) -> None:
     """As on a machine that is lost: no answer, and no end of a connection."""
-    failures.SILENCE = 3
+    ready = Path("ready")
     if comm.get_rank() == int(os.environ["VICTIM"]):
+        # Earlier the other one may still be in the launch, whose patience is longer.
+        while not ready.exists():
+            time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGSTOP)
+    failures.SILENCE = 3
+    ready.touch()
     comm.synchronize()
 
 

@@ -215,7 +215,9 @@ class TestSetupRun:
     @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
     def test_cuda_without_a_device_says_what_to_do(self, cfg):
         cfg.MODEL.DEVICE = "cuda"
-        with pytest.raises(InputError, match="MODEL.DEVICE cuda: no CUDA device.*auto or cpu"):
+        with pytest.raises(
+            InputError, match="MODEL.DEVICE cuda: no CUDA device is usable here: .*MODEL.DEVICE cpu"
+        ):
             setup_run(cfg, args())
 
 

@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 from detectron2.engine import HookBase, hooks
-from detectron2.utils.events import JSONWriter
+from detectron2.utils.events import CommonMetricPrinter
 
 from virtex_d2.engine.hooks import Evaluation
 from virtex_d2.runtime import preemption, signals
@@ -40,14 +40,13 @@ class Trainer(StoppableTrainer):
         torch.nn.init.zeros_(self.model.weight)
         self.checkpointer = AtomicCheckpointer(self.model, str(folder), trainer=weakref.proxy(self))
         self.evaluated, self.following = [], Told()
-        writers = [JSONWriter(str(folder / "metrics.json"))]
         self.register_hooks(
             [
                 StopHook(),
                 hooks.PeriodicCheckpointer(self.checkpointer, 2),
                 Evaluation(2, self.evaluate, str(folder)),
                 self.following,
-                MetricsWriter(writers, 100),
+                MetricsWriter(CommonMetricPrinter(LAST), str(folder), 100),
             ]
         )
 

@@ -69,9 +69,8 @@ class Evaluation(hooks.EvalHook):
         """Nothing: the last evaluation has been done, unless training has failed."""
 
     def owed(self, iteration: int) -> bool:
-        """Whether it is due and not on record; that of a finished run is done once more."""
-        last = iteration + 1 == self.trainer.max_iter
-        return self._is_due(iteration) and (last or not is_on_record(self._folder, iteration))
+        """Whether it is due and not on record."""
+        return self._is_due(iteration) and not is_on_record(self._folder, iteration)
 
     def _is_due(self, iteration: int) -> bool:
         done = iteration + 1

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase, SimpleTrainer, TrainerBase, hooks
-from detectron2.engine.defaults import default_writers
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter
 from fvcore.common.param_scheduler import (
     CosineParamScheduler,
     MultiStepParamScheduler,
@@ -26,6 +26,7 @@ from fvcore.common.param_scheduler import (
 
 from virtex_d2.runtime.checkpointer import AtomicCheckpointer
 from virtex_d2.runtime.errors import InputError
+from virtex_d2.runtime.evaluations import MetricsWriter
 from virtex_d2.runtime.launch import wrap_ddp
 from virtex_d2.runtime.setup import write_config
 
@@ -115,7 +116,7 @@ class ClassifierTrainer(TrainerBase):
             else None,
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD * epoch, self.evaluate),
             # last, so that they write what the other hooks found
-            hooks.PeriodicWriter(default_writers(cfg.OUTPUT_DIR, self.max_iter), LOG_PERIOD)
+            MetricsWriter(CommonMetricPrinter(self.max_iter), cfg.OUTPUT_DIR, LOG_PERIOD)
             if main
             else None,
         ]

@@ -1,4 +1,4 @@
-"""Which evaluations a run has on record: those in its metrics.json."""
+"""What a run has on record, in its metrics.json; and how it is written."""
 
 import json
 import os
@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 from detectron2.engine import hooks
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import EventStorage, EventWriter, JSONWriter, TensorboardXWriter
+
+from .atomic import atomic_path
 
 # Recorded with each evaluation's results: how long it took. Tells that they are complete.
 RECORD = "eval_seconds"
@@ -15,8 +17,27 @@ RECORD = "eval_seconds"
 class MetricsWriter(hooks.PeriodicWriter):
     """detectron2's, which also writes at once what an evaluation has found.
 
-    Else a run that is killed before its next period would have evaluated for nothing.
+    Else a run that is killed before its next period would have evaluated for nothing. What an
+    earlier part of the run has recorded after the checkpoint from which this one goes on, it takes
+    back before the first iteration, so that each one is on record once.
+
+    Args:
+        printer: writes to the log.
+        folder: OUTPUT_DIR, for metrics.json and TensorBoard's events.
+        period: in iterations.
     """
+
+    def __init__(self, printer: EventWriter, folder: str, period: int):
+        super().__init__([printer], period)
+        self._folder = folder
+
+    def before_train(self) -> None:
+        start, path = self.trainer.start_iter, os.path.join(self._folder, "metrics.json")
+        cut_records(path, start)
+        self._writers += [
+            JSONWriter(path),
+            TensorboardXWriter(self._folder, purge_step=start),
+        ]
 
     def after_step(self) -> None:
         if not was_evaluated(self.trainer.storage, self.trainer.iter):
@@ -58,3 +79,12 @@ def _records(path: str) -> Iterator[dict]:
             continue  # half a line, of a run that was killed while it wrote
         if isinstance(record, dict):
             yield record
+
+
+def cut_records(path: str, start: int) -> None:
+    """Take the records of iterations from `start` on out of a metrics.json, which need not exist."""
+    if not os.path.exists(path):
+        return
+    kept = [record for record in _records(path) if record.get("iteration", -1) < start]
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, sort_keys=True) + "\n" for record in kept)

@@ -76,6 +76,16 @@ class StoppableTrainer(TrainerBase):
     def _stop_hook(self) -> StopHook:
         return next(hook for hook in self._hooks if isinstance(hook, StopHook))
 
+    def is_finished(self) -> bool:
+        """Whether nothing is left to train, or of what follows. To be called in all processes."""
+        done = self.start_iter >= self.max_iter and not self.unfinished
+        return done and not self._owed(self.start_iter - 1)
+
+    def _owed(self, iteration: int) -> list[HookBase]:
+        """The hooks that have to make up for an iteration."""
+        following = self._hooks[self._hooks.index(self._stop_hook) + 1 :]
+        return [hook for hook in following if getattr(hook, "owed", _never)(iteration)]
+
     def _finish_iteration(self) -> None:
         """Do what the run that is resumed has left of its last iteration."""
         iteration, stop = self.start_iter - 1, self._stop_hook
@@ -83,7 +93,7 @@ class StoppableTrainer(TrainerBase):
             return
         following = self._hooks[self._hooks.index(stop) + 1 :]
         if not stop.unfinished:
-            owed = [hook for hook in following if getattr(hook, "owed", _never)(iteration)]
+            owed = self._owed(iteration)
             writers = [hook for hook in following if isinstance(hook, MetricsWriter)]
             following = owed + writers if owed else []
         stop.unfinished = False
