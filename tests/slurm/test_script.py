@@ -129,9 +129,8 @@ def test_the_environment_is_prepared_in_order_before_the_run():
         *("source '/my env'/bin/activate", "ulimit -n 4096", "set -euo pipefail"),
         *("export X='1 2'", "command=("),
     ]
-    assert [
-        line.partition(" || ")[0] for line in lines if line.partition(" || ")[0] in expected
-    ] == (expected)
+    lines = [line.partition(" || ")[0] for line in lines]  # what follows where they fail
+    assert [line for line in lines if line in expected] == expected
 
 
 def test_paths_of_directives_may_hold_blanks_and_percents():
