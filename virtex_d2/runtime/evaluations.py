@@ -82,7 +82,7 @@ def _records(path: str) -> Iterator[dict]:
 
 
 def cut_records(path: str, start: int) -> None:
-    """Take the records of iterations from `start` on out of a metrics.json, which need not exist."""
+    """Take out of a metrics.json, which need not exist, the records from `start` on."""
     if not os.path.exists(path):
         return
     kept = [record for record in _records(path) if record.get("iteration", -1) < start]
