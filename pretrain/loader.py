@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.images import read_image
-from virtex_d2.runtime.signals import held_back, start_helper
+from virtex_d2.runtime.workers import batches_of, start_worker
 
 from .augment import EvalTransform, TrainTransform
 from .captions import CaptionRecord, caption_counts
@@ -272,7 +272,7 @@ class CaptionLoader(DataLoader):
         self._full_size = full_size
 
     def __iter__(self) -> Iterator[dict]:
-        for batch in held_back(super().__iter__):
+        for batch in batches_of(super().__iter__):
             check_batch(batch, self._named_by, self._full_size)
             yield batch
 
@@ -355,10 +355,10 @@ def loader_options(num_workers: int) -> dict:
         "num_workers": num_workers,
         "pin_memory": torch.cuda.is_available(),
         "worker_init_fn": _start_worker,
-        "prefetch_factor": 4 if num_workers else None,
+        "prefetch_factor": 2 if num_workers else None,  # more fills /dev/shm
     }
 
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)  # a worker is a thread's worth of work: more would fight each other
-    start_helper()
+    start_worker()

@@ -19,7 +19,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.signals import held_back
+from virtex_d2.runtime.workers import batches_of
 
 from .lanes import Cursor, Lane, Plan
 from .loader import CaptionDataset, check_batch, collate, loader_options, stack_images
@@ -153,7 +153,7 @@ class StreamLoader:
 
     def __iter__(self) -> Iterator[dict]:
         # no variable for the iterator: a traceback that is kept would keep its workers
-        for received in zip(*[held_back(lambda: iter(self._parts))] * self._num_parts):
+        for received in zip(*[batches_of(lambda: iter(self._parts))] * self._num_parts):
             samples = {}
             for positions, part, pixels, _ in received:
                 samples.update(zip(positions, _with_pixels(part, pixels)))

@@ -220,7 +220,7 @@ class TestMeeting:
         assert_codes(processes, 2)
         error = processes[0].err.splitlines()[-1]
         assert "ranks 3 of 4, expected on node1 (1 of 2 came)" in error
-        assert "(there are 0-1 on node0; 2 on node1)" in error
+        assert "(so far came ranks 0-1 on node0; rank 2 on node1)" in error
         assert "within 2 s" in error
 
     def test_a_machine_that_has_not_come_is_named(self, run_ranks, srun, free_port):

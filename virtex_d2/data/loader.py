@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.preemption import abandonable
 from virtex_d2.runtime.randomness import own_randomness
-from virtex_d2.runtime.signals import held_back, start_helper
+from virtex_d2.runtime.workers import batches_of, start_worker
 
 from .fraction import register_fraction
 from .order import Draw, TrainingOrder, build_sampler, repeat_factors
@@ -147,7 +147,7 @@ class TrainLoader:
             batch_sampler=self._order,
             num_workers=workers,
             collate_fn=trivial_batch_collator,
-            worker_init_fn=start_helper,
+            worker_init_fn=start_worker,
             # else the global one's, which is the training's, would move on with every new pass
             generator=torch.Generator(),
         )
@@ -162,7 +162,7 @@ class TrainLoader:
         self._order.first = iteration
 
     def __iter__(self) -> Iterator[list[dict]]:
-        for batch in held_back(lambda: iter(self._loader)):
+        for batch in batches_of(lambda: iter(self._loader)):
             for sample in batch:
                 self._note(sample.pop("unusable"))
                 if "image" not in sample:
@@ -217,13 +217,13 @@ class TestLoader:
         self._loader = build_detection_test_loader(
             cfg, dataset_name, mapper=_NamingMapper(DatasetMapper(cfg, is_train=False))
         )
-        self._loader.worker_init_fn = start_helper
+        self._loader.worker_init_fn = start_worker
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[list[dict]]:
-        for batch in abandonable(held_back(lambda: iter(self._loader))):
+        for batch in abandonable(batches_of(lambda: iter(self._loader))):
             for sample in batch:
                 if "unusable" in sample:
                     raise InputError(

@@ -1,7 +1,6 @@
 """Images -> pixels: the central crop for features and tests, a random one for training."""
 
 import logging
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from torchvision.transforms import functional as tvf
 
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.images import read_image
+from virtex_d2.runtime.workers import batches_of, start_worker
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def central_batches(
         collate_fn=list,
         **loader_options(num_workers),
     )
-    for samples in loader:
+    for samples in batches_of(lambda: iter(loader)):
         usable = [sample for sample in samples if "input" in sample]
         pixels = torch.stack([sample["input"] for sample in usable]) if usable else None
         unusable = {s["index"]: s["unusable"] for s in samples if "unusable" in s}
@@ -215,7 +215,7 @@ class RandomBatches:
         self.skipped: dict[str, str] = {}
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        for samples in self._loader:
+        for samples in batches_of(lambda: iter(self._loader)):
             for sample in samples:
                 for file, reason in sample["unusable"]:
                     self._note(file, reason)
@@ -252,11 +252,10 @@ def loader_options(num_workers: int) -> dict:
         "num_workers": num_workers,
         "pin_memory": False,  # batches are lists of samples, which are stacked behind it
         "worker_init_fn": _start_worker,
-        "prefetch_factor": 4 if num_workers else None,
+        "prefetch_factor": 2 if num_workers else None,
     }
 
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
-    # Ctrl-C reaches every process of the terminal: the main one alone answers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    start_worker()

@@ -187,7 +187,7 @@ def _missing(what: str, came: Records, total: int, expected: Sequence[tuple[str,
     for index, record in came.items():
         by_host.setdefault(record["host"], []).append(index)
     short = [
-        f"{host} ({len(by_host.get(host, []))} of its {count} came)"
+        f"{host} ({len(by_host.get(host, []))} of {count} came)"
         for host, count in expected
         if len(by_host.get(host, [])) < count
     ]

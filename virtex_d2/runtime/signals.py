@@ -16,6 +16,7 @@ from types import FrameType
 from typing import TypeVar
 
 STOPPING = (signal.SIGUSR1, signal.SIGTERM)
+PATIENCE = 20  # seconds that `impatient` gives a wait; schedulers give 30 and more
 # A terminal sends INT to all processes of a run; helpers leave the answer to the training process.
 _IGNORED_BY_HELPERS = (signal.SIGUSR1, signal.SIGINT)
 
@@ -28,6 +29,7 @@ class Interrupted(BaseException):
 
 _received: list[int] = []
 _interruptible = False
+_waiting = False
 _started = time.monotonic()
 _listening = False
 
@@ -38,6 +40,7 @@ def listen() -> None:
     _started, _listening = time.monotonic(), True
     for number in STOPPING:
         signal.signal(number, _note)
+    signal.signal(signal.SIGALRM, _interrupt)
     release()
 
 
@@ -76,9 +79,37 @@ def seconds_since_start() -> float:
 def _note(number: int, frame: FrameType | None) -> None:
     global _interruptible
     _received.append(number)
+    if _waiting:
+        signal.alarm(PATIENCE)
     if _interruptible:
         _interruptible = False  # a second one finds the first on its way
         raise Interrupted
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    if _waiting:
+        raise Interrupted
+
+
+@contextlib.contextmanager
+def impatient() -> Iterator[None]:
+    """A signal that comes, or has come, ends the body if that takes `PATIENCE` seconds more.
+
+    For a wait that may have no end. In the main thread.
+
+    Raises:
+        Interrupted: there was a signal. Not where this process does not listen.
+    """
+    global _waiting
+    _waiting = _listening
+    if _waiting and _received:
+        signal.alarm(PATIENCE)
+    try:
+        yield
+    finally:
+        _waiting = False
+        if _received:
+            signal.alarm(0)
 
 
 @contextlib.contextmanager
