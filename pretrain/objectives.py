@@ -249,6 +249,10 @@ class Classification(nn.Module):
         """Images with a label."""
         return int(self._labels(batch).any(dim=1).sum())
 
+    def places(self, batch: Batch) -> Batch:
+        """None: it packs nothing."""
+        return {}
+
     def _labels(self, batch: Batch) -> torch.Tensor:
         num_outputs = self.textual.output.out_features
         if self.of_tokens:
