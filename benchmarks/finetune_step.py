@@ -8,7 +8,7 @@ the same losses in float32 before anything is timed.
 
 import argparse
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -57,7 +57,7 @@ def config(args: argparse.Namespace, *options: object) -> CfgNode:
     return load_config(get_virtex_cfg(), args.config_file, [*map(str, [*always, *options])])
 
 
-def _batch(args: argparse.Namespace, cfg: CfgNode) -> list[dict]:
+def make_batch(args: argparse.Namespace, cfg: CfgNode) -> list[dict]:
     """As detectron2's mapper makes it: uint8 images, boxes, classes and polygons."""
     generator = torch.Generator().manual_seed(0)
     height, width = args.size
@@ -87,12 +87,18 @@ def _batch(args: argparse.Namespace, cfg: CfgNode) -> list[dict]:
 class Way:
     """A model with its loop; a call is an update, on the same random numbers as every other's."""
 
-    def __init__(self, args: argparse.Namespace, cfg: CfgNode, stock: bool):
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        cfg: CfgNode,
+        stock: bool,
+        batches: Iterable[list[dict]] | None = None,
+    ):
         torch.manual_seed(0)
         trainer = DefaultTrainer if stock else DetectionTrainer
         self.model = trainer.build_model(cfg).train()
         optimizer = trainer.build_optimizer(cfg, self.model)
-        batches = itertools.repeat(_batch(args, cfg))
+        batches = batches or itertools.repeat(make_batch(args, cfg))
         if not stock:
             self._loop = build_loop(cfg, self.model, batches, optimizer)
         elif cfg.SOLVER.AMP.ENABLED:

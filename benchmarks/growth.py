@@ -6,16 +6,20 @@ length and vocabulary; the fine-tuning step by pixels, objects and classes. Seco
 processor's, medians over rounds; memory is what a run of it takes at most beyond what was there
 before (of steps: before the model was built).
 
+Besides, the resident size of one process against its iterations, where every iteration has words or
+images of new shapes, in bfloat16: what keeps something for each shape shows there.
+
 The exponent of the last doubling is log2 of its ratio: 1 is linear; less, where something that does
 not grow takes its part; 2 is quadratic.
 """
 
 import argparse
+import itertools
 import math
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -73,6 +77,38 @@ CASES: dict[str, tuple[int, Callable[[int, Path], Work]]] = {
 }
 
 
+def _new_captions() -> Work:
+    options = {"batch": 32, "size": 64, "width": 512}
+    args = _arguments(pretrain_step, **options)
+    setting, seeds = pretrain_step.Setting(args, ("ours",)), itertools.count()
+
+    def work() -> None:
+        setting.batch = pretrain_step.make_batch(args, next(seeds))
+        setting.ways["ours"]()
+
+    return work
+
+
+def _new_sizes() -> Work:
+    args = _arguments(finetune_step, images=1, size=(256, 256))
+    cfg = finetune_step.config(args, "SOLVER.AMP.ENABLED", True)
+
+    def batches() -> Iterator[list[dict]]:
+        random = torch.Generator().manual_seed(0)
+        while True:
+            args.size = tuple(torch.randint(160, 417, (2,), generator=random).tolist())
+            yield finetune_step.make_batch(args, cfg)
+
+    return finetune_step.Way(args, cfg, stock=False, batches=batches())
+
+
+# What an iteration is one of -> the iteration.
+RESIDENT: dict[str, Callable[[], Work]] = {
+    "pretraining: new captions": _new_captions,
+    "fine-tuning: new image sizes": _new_sizes,
+}
+
+
 def _sides(pixels: int) -> tuple[int, int]:
     """Height and width, multiples of 32, of 2**k pixels."""
     exponent = int(math.log2(pixels))
@@ -85,25 +121,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cases",
         nargs="+",
-        choices=CASES,
-        default=list(CASES),
+        choices=[*CASES, *RESIDENT],
+        default=[*CASES, *RESIDENT],
         metavar="NAME",
-        help=f"default: all of {', '.join(map(repr, CASES))}",
+        help=f"default: all of {', '.join(map(repr, [*CASES, *RESIDENT]))}",
+    )
+    parser.add_argument(
+        "--iterations", type=count, default=160, help="of resident sizes, at most (default 160)"
     )
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """By case "sizes", "seconds", "memory_bytes", and the exponents of the last doubling of both.
+    """By case "sizes", "seconds", "memory_bytes", and the exponents of the last doubling of both;
+    in "resident" by case "iterations" and "memory_bytes" then.
 
     Raises:
         RuntimeError: a size could not be measured; what went wrong is printed by its process.
     """
     torch.set_num_threads(1)
-    found = {}
+    found, resident = {}, {}
+    marks = [args.iterations // part for part in (8, 4, 2, 1) if args.iterations >= part]
     for name in args.cases:
+        if name in RESIDENT:
+            memory = _in_a_process(_report_resident, RESIDENT[name], marks)
+            resident[name] = {"iterations": marks, "memory_bytes": memory}
+            continue
         smallest, prepare = CASES[name]
         sizes = [smallest * 2**doubling for doubling in range(args.doublings + 1)]
-        turns = [_in_a_process(prepare, size, args.rounds) for size in sizes]
+        turns = [_in_a_process(_report, prepare, size, args.rounds) for size in sizes]
         seconds = [spread(turn["seconds"])["median"] for turn in turns]
         memory = [turn["memory"] for turn in turns]
         found[name] = {
@@ -113,7 +158,8 @@ def measure(args: argparse.Namespace) -> dict:
             "exponent_of_seconds": _exponent(seconds),
             "exponent_of_memory": _exponent(memory),
         }
-    return {"settings": vars(args), "machine": machine(CPU), "cases": found}
+    found = {"cases": found, "resident": resident}
+    return {"settings": vars(args), "machine": machine(CPU), **found}
 
 
 def _exponent(values: list[float]) -> float | None:
@@ -121,9 +167,9 @@ def _exponent(values: list[float]) -> float | None:
     return math.log2(values[-1] / values[-2]) if min(values[-2:]) > 0 else None
 
 
-def _in_a_process(prepare: Callable[[int, Path], Work], size: int, rounds: int) -> dict:
+def _in_a_process(report: Callable, prepare: Callable, size: int | list[int], *more: int):
     receiver, sender = FORK.Pipe(duplex=False)
-    process = FORK.Process(target=_report, args=(sender, prepare, size, rounds))
+    process = FORK.Process(target=report, args=(sender, prepare, size, *more))
     process.start()
     sender.close()
     try:
@@ -147,6 +193,15 @@ def _report(sender: Connection, prepare: Callable, size: int, rounds: int) -> No
         sender.send({"seconds": seconds, "memory": peak_memory(work, CPU) - before})
 
 
+def _report_resident(sender: Connection, prepare: Callable[[], Work], marks: list[int]) -> None:
+    work, memory = prepare(), []
+    for iteration in range(1, marks[-1] + 1):
+        work()
+        if iteration in marks:
+            memory.append(resident_memory(CPU))
+    sender.send(memory)
+
+
 def report(found: dict) -> str:
     """The figures as text: a line for each quantity, seconds and MiB of each size."""
     lines = [f"{found['machine']['device']}, {found['machine']['threads']} threads"]
@@ -156,6 +211,12 @@ def report(found: dict) -> str:
             f"    {_row(case['seconds'], 1)} s    exponent {_told(case['exponent_of_seconds'])}",
             f"    {_row(case['memory_bytes'], 2**20)} MiB  exponent "
             f"{_told(case['exponent_of_memory'])}",
+        ]
+    for name, case in found["resident"].items():
+        memory = case["memory_bytes"]
+        lines += [
+            f"{name}: resident after {', '.join(map(str, case['iterations']))} iterations",
+            f"    {_row(memory, 2**20)} MiB  {memory[-1] / memory[0] - 1:+.0%}",
         ]
     return "\n".join(lines)
 

@@ -85,7 +85,7 @@ class Setting:
             self.plain = PlainBicaptioner.of(ours, cfg.MODEL.TEXTUAL.DROPOUT).to(self.device)
         if "ours" in needed:
             self.ours = ours.to(self.device)
-        self.batch = _batch(args)
+        self.batch = make_batch(args)
         self.ways = {name: getattr(self, f"_{name}")() for name in needed}
 
     def _ours(self) -> Callable[[], dict[str, float]]:
@@ -209,8 +209,8 @@ class no_dropout:  # noqa: N801 - reads as a statement
             module.train()
 
 
-def _batch(args: argparse.Namespace) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
+def make_batch(args: argparse.Namespace, seed: int = 1) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
     if args.words:
         drawn = torch.full((args.batch,), args.words)
     else:

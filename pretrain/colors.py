@@ -6,8 +6,12 @@ that the result does not depend on what else is in the batch: sums, the only pla
 are taken over whole numbers.
 """
 
+import functools
+
 import numpy as np
 import torch
+
+from .device import upload
 
 # ImageNet's, RGB, on the scale 0-255: what torchvision's ResNets expect.
 PIXEL_MEAN = (123.675, 116.28, 103.53)
@@ -66,8 +70,7 @@ def normalize(
     result = torch.empty(
         images.shape, dtype=torch.float32, device=images.device, memory_format=memory_format
     )
-    mean = torch.tensor(PIXEL_MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(PIXEL_STD, device=images.device).view(3, 1, 1)
+    mean, std = _mean_and_std(images.device)
     size = _AT_A_TIME.get(images.device.type, max(len(images), 1))
     for first in range(0, len(images), size):
         chunk = slice(first, first + size)
@@ -76,6 +79,12 @@ def normalize(
             jitter_colors(pixels, jitter[chunk])
         result[chunk] = pixels.sub_(mean).div_(std)
     return result
+
+
+@functools.cache
+def _mean_and_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(3, 1, 1) each; copied to a device once, for which it is waited."""
+    return tuple(torch.tensor(of).view(3, 1, 1).to(device) for of in (PIXEL_MEAN, PIXEL_STD))
 
 
 def jitter_colors(pixels: torch.Tensor, jitter: torch.Tensor) -> None:
@@ -98,8 +107,8 @@ def jitter_colors(pixels: torch.Tensor, jitter: torch.Tensor) -> None:
     sizes = [len(groups[key]) for key in ordered]
     # to the device in one go each
     rows, factors = zip(*(member for key in ordered for member in groups[key]))
-    rows_of = torch.tensor(rows).to(pixels.device).split(sizes)
-    factors_of = torch.tensor(factors).view(-1, 1, 1, 1).to(pixels.device).split(sizes)
+    rows_of = upload(torch.tensor(rows), pixels.device).split(sizes)
+    factors_of = upload(torch.tensor(factors).view(-1, 1, 1, 1), pixels.device).split(sizes)
     for (_, kind), rows, factors in zip(ordered, rows_of, factors_of):
         whole = len(rows) == len(pixels)
         selected = pixels if whole else pixels[rows]

@@ -56,7 +56,8 @@ class PretrainData:
 
     def train_loader(self, cfg: CfgNode, start_iteration: int) -> CaptionLoader | StreamLoader:
         """Endless training batches of this process, from an iteration on."""
-        sizes = (cfg.SOLVER.IMS_PER_BATCH, start_iteration, cfg.DATA.NUM_WORKERS)
+        pin = cfg.MODEL.DEVICE.startswith("cuda")
+        sizes = (cfg.SOLVER.IMS_PER_BATCH, start_iteration, cfg.DATA.NUM_WORKERS, pin)
         if self.stream is not None:
             return StreamLoader(self.train, self.stream, *sizes)
         return build_train_loader(self.train, *sizes)

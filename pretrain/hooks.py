@@ -34,7 +34,7 @@ class LearningRate(HookBase):
         self._scheduler.step()
 
 
-def _is_due(trainer: TrainerBase, period: int) -> bool:
+def is_due(trainer: TrainerBase, period: int) -> bool:
     """Whether this iteration is the last one, or ends a period."""
     done = trainer.iter + 1
     return done == trainer.max_iter or (period > 0 and done % period == 0)
@@ -57,7 +57,7 @@ class SkippedImages(HookBase):
 
     def after_step(self) -> None:
         self._files.update(self.trainer.skipped_files)
-        if not _is_due(self.trainer, self._period):
+        if not is_due(self.trainer, self._period):
             return
         self._files = set().union(*comm.all_gather(self._files))
         self.trainer.storage.put_scalar("images_skipped", len(self._files), smoothing_hint=False)
@@ -98,7 +98,7 @@ class SkippedSamples(HookBase):
 
     def after_step(self) -> None:
         self._new += self.trainer.skipped_files
-        if not _is_due(self.trainer, self._period):
+        if not is_due(self.trainer, self._period):
             return
         new = [name for names in comm.all_gather(self._new) for name in names]
         self._new = []
@@ -134,7 +134,7 @@ class StreamCursors(HookBase):
         self._period = period
 
     def after_step(self) -> None:
-        if _is_due(self.trainer, self._period):
+        if is_due(self.trainer, self._period):
             self._stream.gather(self.trainer.iter + 1)
 
     def state_dict(self) -> dict:
@@ -160,7 +160,7 @@ class Validation(HookBase):
         self._evaluate = evaluate
 
     def after_step(self) -> None:
-        if _is_due(self.trainer, self._period):
+        if is_due(self.trainer, self._period):
             start = time.perf_counter()
             for name, value in self._evaluate().items():
                 self.trainer.storage.put_scalar(f"val/{name}", value, smoothing_hint=False)
@@ -182,7 +182,7 @@ class CaptionPictures(HookBase):
         self._draw = draw
 
     def after_step(self) -> None:
-        if _is_due(self.trainer, self._period):
+        if is_due(self.trainer, self._period):
             for name, picture in self._draw():
                 self.trainer.storage.put_image(name, picture)
 

@@ -205,8 +205,8 @@ class EveryCaption(Dataset):
         )
 
 
-def collate(samples: list[dict]) -> dict:
-    """Samples -> a batch.
+def collate(samples: list[dict], pin: bool = False) -> dict:
+    """Samples -> a batch; `pin`: its images in pinned memory.
 
     Returns:
         image (N, 3, S, S) uint8, channels last in memory; caption_tokens (N, T) int64, padded with
@@ -230,7 +230,9 @@ def collate(samples: list[dict]) -> dict:
         if samples and key in samples[0]:
             added[key] = torch.stack([sample[key] for sample in samples])
     return {
-        "image": stack_images(images) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8),
+        "image": stack_images(images, pin)
+        if images
+        else torch.empty(0, 3, 0, 0, dtype=torch.uint8),
         "caption_tokens": torch.nn.utils.rnn.pad_sequence(
             tokens, batch_first=True, padding_value=Tokenizer.pad_id
         )
@@ -246,10 +248,12 @@ def collate(samples: list[dict]) -> dict:
     }
 
 
-def stack_images(images: Sequence[torch.Tensor]) -> torch.Tensor:
+def stack_images(images: Sequence[torch.Tensor], pin: bool = False) -> torch.Tensor:
     """(3, S, S) each, channels last in memory -> (N, 3, S, S), channels last."""
     # as rows of pixels, which lie together: torch.stack of the images as they are is much slower
-    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+    rows = [image.permute(1, 2, 0) for image in images]
+    memory = torch.empty(len(rows), *rows[0].shape, dtype=rows[0].dtype, pin_memory=pin)
+    return torch.stack(rows, out=memory).permute(0, 3, 1, 2)
 
 
 class CaptionLoader(DataLoader):
@@ -310,7 +314,11 @@ class _Positions(Sampler):
 
 
 def build_train_loader(
-    dataset: CaptionDataset, batch_size_total: int, start_iteration: int = 0, num_workers: int = 0
+    dataset: CaptionDataset,
+    batch_size_total: int,
+    start_iteration: int = 0,
+    num_workers: int = 0,
+    pin: bool = False,
 ) -> CaptionLoader:
     """Endless batches of this process from an iteration on; `batch_size_total` over all processes.
 
@@ -323,12 +331,16 @@ def build_train_loader(
         batch_sampler=_Positions(batch_size_total, start_iteration, rank, world_size),
         named_by=dataset,
         full_size=len(range(rank, batch_size_total, world_size)),
-        **loader_options(num_workers),
+        **loader_options(num_workers, pin),
     )
 
 
 def build_eval_loader(
-    dataset: CaptionDataset, batch_size: int, num_workers: int = 0, one_caption: bool = False
+    dataset: CaptionDataset,
+    batch_size: int,
+    num_workers: int = 0,
+    one_caption: bool = False,
+    pin: bool = False,
 ) -> CaptionLoader:
     """Every caption of every image once over all processes, in batches of `batch_size` each.
 
@@ -344,16 +356,16 @@ def build_eval_loader(
         batch_size,
         sampler=range(first, first + share + (rank < extra)),
         named_by=dataset,
-        **loader_options(num_workers),
+        **loader_options(num_workers, pin),
     )
 
 
-def loader_options(num_workers: int) -> dict:
-    """DataLoader's arguments wherever captioned images are loaded."""
+def loader_options(num_workers: int, pin: bool) -> dict:
+    """DataLoader's arguments wherever captioned images are loaded; `pin` for a GPU."""
     return {
         "collate_fn": collate,
         "num_workers": num_workers,
-        "pin_memory": torch.cuda.is_available(),
+        "pin_memory": pin,
         "worker_init_fn": _start_worker,
         "prefetch_factor": 2 if num_workers else None,  # more fills /dev/shm
     }

@@ -13,6 +13,10 @@ and what the objective's `inputs` name (`pretrain.targets` makes it):
     batch["labels"]           (N, K) int64: classes of an image, behind them -1
     batch["parallel"]         (N,) bool: whose caption is predicted all at once
 
+An objective that packs words takes the places of these from the batch too, as its
+`places(batch)` makes them on the host. They may be missing: to make them then reads lengths back
+from the device, which keeps the host waiting.
+
 `losses` names what validation gets, `baseline` what of `pretrain.data.PretrainData` to hold it up
 against. A loss is a mean in nats; `num_predictions(batch)` says over
 how many items, so that means of batches can be averaged. In evaluation mode a loss is the plain
@@ -28,7 +32,7 @@ from torch import nn
 from virtex_d2.runtime.errors import InputError, nearest
 
 from .backbone import VisualBackbone
-from .packed_decoder import Words
+from .packed_decoder import Words, places, word_places
 from .textual_head import PADDING, TextualHead
 from .tokenizer import SPECIAL_PIECES, Tokenizer
 
@@ -102,6 +106,11 @@ class Captioning(nn.Module):
         """Tokens that a direction predicts: all but the first and the padding."""
         return int((batch["caption_tokens"][:, 1:] != PADDING).sum())
 
+    def places(self, batch: Batch) -> Batch:
+        """Of the words that a direction reads: all but the last."""
+        length = batch["caption_tokens"].shape[1] - 1
+        return {"word_places": word_places(batch["caption_lengths"] - 1, length)}
+
     def _caption_losses(self, visual_tokens: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
         """Of each direction the mean cross entropy, in nats, of tokens 1.. given those before them.
 
@@ -119,14 +128,15 @@ class Captioning(nn.Module):
             ],
             dim=-1,
         )  # (N, T, D)
-        words = Words.first(lengths - 1, tokens.shape[1] - 1)
+        index = _placed(self, batch)["word_places"]
+        words = Words((len(tokens), tokens.shape[1] - 1), lengths - 1, index)
         inputs = words.pack(sequences[:, :-1]).T  # (D, P)
         targets = words.pack(sequences[:, 1:]).T
         # validation predicts next words only: that all mixes can be compared by
         parallel = batch.get("parallel") if self.training else None
         if parallel is not None:
             blind = words.pack(parallel.unsqueeze(1).expand(words.shape))  # (P,)
-            inputs = torch.where(blind, Tokenizer.mask_id, inputs)
+            inputs = inputs.masked_fill(blind, Tokenizer.mask_id)
 
         # what the directions share is computed for both at once
         embedded = self.textual.embedding(inputs, words.positions)  # (D, P, H)
@@ -162,21 +172,37 @@ class MaskedLanguageModel(nn.Module):
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         visual_tokens = self.textual.project(self.visual(batch["image"]))  # (N, S, H)
         tokens, lengths = batch["masked_tokens"], batch["caption_lengths"]
-        words = Words.first(lengths, tokens.shape[1])
+        placed = _placed(self, batch)
+        words = Words(tuple(tokens.shape), lengths, placed["word_places"])
         embedded = self.textual.embedding(words.pack(tokens), words.positions)
         both_ways = torch.ones_like(lengths, dtype=torch.bool)
         hidden = self.textual.hidden_states(embedded, visual_tokens, words, both_ways)  # (P, H)
-        labels = words.pack(batch["masked_labels"])
-        chosen = labels != PADDING  # (P,)
         # the output layer is the widest there is: spend it on what is predicted
-        logits = self.textual.output(hidden[chosen])  # (chosen words, V)
+        chosen = placed["chosen_rows"]
+        labels = words.pack(batch["masked_labels"])[chosen]
+        logits = self.textual.output(hidden[chosen]).float()  # (chosen words, V)
         # not the mean, which of nothing is NaN: captions without words have nothing to hide
-        total = F.cross_entropy(logits.float(), labels[chosen], reduction="sum")
-        return {"loss_masked_lm": total / max(1, len(logits))}
+        total = F.cross_entropy(logits, labels, ignore_index=PADDING, reduction="sum")
+        return {"loss_masked_lm": total / (labels != PADDING).sum().clamp(min=1)}
+
+    def places(self, batch: Batch) -> Batch:
+        """Of the caption's words, and which rows of these are predicted."""
+        labels = batch["masked_labels"].cpu().numpy()
+        index = word_places(batch["caption_lengths"], labels.shape[1])
+        chosen = labels.ravel()[index.numpy()] != PADDING
+        return {"word_places": index, "chosen_rows": places(chosen)}
 
     def num_predictions(self, batch: Batch) -> int:
         """Words that are predicted."""
         return int((batch["masked_labels"] != PADDING).sum())
+
+
+def _placed(objective: Captioning | MaskedLanguageModel, batch: Batch) -> Batch:
+    """The batch with `objective.places` of it."""
+    if "word_places" in batch:
+        return batch
+    device = batch["caption_tokens"].device
+    return {key: index.to(device) for key, index in objective.places(batch).items()}
 
 
 class LinearHead(nn.Module):
@@ -222,6 +248,10 @@ class Classification(nn.Module):
     def num_predictions(self, batch: Batch) -> int:
         """Images with a label."""
         return int(self._labels(batch).any(dim=1).sum())
+
+    def places(self, batch: Batch) -> Batch:
+        """None: it packs nothing."""
+        return {}
 
     def _labels(self, batch: Batch) -> torch.Tensor:
         num_outputs = self.textual.output.out_features

@@ -50,6 +50,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     # for updates that it skips, too, and Lookahead would count them.
     fused = not (cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "float16")
     if name == "sgd":
+        # torch 2.4's refuses channels last where a side is 1: it compares strides that do not count
+        fused = fused and torch.__version__ >= (2, 5)
         return torch.optim.SGD(groups, lr=base_lr, momentum=cfg.SOLVER.MOMENTUM, fused=fused)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=base_lr, betas=tuple(cfg.SOLVER.BETAS), fused=fused)
@@ -57,6 +59,20 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         f"SOLVER.OPTIMIZER: {name!r} is not one of {', '.join(OPTIMIZERS)}."
         + nearest(name, OPTIMIZERS)
     )
+
+
+def step_where_finite(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
+    """Update the weights, or if the norm is not finite leave them and all state as they are.
+
+    Args:
+        optimizer: a fused one decides on the device; for others the host waits.
+        norm: scalar, of all gradients.
+    """
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = (~norm.isfinite()).float()  # as GradScaler tells it
+        optimizer.step()
+    elif norm.isfinite():
+        optimizer.step()
 
 
 def warmup_cosine(iteration: int, warmup_iters: int, max_iter: int) -> float:

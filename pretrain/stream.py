@@ -116,6 +116,7 @@ class StreamLoader:
         batch_size_total: over all processes.
         start_iteration: the number of iterations done.
         num_workers: no more are started than there are lanes.
+        pin: whether batches are put together in pinned memory, for a GPU.
 
     Raises:
         InputError: lanes or batch are no multiple of the processes; the stream's cursors are of
@@ -129,6 +130,7 @@ class StreamLoader:
         batch_size_total: int,
         start_iteration: int = 0,
         num_workers: int = 0,
+        pin: bool = False,
     ):
         rank, world_size = comm.get_rank(), comm.get_world_size()
         lanes = stream.plan.lanes
@@ -148,7 +150,8 @@ class StreamLoader:
         self._size = batch_size_total // world_size
         places = range(rank, batch_size_total, world_size)
         parts = _StreamParts(dataset, stream, start_iteration, batch_size_total, places)
-        options = loader_options(self._num_parts if num_workers else 0)
+        self._pin = pin
+        options = loader_options(self._num_parts if num_workers else 0, pin=False)
         self._parts = DataLoader(parts, batch_size=None, **{**options, "collate_fn": None})
 
     def __iter__(self) -> Iterator[dict]:
@@ -157,7 +160,7 @@ class StreamLoader:
             samples = {}
             for positions, part, pixels, _ in received:
                 samples.update(zip(positions, _with_pixels(part, pixels)))
-            batch = collate([samples[position] for position in sorted(samples)])
+            batch = collate([samples[position] for position in sorted(samples)], self._pin)
             check_batch(batch, self._dataset, self._size)
             for *_, cursors in received:
                 self._stream.cursors.update(cursors)

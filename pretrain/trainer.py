@@ -7,6 +7,7 @@ it had not stopped.
 """
 
 import logging
+import math
 import os
 import time
 import weakref
@@ -22,7 +23,6 @@ from torch import nn
 
 from virtex_d2.runtime.background import StateWriter
 from virtex_d2.runtime.checkpointer import AtomicCheckpointer
-from virtex_d2.runtime.compat import write_metrics
 from virtex_d2.runtime.device import AMP_DTYPES, check_amp
 from virtex_d2.runtime.disk import stop_where_disk_is_full
 from virtex_d2.runtime.errors import InputError
@@ -38,6 +38,7 @@ from .captioner import can_caption
 from .colors import normalize
 from .compilation import require_compiler
 from .data import PretrainData, build_data
+from .device import Readings, upload
 from .export import export_backbone
 from .hooks import (
     BestCheckpoint,
@@ -48,11 +49,12 @@ from .hooks import (
     SkippedSamples,
     StreamCursors,
     Validation,
+    is_due,
 )
 from .identity import RunIdentity
 from .loader import EveryCaption
 from .objectives import build_objective, check_objective
-from .optim import Lookahead, build_lr_scheduler, build_optimizer
+from .optim import Lookahead, build_lr_scheduler, build_optimizer, step_where_finite
 from .pictures import caption_pictures
 from .tokenizer import Tokenizer
 from .validation import check_metric, validate
@@ -117,6 +119,7 @@ class PretrainTrainer(StoppableTrainer):
             **state,
         )
         self.register_hooks(self._build_hooks())
+        self._readings = Readings(self._check)
         _log_model(self.objective, self.data)
 
     def _build_hooks(self) -> list:
@@ -162,7 +165,8 @@ class PretrainTrainer(StoppableTrainer):
         return built
 
     def before_checkpoint(self) -> None:
-        """Bring together how far all processes have read."""
+        """Look at all losses so far, and bring together how far all processes have read."""
+        self._readings.record(self.storage)
         if self.data.stream is not None:
             self.data.stream.gather(self.iter + 1)
 
@@ -246,34 +250,45 @@ class PretrainTrainer(StoppableTrainer):
         # dropout of an iteration does not depend on what was drawn before it
         torch.manual_seed(place_seed(self.cfg.SEED, self.iter, comm.get_rank()))
         losses = self._losses(batch)
-        total = sum(losses.values())
-        if not torch.isfinite(total):
-            raise InputError(
-                f"The loss became {total.item()} at iteration {self.iter} "
-                f"({ {k: round(v.item(), 3) for k, v in losses.items()} }). The last checkpoint in "
-                f"{self.cfg.OUTPUT_DIR} is from before: lower SOLVER.CNN_LR or SOLVER.BASE_LR, or "
-                "lengthen SOLVER.WARMUP_ITERS."
-            )
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(total).backward()
-        if self.cfg.SOLVER.CLIP_GRAD_NORM > 0:
-            self.scaler.unscale_(self.optimizer)
-            norm = nn.utils.clip_grad_norm_(
-                self.objective.parameters(), self.cfg.SOLVER.CLIP_GRAD_NORM
-            )
-            self.storage.put_scalar("grad_norm", norm.item())
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        write_metrics(losses, data_time, self.iter)
+        self.scaler.scale(sum(losses.values())).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(
+            self.objective.parameters(), self.cfg.SOLVER.CLIP_GRAD_NORM or math.inf
+        )
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            step_where_finite(self.optimizer, norm)
+        self._readings.take(self.iter, data_time, {**losses, "grad_norm": norm})
+        # what is logged, evaluated or kept of an iteration is behind a look at its numbers; so is
+        # all behind the first, in whose update an optimizer makes its state
+        periods = self.cfg.LOG_PERIOD, self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD
+        if self.iter == self.start_iter or any(is_due(self, period) for period in periods):
+            self._readings.record(self.storage)
         self.skipped_files = batch["skipped_files"]
+
+    def _check(self, iteration: int, numbers: dict[str, float]) -> None:
+        """Raises:
+        InputError: a loss is not finite, or the gradients are not and no scaler is there for that.
+        """
+        scaled = self.scaler.is_enabled()
+        if all(map(math.isfinite, (v for k, v in numbers.items() if "loss" in k or not scaled))):
+            return
+        found = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
+        raise InputError(
+            f"Losses or gradients are not finite at iteration {iteration}: {found}. Checkpoints in "
+            f"{self.cfg.OUTPUT_DIR} are from before: lower SOLVER.CNN_LR or SOLVER.BASE_LR, "
+            "lengthen SOLVER.WARMUP_ITERS, or compute in float32 (SOLVER.AMP.ENABLED False)."
+        )
 
     def _losses(self, batch: dict) -> dict[str, torch.Tensor]:
         on_device = {
-            key: value.to(self.device, non_blocking=True)
-            for key, value in batch.items()
-            if isinstance(value, torch.Tensor)
+            key: upload(value, self.device)
+            for key, value in (batch | self.objective.places(batch)).items()
+            if isinstance(value, torch.Tensor) and key != "jitter"
         }
-        on_device.pop("jitter", None)  # of validation there is none
         on_device["image"] = normalize(on_device["image"], batch.get("jitter"), self._layout)
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.cfg.SOLVER.AMP.ENABLED):
             return self.model(on_device)

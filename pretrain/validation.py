@@ -71,6 +71,7 @@ def validate(
         cfg.TEST.IMS_PER_BATCH,
         cfg.DATA.NUM_WORKERS,
         one_caption=data.val_labels is not None,
+        pin=cfg.MODEL.DEVICE.startswith("cuda"),
     )
     logger.info("Validating on %d captions or images ...", len(loader.dataset))
     for batch in abandonable(loader):

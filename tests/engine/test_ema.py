@@ -12,6 +12,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from tests.waits import Waits
 from virtex_d2.checkpoint.detector import DetectorCheckpointer
 from virtex_d2.checkpoint.source import read_backbone
 from virtex_d2.engine.ema import WeightEMA
@@ -69,6 +70,16 @@ def test_the_average_starts_at_the_first_weights_and_follows_the_formula():
     assert ema.updates == 6
     assert ema.model[1].num_batches_tracked == 6
     assert not any(parameter.requires_grad for parameter in ema.model.parameters())
+
+
+def test_an_update_of_the_average_keeps_no_device_waiting():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    ema, waits = WeightEMA(model, 0.9), Waits()
+    with waits:
+        for _ in range(3):
+            ema.update(model)
+    assert waits.found == []
+    assert ema.updates == 3
 
 
 def test_a_run_with_an_average_trains_the_weights_of_one_without(cfg):

@@ -12,6 +12,7 @@ from torch import nn
 
 from virtex_d2.data.loader import build_train_loader
 from virtex_d2.engine.loop import UpdateLoop
+from virtex_d2.runtime.errors import InputError
 from virtex_d2.trainer import DetectionTrainer
 
 
@@ -217,3 +218,15 @@ def test_a_detector_trains_in_mixed_precision_on_a_gpu(dtype, detection_cfg):
     assert all(part.isfinite().all() for part in change)
     assert ("grad_scale" in metrics) == (dtype == "float16")
     assert metrics["total_loss"] > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"max_norm": 1.0}, {"dtype": torch.bfloat16, "passes": 2}])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_stops_before_a_weight_has_it(options, bad, model, images):
+    """The loss is finite all the same, so that nothing else would tell before the next one."""
+    before = copy.deepcopy(model.state_dict())
+    model.last.weight.register_hook(lambda gradient: gradient * bad)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with pytest.raises(InputError, match=r"gradients is (nan|inf) at iteration 0.*from before"):
+        _run(model, images, optimizer, **options)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

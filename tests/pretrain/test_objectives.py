@@ -12,7 +12,7 @@ from pretrain.objectives import (
     reverse_captions,
     token_labels,
 )
-from pretrain.packed_decoder import Words
+from pretrain.packed_decoder import Words, word_places
 from tests.pretrain import recompute
 from virtex_d2.runtime.errors import InputError
 
@@ -67,8 +67,9 @@ def test_loss_ignores_how_much_padding_a_batch_has(bicaptioner):
 
 
 def packed_states(head, batch: dict, visual_tokens: torch.Tensor, at_once=None):
-    """Hidden states of all words of all captions, and where they are."""
-    words = Words.first(batch["caption_lengths"], batch["caption_tokens"].shape[1])
+    """Hidden states of all words of all captions and of what fills them up, and where they are."""
+    shape, lengths = tuple(batch["caption_tokens"].shape), batch["caption_lengths"]
+    words = Words(shape, lengths, word_places(lengths, shape[1]))
     embedded = head.embedding(words.pack(batch["caption_tokens"]), words.positions)
     return head.hidden_states(embedded, visual_tokens, words, at_once), words
 
@@ -96,16 +97,67 @@ def test_words_without_padding_have_the_states_that_torchs_decoder_gives_them(no
     batch = caption_batch([[5, 6, 7], [], [8, 0, 9, 10, 11, 12, 13, 14, 15, 16], [9]])
     visual_tokens = torch.randn(4, 5, 64)
     packed, words = packed_states(head, batch, visual_tokens)
+    count = int(words.lengths.sum())
     dense = recompute.hidden_states(head, visual_tokens, batch["caption_tokens"])
-    torch.testing.assert_close(packed, words.pack(dense), rtol=1e-4, atol=1e-5)
-    packed.square().sum().backward()
+    torch.testing.assert_close(packed[:count], words.pack(dense)[:count], rtol=1e-4, atol=1e-5)
+    packed[:count].square().sum().backward()
     gradients = [p.grad.clone() for p in head.transformer.parameters()]
     head.zero_grad()
-    words.pack(
-        recompute.hidden_states(head, visual_tokens, batch["caption_tokens"])
-    ).square().sum().backward()
+    dense = recompute.hidden_states(head, visual_tokens, batch["caption_tokens"])
+    words.pack(dense)[:count].square().sum().backward()
     for found, parameter in zip(gradients, head.transformer.parameters(), strict=True):
         torch.testing.assert_close(found, parameter.grad, rtol=1e-3, atol=1e-4)
+
+
+def random_captions(count: int, seed: int) -> list[list[int]]:
+    random = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 11, (count,), generator=random).tolist()
+    return [torch.randint(4, VOCAB, (n,), generator=random).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("objective", ["bicaptioning", "captioning", "masked_lm"])
+@pytest.mark.parametrize(("count", "norm"), [(5, "post"), (14, "pre")])
+def test_what_fills_words_up_to_a_multiple_changes_no_loss_and_no_gradient(
+    monkeypatch, objective, count, norm
+):
+    """Some rows are read at once, targets are smoothed; one caption holds <unk>."""
+    cfg = small_config(objective)
+    cfg.MODEL.TEXTUAL.DROPOUT, cfg.MODEL.TEXTUAL.NORM = 0.0, norm
+    if objective != "masked_lm":
+        cfg.MODEL.CAPTIONING.LABEL_SMOOTHING = 0.1
+    torch.manual_seed(0)
+    model = build_objective(cfg, VOCAB).double()
+    captions = random_captions(count, seed=count)
+    captions[0] = [5, 0, 6]
+    batch = masked_batch(captions, hidden=1) | {"parallel": torch.arange(count) % 3 == 0}
+    batch["image"] = batch["image"][:, :, :32, :32].double()
+    found = []
+    for rows in (1, 64):
+        monkeypatch.setattr("pretrain.packed_decoder.ROWS", rows)
+        model.zero_grad()
+        losses = model(batch)
+        sum(losses.values()).backward()
+        found.append((losses, [p.grad.clone() for p in model.parameters()]))
+    given = model({**batch, **model.places(batch)})  # made on the host beforehand
+    (exact, gradients), (filled, others) = found
+    for name in exact:
+        torch.testing.assert_close(filled[name], exact[name], rtol=1e-12, atol=0)
+        torch.testing.assert_close(given[name], exact[name], rtol=1e-12, atol=0)
+    for one, other in zip(gradients, others, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-12)
+
+
+def test_batches_of_other_captions_give_products_of_the_same_few_shapes():
+    torch.manual_seed(0)
+    for objective, most in (("bicaptioning", 2), ("masked_lm", 2)):
+        model = build_objective(small_config(objective), VOCAB)
+        rows = set()
+        model.textual.output.register_forward_hook(
+            lambda _, given, __, rows=rows: rows.add(given[0].shape[0])
+        )
+        for seed in range(12):
+            model(masked_batch(random_captions(14, seed), hidden=1))
+        assert len(rows) <= most, objective
 
 
 def test_the_two_directions_share_everything_but_their_decoder_layers(bicaptioner):
@@ -259,15 +311,15 @@ def test_a_row_that_is_read_at_once_sees_all_of_its_words_and_others_none_behind
     batch["caption_tokens"][:2, :5] = 3
     visual_tokens = torch.randn(1, 4, 64).expand(3, 4, 64)
     states, _ = packed_states(head, batch, visual_tokens, at_once=torch.tensor([True, True, False]))
-    first, second, causal = states.split(batch["caption_lengths"].tolist())
+    first, second, causal, _ = states.split([5, 5, 4, len(states) - 14])  # and what fills up
     torch.testing.assert_close(first, second)
     plain, _ = packed_states(head, batch, visual_tokens)
-    torch.testing.assert_close(causal, plain[-4:])
+    torch.testing.assert_close(causal, plain[10:14])
     assert not torch.allclose(first[0], plain[0])  # which sees itself alone
     batch["caption_tokens"][0, 4] = 20
     changed, _ = packed_states(head, batch, visual_tokens, torch.tensor([True, True, False]))
     assert not torch.allclose(changed[0], states[0])
-    torch.testing.assert_close(changed[5:], states[5:])
+    torch.testing.assert_close(changed[5:14], states[5:14])
 
 
 @pytest.mark.parametrize("parallel", [[False, False], [True, True], [True, False]])

@@ -126,8 +126,9 @@ def test_nothing_of_detectron2_is_touched_where_it_is_the_newer_official_build(r
         from detectron2.evaluation import coco_evaluation
         from detectron2 import _C
         import pkg_resources, torch
-        # The two that every version needs.
-        assert compat.applied == ["torch warnings", "distributed CPU models"], compat.applied
+        # Those that every version needs, of modules that were imported.
+        every = ["caffe2", "torch warnings", "distributed CPU models"]
+        assert compat.applied == every, compat.applied
         assert _C.COMPILED and compat.has_compiled_ops() and pkg_resources.REAL
         assert coco_evaluation.COCOeval_opt is not coco_evaluation.COCOeval
         assert torch.optim.lr_scheduler._LRScheduler is not torch.optim.lr_scheduler.LRScheduler
@@ -189,6 +190,47 @@ class TestCompiledOps:
             first_on_path=tmp_path,
         )
         assert message == "undefined symbol: _ZN3c10"
+
+
+class TestExport:
+    def test_it_imports_without_caffe2_and_what_needs_that_says_so(self):
+        from detectron2.export import Caffe2Tracer, TracingAdapter, export_onnx_model
+
+        assert TracingAdapter.__module__ == "detectron2.export.flatten"
+        for gone in (Caffe2Tracer, export_onnx_model):
+            with pytest.raises(NotImplementedError, match="needs caffe2.*TracingAdapter"):
+                gone(None, None, None)
+
+
+def test_a_lazy_config_is_told_as_python_without_a_formatter():
+    import sys
+
+    from detectron2.config import LazyCall, LazyConfig
+    from omegaconf import OmegaConf
+
+    cfg = OmegaConf.create({"layer": LazyCall(torch.nn.Linear)(in_features=3, out_features=4)})
+    told = LazyConfig.to_py(cfg)
+    assert told.replace(" ", "").strip() == (
+        "cfg.layer=torch.nn.Linear(in_features=3,out_features=4)"
+    )
+    assert "black" not in sys.modules
+
+
+@pytest.mark.parametrize("cut", [500, 120])
+def test_a_cropped_polygon_begins_where_it_began(cut):
+    import numpy as np
+    from fvcore.transforms.transform import CropTransform
+
+    corners = np.array([[91, 46], [144, 46], [144, 111], [91, 111]])
+    for first in range(4):
+        given = np.roll(corners, -first, axis=0)
+        (found,) = CropTransform(50, 20, cut, 500).apply_polygons([given])
+        assert found.shape == (4, 2)
+        right = min(144 - 50, cut)
+        wanted = {(41, 26), (right, 26), (right, 91), (41, 91)}
+        assert {tuple(point) for point in found.tolist()} == wanted
+        begins = tuple(given[0] - [50, 20])
+        assert begins not in wanted or tuple(found[0]) == begins
 
 
 class TestPkgResources:

@@ -103,10 +103,17 @@ def test_a_plain_step_with_other_weights_is_noticed(monkeypatch):
 def test_growth_has_a_figure_for_each_size(run_python, tmp_path):
     written = tmp_path / "found.json"
     cases = ["caption files: images", "pretraining: words of a caption", "fine-tuning: classes"]
-    options = ["--doublings", "1", "--rounds", "1", "--json", str(written), "--cases", *cases]
+    resident = ["pretraining: new captions", "fine-tuning: new image sizes"]
+    options = ["--doublings", "1", "--rounds", "1", "--iterations", "2", "--json", str(written)]
+    options += ["--cases", *cases, *resident]
     done = run_python("tools/benchmark.py", "growth", *options)
     assert done.returncode == 0, done.stderr
-    found = json.loads(written.read_text())["cases"]
+    found = json.loads(written.read_text())
+    assert list(found["resident"]) == resident
+    for case in found["resident"].values():
+        assert case["iterations"] == [1, 2]
+        assert all(value > 2**26 for value in case["memory_bytes"])
+    found = found["cases"]
     assert list(found) == cases
     assert found["caption files: images"]["sizes"] == [10_000, 20_000]
     for case in found.values():

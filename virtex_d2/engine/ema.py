@@ -1,12 +1,13 @@
 """An exponential moving average of the weights, beside those that are trained."""
 
+import copy
+import itertools
 import logging
 import os
 
 import torch
 from detectron2.engine import HookBase
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from virtex_d2.checkpoint.detector import DetectorCheckpointer
 
@@ -14,46 +15,42 @@ logger = logging.getLogger(__name__)
 
 
 class WeightEMA:
-    """The average of a model's weights over its updates (torch's `AveragedModel`).
+    """The average of a model's weights over its updates.
 
     After the n-th update (n > 1) average += (1 - d) * (weights - average), where
     d = min(decay, (1 + n) / (10 + n)), as in TensorFlow's ExponentialMovingAverage: until
     `decay` applies, the average spans about the last ninth of the updates. The first one is a copy.
-    Running statistics of norms are averaged like weights, counters are copied.
+    Running statistics of norms are averaged like weights, counters are copied. (torch's
+    `AveragedModel` does the same and counts on the device, which keeps the host waiting.)
 
     Args:
         model: not wrapped in DistributedDataParallel.
         decay: between 0 and 1; the average spans some 1 / (1 - decay) updates.
+
+    Attributes:
+        model: the network with the averaged weights.
+        updates: how many updates of the weights have been averaged.
     """
 
     def __init__(self, model: nn.Module, decay: float):
         self._decay = decay
-        self._averaged = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True)
-        self._averaged.requires_grad_(False)
-
-    @property
-    def model(self) -> nn.Module:
-        """The network with the averaged weights."""
-        return self._averaged.module
-
-    @property
-    def updates(self) -> int:
-        """How many updates of the weights have been averaged."""
-        return int(self._averaged.n_averaged)
-
-    def update(self, model: nn.Module) -> None:
-        """Take in the weights after one more update of the optimizer."""
-        self._averaged.update_parameters(model)
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.updates = 0
 
     @torch.no_grad()
-    def _average(
-        self, averages: list[torch.Tensor], values: list[torch.Tensor], updates: torch.Tensor
-    ) -> None:
-        if not averages[0].is_floating_point():  # counters of batches
-            torch._foreach_copy_(averages, values)
-            return
-        n = int(updates) + 1
-        torch._foreach_lerp_(averages, values, 1 - min(self._decay, (1 + n) / (10 + n)))
+    def update(self, model: nn.Module) -> None:
+        """Take in the weights after one more update of the optimizer."""
+        self.updates += 1
+        n = self.updates
+        own, theirs = (itertools.chain(of.parameters(), of.buffers()) for of in (self.model, model))
+        pairs = list(zip(own, theirs, strict=True))
+        averaged = [pair for pair in pairs if pair[0].is_floating_point() and n > 1]
+        copied = [pair for pair in pairs if not (pair[0].is_floating_point() and n > 1)]
+        if averaged:
+            weight = 1 - min(self._decay, (1 + n) / (10 + n))
+            torch._foreach_lerp_(*map(list, zip(*averaged)), weight)
+        if copied:  # counters of batches; all in the first update
+            torch._foreach_copy_(*map(list, zip(*copied)))
 
     def state_dict(self) -> dict:
         return {"updates": self.updates, "model": self.model.state_dict()}
@@ -65,7 +62,7 @@ class WeightEMA:
             RuntimeError: of `Module.load_state_dict`: it is of another model.
         """
         self.model.load_state_dict(state["model"])
-        self._averaged.n_averaged.fill_(state["updates"])
+        self.updates = state["updates"]
 
 
 class UpdateEMA(HookBase):

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Iterable
 
@@ -11,6 +12,8 @@ from detectron2.engine import SimpleTrainer
 from detectron2.utils.events import get_event_storage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from virtex_d2.runtime.errors import InputError
 
 from .options import autocast_dtype, clips_full_model
 
@@ -58,7 +61,12 @@ class UpdateLoop(SimpleTrainer):
         self._max_norm, self._norm_type = max_norm, norm_type
 
     def run_step(self) -> None:
-        """One update: batch, losses and gradients pass by pass, clipping, optimizer."""
+        """One update: batch, losses and gradients pass by pass, clipping, optimizer.
+
+        Raises:
+            InputError: gradients are not finite, and there is no scaler that expects that. The
+                weights are those of before.
+        """
         assert self.model.training, "the model was left in evaluation mode"
         start = time.perf_counter()
         batch = next(self._data_loader_iter)
@@ -66,8 +74,7 @@ class UpdateLoop(SimpleTrainer):
         self.optimizer.zero_grad()
         losses = self._accumulate_gradients(batch)
         self._write_metrics(losses, data_time)
-        if self._max_norm is not None:
-            self._clip_all()
+        self._clip_all()
         # Unscales the gradients if that has not been done, before it calls the optimizer, which
         # may clip them in its step; leaves the step out where they are not finite.
         self.grad_scaler.step(self.optimizer)
@@ -101,8 +108,17 @@ class UpdateLoop(SimpleTrainer):
     def _clip_all(self) -> None:
         self.grad_scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, self._max_norm, self._norm_type)
-        get_event_storage().put_scalar("grad_norm", norm.item())
+        max_norm = math.inf if self._max_norm is None else self._max_norm
+        norm = nn.utils.clip_grad_norm_(parameters, max_norm, self._norm_type).item()
+        storage = get_event_storage()
+        if self._max_norm is not None:
+            storage.put_scalar("grad_norm", norm)
+        if not math.isfinite(norm) and not self.grad_scaler.is_enabled():
+            raise InputError(
+                f"The norm of the gradients is {norm} at iteration {storage.iter}, though the loss "
+                "is finite. Checkpoints are from before: lower SOLVER.BASE_LR, lengthen "
+                "SOLVER.WARMUP_ITERS, or compute in float32 (SOLVER.AMP.ENABLED False)."
+            )
 
     def state_dict(self) -> dict:
         """Optimizer and, where it is used, the scaler (as `AMPTrainer` names it)."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.engine import HookBase, SimpleTrainer, TrainerBase, hooks
+from detectron2.engine import HookBase, TrainerBase, hooks
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter
@@ -25,6 +25,7 @@ from fvcore.common.param_scheduler import (
 )
 
 from virtex_d2.runtime.checkpointer import AtomicCheckpointer
+from virtex_d2.runtime.compat import write_metrics
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.evaluations import MetricsWriter
 from virtex_d2.runtime.launch import wrap_ddp
@@ -164,7 +165,7 @@ class ClassifierTrainer(TrainerBase):
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        SimpleTrainer.write_metrics(losses, data_time)
+        write_metrics(losses, data_time, self.iter)
         self.optimizer.step()
 
     def evaluate(self) -> dict[str, float]:

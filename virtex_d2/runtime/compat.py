@@ -49,28 +49,20 @@ class Bridge:
     apply: Callable[[], None]
 
 
-class _MissingOps(types.ModuleType):
-    """In the place of `detectron2._C` where it was not compiled: imports, and says why on use."""
+class _Missing(types.ModuleType):
+    """In the place of a module that cannot be there: imports, and says why on use."""
 
-    def __init__(self) -> None:
-        super().__init__(
-            "detectron2._C", "detectron2's compiled ops, absent from this environment."
-        )
-        self.__spec__ = importlib.machinery.ModuleSpec("detectron2._C", loader=None)
-        self.get_compiler_version = lambda: "not compiled"
-        self.get_cuda_version = lambda: "not compiled"
-        self.has_cuda = lambda: False
+    def __init__(self, name: str, reason: str, **attributes: Any) -> None:
+        super().__init__(name, reason)
+        self.__spec__ = importlib.machinery.ModuleSpec(name, loader=None)
+        vars(self).update(attributes)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("__"):
-            raise AttributeError(f"module 'detectron2._C' has no attribute '{name}'")
+            raise AttributeError(f"module '{self.__name__}' has no attribute '{name}'")
 
         def refuse(*args: Any, **kwargs: Any) -> None:
-            raise NotImplementedError(
-                f"detectron2._C.{name} needs detectron2's compiled ops (deformable convolution, "
-                "rotated boxes, the fast COCO evaluation), and this detectron2 is pure Python. "
-                "Install the official build for them."
-            )
+            raise NotImplementedError(f"{self.__name__}.{name} {self.__doc__}")
 
         return refuse
 
@@ -79,7 +71,7 @@ def has_compiled_ops() -> bool:
     """Whether this environment's detectron2 has its compiled extension `detectron2._C`."""
     loaded = sys.modules.get("detectron2._C")
     if loaded is not None:
-        return not isinstance(loaded, _MissingOps)
+        return not isinstance(loaded, _Missing)
     spec = importlib.util.find_spec("detectron2")
     locations = spec.submodule_search_locations if spec else None
     # PathFinder and not importlib.util.find_spec, which would import detectron2 and with it torch.
@@ -104,7 +96,63 @@ def write_metrics(losses: dict[str, Any], data_time: float, iteration: int) -> N
 
 
 def _provide_missing_ops() -> None:
-    sys.modules["detectron2._C"] = _MissingOps()
+    sys.modules["detectron2._C"] = _Missing(
+        "detectron2._C",
+        "needs detectron2's compiled ops (deformable convolution, rotated boxes, the fast COCO "
+        "evaluation), and this detectron2 is pure Python. Install the official build for them.",
+        get_compiler_version=lambda: "not compiled",
+        get_cuda_version=lambda: "not compiled",
+        has_cuda=lambda: False,
+    )
+
+
+def _provide_missing_export() -> None:
+    sys.modules["detectron2.export.api"] = _Missing(
+        "detectron2.export.api",
+        "needs caffe2, which no PyTorch from 2.0 on has. Export with TracingAdapter or "
+        "scripting_with_instances of detectron2.export.",
+        __all__=["Caffe2Model", "Caffe2Tracer", "add_export_config", "export_caffe2_model"]
+        + ["export_onnx_model"],
+    )
+
+
+def _let_lazy_config_go_without_black() -> None:
+    lazy_config = sys.modules["detectron2.config.lazy"].LazyConfig
+    original = lazy_config.to_py
+
+    @functools.wraps(original)
+    def to_py(*args: Any, **kwargs: Any) -> str:
+        # for the call alone, so that nobody else finds a black that formats nothing
+        black = {"format_str": lambda text, mode: text, "Mode": object, "InvalidInput": ValueError}
+        sys.modules["black"] = types.SimpleNamespace(**black)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            del sys.modules["black"]
+
+    lazy_config.to_py = staticmethod(to_py)
+
+
+def _let_polygons_begin_where_they_began() -> None:
+    crop = sys.modules["fvcore.transforms.transform"].CropTransform
+    original = crop.apply_polygons
+
+    @functools.wraps(original)
+    def apply_polygons(self: Any, polygons: list) -> list:
+        cropped = []
+        for polygon in polygons:
+            first = self.apply_coords(sys.modules["numpy"].array(polygon[:1], float))
+            for part in original(self, [polygon]):
+                begin = int((part == first).all(axis=1).argmax())  # 0 where it was cut off
+                cropped.append(part[[*range(begin, len(part)), *range(begin)]])
+        return cropped
+
+    crop.apply_polygons = apply_polygons
+
+
+def _coordinates(name: str) -> Callable[[], None]:
+    """Of `virtex_d2.runtime.coordinates`, which imports torch."""
+    return lambda: getattr(importlib.import_module("virtex_d2.runtime.coordinates"), name)()
 
 
 def _provide_pkg_resources() -> None:
@@ -230,6 +278,27 @@ BRIDGES = (
         apply=_provide_pkg_resources,
     ),
     Bridge(
+        name="caffe2",
+        module="",
+        reason="v0.6's export imports caffe2, with which also its TorchScript cannot be had",
+        needed=lambda: importlib.util.find_spec("caffe2") is None,
+        apply=_provide_missing_export,
+    ),
+    Bridge(
+        name="black",
+        module="detectron2.config.lazy",
+        reason="LazyConfig.to_py lays out its text by a formatter that it does not ask for",
+        needed=lambda: importlib.util.find_spec("black") is None,
+        apply=_let_lazy_config_go_without_black,
+    ),
+    Bridge(
+        name="polygons' first points",
+        module="fvcore.transforms.transform",
+        reason="Shapely 2 lets a cropped polygon begin with another point than Shapely 1",
+        needed=lambda: True,
+        apply=_let_polygons_begin_where_they_began,
+    ),
+    Bridge(
         name="torch warnings",
         module="",
         reason="v0.6 and main script two small functions when imported, and torch 2.15 warns of "
@@ -282,6 +351,23 @@ BRIDGES = (
         "no version of detectron2 differs",
         needed=lambda: True,
         apply=_let_cpu_models_be_distributed,
+    ),
+    *(
+        Bridge(
+            name=name,
+            module=f"detectron2.{module}",
+            reason="under autocast coordinates are rounded to the features' 8 bits; no version of "
+            "detectron2 differs",
+            needed=lambda: True,
+            apply=_coordinates(function),
+        )
+        for name, module, function in (
+            ("RoI coordinates", "layers.roi_align", "keep_in_roi_align"),
+            ("rotated RoIs", "layers.roi_align_rotated", "keep_in_rotated_roi_align"),
+            ("decoded boxes", "modeling.box_regression", "keep_in_decoding"),
+            ("keypoints", "structures.keypoints", "keep_in_keypoints"),
+            ("pasted masks", "layers.mask_ops", "keep_in_pasted_masks"),
+        )
     ),
 )
 
