@@ -8,13 +8,12 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 
 from virtex_d2.runtime.errors import InputError, nearest
 
-from .coco_file import check_coco_file
+from .coco_file import check_coco_file, load_json_file
 from .fraction import check_fraction
-from .lvis_file import check_lvis_file, check_version, load_lvis_file, without_version
+from .lvis_file import check_lvis_file, check_version, without_version
 from .paths import expanded
 from .use import Found, Use, use_of
 from .voc_folder import VOC_CLASSES, check_voc_folder, load_voc_folder
@@ -117,7 +116,7 @@ def _register_coco(name: str, annotations: str, image_root: str) -> None:
     annotations, image_root = (expanded(path, _KEY) for path in (annotations, image_root))
     _register(
         name,
-        lambda: load_coco_json(annotations, image_root, name),
+        lambda: load_json_file("coco", annotations, image_root, name),
         json_file=annotations,
         image_root=image_root,
         evaluator_type="coco",
@@ -128,7 +127,7 @@ def _register_lvis(name: str, annotations: str, image_root: str) -> None:
     annotations, image_root = (expanded(path, _KEY) for path in (annotations, image_root))
     _register(
         name,
-        lambda: load_lvis_file(annotations, image_root, name),
+        lambda: load_json_file("lvis", annotations, image_root, name),
         json_file=annotations,
         image_root=image_root,
         classes_from_file=True,
@@ -160,6 +159,7 @@ def _register_voc(name: str, folder: str, split: str, classes: Sequence[str] = (
 def _check_coco(name: str, metadata: Metadata, use: Use) -> Found:
     found = check_coco_file(metadata.json_file, metadata.image_root, use)
     _check_known_classes(name, metadata, list(found.categories.values()))
+    _read_as_checked("coco", name, metadata)
     return found
 
 
@@ -167,7 +167,16 @@ def _check_lvis(name: str, metadata: Metadata, use: Use) -> Found:
     found = check_lvis_file(metadata.json_file, metadata.image_root, use)
     if not metadata.get("classes_from_file", False):
         check_version(name, metadata.json_file, found.categories)
+    _read_as_checked("lvis", name, metadata)
     return found
+
+
+def _read_as_checked(kind: str, name: str, metadata: Metadata) -> None:
+    """Let a data set that detectron2 has registered be read by what has checked it."""
+    if DatasetCatalog[name].__module__.startswith("detectron2."):
+        path, image_root = metadata.json_file, metadata.image_root
+        DatasetCatalog.pop(name)
+        DatasetCatalog.register(name, lambda: load_json_file(kind, path, image_root, name))
 
 
 def _check_voc(name: str, metadata: Metadata, use: Use) -> Found:
