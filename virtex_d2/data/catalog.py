@@ -12,6 +12,7 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from virtex_d2.runtime.errors import InputError, nearest
 
 from .coco_file import check_coco_file, load_json_file
+from .detectors import check_detector, set_classes
 from .fraction import check_fraction
 from .lvis_file import check_lvis_file, check_version, without_version
 from .paths import expanded
@@ -44,15 +45,16 @@ def register_datasets(cfg: CfgNode, eval_only: bool = False) -> list[DataSet]:
     """Register VIRTEX.DATASETS, check what the run will use, and count its classes.
 
     That is DATASETS.TRAIN and DATASETS.TEST, the latter alone with `eval_only`. detectron2's own
-    names (coco_2017_train, ...) need no entry. A MODEL.ROI_HEADS.NUM_CLASSES of -1 becomes the
-    number of their categories, in `cfg`.
+    names (coco_2017_train, ...) need no entry. The detector's NUM_CLASSES of -1 becomes the number
+    of their categories, in `cfg`.
 
     Raises:
-        InputError: an entry is malformed, a file is missing or inconsistent, an image is absent,
-            the categories of two data sets differ, their number is not NUM_CLASSES, or
-            VIRTEX.FRACTION selects no image.
+        InputError: the data cannot feed the detector, an entry is malformed, a file is missing or
+            inconsistent, an image is absent, the categories of two data sets differ, their number
+            is not NUM_CLASSES, or VIRTEX.FRACTION selects no image.
     """
     register_entries(cfg)
+    check_detector(cfg, eval_only)
     required = "TEST" if eval_only else "TRAIN"
     if not cfg.DATASETS[required]:
         raise InputError(
@@ -70,7 +72,7 @@ def register_entries(cfg: CfgNode) -> None:
     """Make VIRTEX.DATASETS known to detectron2's catalog; what they hold is not looked at.
 
     Raises:
-        InputError: an entry is malformed, or its name taken.
+        InputError: the data cannot feed the detector, an entry is malformed, or its name taken.
     """
     for entry in cfg.VIRTEX.DATASETS:
         name, kind, rest = _entry(entry)
@@ -274,16 +276,8 @@ def _check_classes(cfg: CfgNode, datasets: list[DataSet]) -> None:
                 f"{_difference(first.categories, other.categories)}. One detector's classes must "
                 "mean the same in all of them: give equal ids to equal names."
             )
-    count, configured = len(first.categories), cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    if configured == -1:
-        cfg.MODEL.ROI_HEADS.NUM_CLASSES = count
-    elif configured != count:
-        names = list(first.categories.values())
-        shown = ", ".join(names[:10]) + (", ..." if count > 10 else "")
-        raise InputError(
-            f"MODEL.ROI_HEADS.NUM_CLASSES is {configured}, but '{first.name}' ({first.source}) has "
-            f"{count} categories: {shown}. Use MODEL.ROI_HEADS.NUM_CLASSES {count}, or -1."
-        )
+    source = f"'{first.name}' ({first.source})"
+    set_classes(cfg, source, list(map(str, first.categories.values())))
 
 
 def _difference(first: dict[int, str], other: dict[int, str]) -> str:
