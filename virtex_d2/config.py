@@ -69,6 +69,7 @@ def add_virtex_config(cfg: CN) -> None:
     cfg.MODEL.WEIGHTS = ""
     # Number of classes; -1: as many as the data sets have categories.
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = -1
+    cfg.MODEL.RETINANET.NUM_CLASSES = -1
     # Number of backbone stages that are not trained, the stem first; their norms are FrozenBN.
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
     cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False

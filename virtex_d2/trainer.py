@@ -1,6 +1,8 @@
 """Fine-tuning: detectron2's `DefaultTrainer` with strict weights, safe checkpoints, any device."""
 
 import logging
+import os
+import traceback
 import weakref
 from collections import OrderedDict
 
@@ -223,14 +225,23 @@ class DetectionTrainer(StoppableTrainer, DefaultTrainer):
         """The detector on MODEL.DEVICE.
 
         Raises:
-            InputError: a NAME in the config is of nothing that is registered.
+            InputError: a NAME in the config is of nothing that is registered, or detectron2 asserts
+                that keys are otherwise.
         """
         try:
             model = super().build_model(cfg)
-        except KeyError as error:
-            if "registry" not in str(error):
+        except (KeyError, AssertionError) as error:
+            if "registry" in str(error):
+                raise InputError(f"config: {error.args[0]} Check the NAME of that part.") from error
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            if "/detectron2/" not in frame.filename:
                 raise
-            raise InputError(f"config: {error.args[0]} Check the NAME of that part.") from error
+            # An assertion may have no words, but its line names the key.
+            raise InputError(
+                f"config: detectron2 cannot build MODEL.META_ARCHITECTURE "
+                f"{cfg.MODEL.META_ARCHITECTURE} from it: {type(error).__name__} {error} in "
+                f"{os.path.basename(frame.filename)}, line {frame.lineno}: {frame.line}"
+            ) from error
         if cfg.VIRTEX.CHANNELS_LAST:
             model = model.to(memory_format=torch.channels_last)
         return model

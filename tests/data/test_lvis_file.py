@@ -129,7 +129,7 @@ def test_lvis_without_its_version_is_an_error_that_names_the_versions(name, worl
     ("change", "message"),
     [
         (lambda c: c["images"][2].pop("neg_category_ids"), "image 3 lacks neg_category_ids"),
-        (lambda c: c["categories"][0].update(frequency="often"), r"category 1 \(circle\): 'often'"),
+        (lambda c: c["categories"][0].update(frequency="often"), r'category 1 \(circle\): "often"'),
     ],
 )
 def test_what_only_the_evaluation_needs_is_asked_for_where_there_is_one(change, message, world):

@@ -74,7 +74,7 @@ class DetectorCheckpointer(AtomicDetectionCheckpointer):
         wrong_shape = {name for name, *_ in incompatible.incorrect_shapes}
         missing = {name for name in incompatible.missing_keys if "num_batches" not in name}
         self._not_set, self._first_names = missing | wrong_shape, names[:3]
-        self._class_counts = _class_counts(incompatible.incorrect_shapes)
+        self._class_counts = _class_counts(incompatible.incorrect_shapes, self.model)
         return incompatible
 
     def _average_of(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -111,12 +111,17 @@ class DetectorCheckpointer(AtomicDetectionCheckpointer):
             )
 
 
-def _class_counts(incorrect_shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> str:
+def _class_counts(
+    incorrect_shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]], model: Any
+) -> str:
     """What a classifier of another length says: it is the commonest reason."""
+    model = getattr(model, "module", model)
     for name, found, expected in incorrect_shapes:
-        if name.endswith("cls_score.weight"):  # one output more, for the background
-            return (
-                f" It knows {found[0] - 1} classes, this config has {expected[0] - 1} "
-                "(MODEL.ROI_HEADS.NUM_CLASSES)."
-            )
+        if name.endswith("cls_score.weight"):
+            known, here = found[0] - 1, expected[0] - 1  # one output more, for the background
+            key = "MODEL.ROI_HEADS.NUM_CLASSES"
+            if classes := getattr(model, "num_classes", 0):  # RetinaNet: of each anchor
+                known, here = found[0] * classes // expected[0], classes
+                key = f"MODEL.{type(model).__name__.upper()}.NUM_CLASSES"
+            return f" It knows {known} classes, this config has {here} ({key})."
     return ""

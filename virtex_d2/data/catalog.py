@@ -8,14 +8,14 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 
 from virtex_d2.runtime.errors import InputError, nearest
 from virtex_d2.runtime.shell import expanded
 
-from .coco_file import check_coco_file
+from .coco_file import check_coco_file, load_json_file
+from .detectors import check_detector, set_classes
 from .fraction import check_fraction
-from .lvis_file import check_lvis_file, check_version, load_lvis_file, without_version
+from .lvis_file import check_lvis_file, check_version, without_version
 from .use import Found, Use, use_of
 from .voc_folder import VOC_CLASSES, check_voc_folder, load_voc_folder
 
@@ -45,15 +45,16 @@ def register_datasets(cfg: CfgNode, eval_only: bool = False) -> list[DataSet]:
     """Register VIRTEX.DATASETS, check what the run will use, and count its classes.
 
     That is DATASETS.TRAIN and DATASETS.TEST, the latter alone with `eval_only`. detectron2's own
-    names (coco_2017_train, ...) need no entry. A MODEL.ROI_HEADS.NUM_CLASSES of -1 becomes the
-    number of their categories, in `cfg`.
+    names (coco_2017_train, ...) need no entry. The detector's NUM_CLASSES of -1 becomes the number
+    of their categories, in `cfg`.
 
     Raises:
-        InputError: an entry is malformed, a file is missing or inconsistent, an image is absent,
-            the categories of two data sets differ, their number is not NUM_CLASSES, or
-            VIRTEX.FRACTION selects no image.
+        InputError: the data cannot feed the detector, an entry is malformed, a file is missing or
+            inconsistent, an image is absent, the categories of two data sets differ, their number
+            is not NUM_CLASSES, or VIRTEX.FRACTION selects no image.
     """
     register_entries(cfg)
+    check_detector(cfg, eval_only)
     required = "TEST" if eval_only else "TRAIN"
     if not cfg.DATASETS[required]:
         raise InputError(
@@ -71,7 +72,7 @@ def register_entries(cfg: CfgNode) -> None:
     """Make VIRTEX.DATASETS known to detectron2's catalog; what they hold is not looked at.
 
     Raises:
-        InputError: an entry is malformed, or its name taken.
+        InputError: the data cannot feed the detector, an entry is malformed, or its name taken.
     """
     for entry in cfg.VIRTEX.DATASETS:
         name, kind, rest = _entry(entry)
@@ -117,7 +118,7 @@ def _register_coco(name: str, annotations: str, image_root: str) -> None:
     annotations, image_root = (expanded(path, _KEY) for path in (annotations, image_root))
     _register(
         name,
-        lambda: load_coco_json(annotations, image_root, name),
+        lambda: load_json_file("coco", annotations, image_root, name),
         json_file=annotations,
         image_root=image_root,
         evaluator_type="coco",
@@ -128,7 +129,7 @@ def _register_lvis(name: str, annotations: str, image_root: str) -> None:
     annotations, image_root = (expanded(path, _KEY) for path in (annotations, image_root))
     _register(
         name,
-        lambda: load_lvis_file(annotations, image_root, name),
+        lambda: load_json_file("lvis", annotations, image_root, name),
         json_file=annotations,
         image_root=image_root,
         classes_from_file=True,
@@ -160,6 +161,7 @@ def _register_voc(name: str, folder: str, split: str, classes: Sequence[str] = (
 def _check_coco(name: str, metadata: Metadata, use: Use) -> Found:
     found = check_coco_file(metadata.json_file, metadata.image_root, use)
     _check_known_classes(name, metadata, list(found.categories.values()))
+    _read_as_checked("coco", name, metadata)
     return found
 
 
@@ -167,7 +169,16 @@ def _check_lvis(name: str, metadata: Metadata, use: Use) -> Found:
     found = check_lvis_file(metadata.json_file, metadata.image_root, use)
     if not metadata.get("classes_from_file", False):
         check_version(name, metadata.json_file, found.categories)
+    _read_as_checked("lvis", name, metadata)
     return found
+
+
+def _read_as_checked(kind: str, name: str, metadata: Metadata) -> None:
+    """Let a data set that detectron2 has registered be read by what has checked it."""
+    if DatasetCatalog[name].__module__.startswith("detectron2."):
+        path, image_root = metadata.json_file, metadata.image_root
+        DatasetCatalog.pop(name)
+        DatasetCatalog.register(name, lambda: load_json_file(kind, path, image_root, name))
 
 
 def _check_voc(name: str, metadata: Metadata, use: Use) -> Found:
@@ -265,16 +276,8 @@ def _check_classes(cfg: CfgNode, datasets: list[DataSet]) -> None:
                 f"{_difference(first.categories, other.categories)}. One detector's classes must "
                 "mean the same in all of them: give equal ids to equal names."
             )
-    count, configured = len(first.categories), cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    if configured == -1:
-        cfg.MODEL.ROI_HEADS.NUM_CLASSES = count
-    elif configured != count:
-        names = list(first.categories.values())
-        shown = ", ".join(names[:10]) + (", ..." if count > 10 else "")
-        raise InputError(
-            f"MODEL.ROI_HEADS.NUM_CLASSES is {configured}, but '{first.name}' ({first.source}) has "
-            f"{count} categories: {shown}. Use MODEL.ROI_HEADS.NUM_CLASSES {count}, or -1."
-        )
+    source = f"'{first.name}' ({first.source})"
+    set_classes(cfg, source, list(map(str, first.categories.values())))
 
 
 def _difference(first: dict[int, str], other: dict[int, str]) -> str:

@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 # How many records in a row may be unusable before the data is given up.
 MAX_REPLACEMENTS = 100
 
-# Of Pillow and detectron2, for an image that is damaged, absent or of another size than annotated.
-_UNUSABLE = (OSError, SyntaxError, SizeMismatchError)
+# For an image that is damaged or absent (runtime/images.py), or of another size than annotated.
+_UNUSABLE = (OSError, SizeMismatchError)
 
 
 class ReplacingMapper:

@@ -5,19 +5,15 @@ of which not every object is annotated; a category says how frequent it is in th
 Nothing is known of the other categories in an image, and a detector is not judged by them there.
 """
 
-import os
-from typing import Any
+from dataclasses import replace
 
-import pycocotools.mask as mask_utils
-from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.lvis_v0_5_categories import LVIS_CATEGORIES as V0_5
 from detectron2.data.datasets.lvis_v1_categories import LVIS_CATEGORIES as V1
-from detectron2.structures import BoxMode
 
 from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.files import read_json
 
-from .json_checks import Layout, check_file
+from .annotations.records import Records, shown
+from .json_checks import check_file
 from .problems import refuse
 from .use import Found, Use
 
@@ -29,44 +25,22 @@ VERSIONS = {
 FREQUENCIES = ("r", "c", "f")  # in up to 10, up to 100, more training images
 
 
-def image_path(image: dict) -> str:
-    """An image's path below the image folder.
-
-    With `coco_url` its last two parts (train2017/000000155379.jpg), as in detectron2: LVIS's splits
-    are not COCO's, and v0.5's `file_name` is of COCO 2014. Else `file_name`.
-    """
-    if "coco_url" in image:
-        return "/".join(str(image["coco_url"]).split("/")[-2:])
-    return image.get("file_name", "")
-
-
-_LAYOUT = Layout(
-    name="LVIS",
-    required={
-        "images": ("id", "height", "width"),
-        "annotations": ("id", "image_id", "category_id", "bbox"),
-        "categories": ("id", "name"),
-    },
-    image_path=image_path,
-    folder_advice="Give the folder above those that `coco_url` ends with (train2017/..., "
-    "val2017/...), or the folder of `file_name` where there is no `coco_url`.",
-)
-
-
 def check_lvis_file(path: str, image_root: str, use: Use) -> Found:
     """Read an LVIS-format file and check all that a run depends on.
 
     Raises:
         InputError: with the file, the number of records that are wrong, and the first ten.
     """
-    found, content = check_file(path, image_root, use, _LAYOUT)
-    if use.tests:
-        _check_evaluation(path, content)
+    advice = (
+        "Give the folder above those that `coco_url` ends with (train2017/..., val2017/...), or "
+        "the folder of `file_name` where there is no `coco_url`."
+    )
+    found, records = check_file("lvis", path, image_root, use, advice)
+    if use.tests and records.has_truth:
+        _check_evaluation(path, records)
     version = lvis_version(found.categories)
     note = f"LVIS {version}" if version else "categories of its own"
-    return Found(
-        found.categories, found.num_images, found.num_annotations, found.num_singles, (note,)
-    )
+    return replace(found, notes=(note, *found.notes))
 
 
 def lvis_version(categories: dict[int, str]) -> str:
@@ -100,60 +74,14 @@ def without_version(name: str) -> str:
     )
 
 
-def load_lvis_file(path: str, image_root: str, name: str) -> list[dict[str, Any]]:
-    """An LVIS-format file as detectron2's records; sets the classes of `name`'s metadata.
-
-    detectron2's own loader knows the classes by the data set's name, and polygons alone.
-
-    Returns:
-        By image id, with polygons or compressed run-length masks; `category_id` is the place of the
-        category among the file's ids.
-    """
-    content = read_json(path)
-    categories = sorted(content["categories"], key=lambda category: category["id"])
-    numbers = {category["id"]: number for number, category in enumerate(categories)}
-    MetadataCatalog.get(name).set(
-        thing_classes=[category["name"] for category in categories],
-        thing_dataset_id_to_contiguous_id=numbers,
-    )
-    records = {
-        image["id"]: {
-            "file_name": os.path.join(image_root, image_path(image)),
-            "height": image["height"],
-            "width": image["width"],
-            "image_id": image["id"],
-            "annotations": [],
-        }
-        for image in sorted(content["images"], key=lambda image: image["id"])
-    }
-    for item in content["annotations"]:
-        annotation = {
-            "bbox": item["bbox"],
-            "bbox_mode": BoxMode.XYWH_ABS,
-            "category_id": numbers[item["category_id"]],
-            "iscrowd": item.get("iscrowd", 0),
-        }
-        if item.get("segmentation"):
-            annotation["segmentation"] = _compressed(item["segmentation"])
-        records[item["image_id"]]["annotations"].append(annotation)
-    return list(records.values())
-
-
-def _compressed(mask: list | dict) -> list | dict:
-    """Runs as a list become the bytes that detectron2's mapper decodes; others stay."""
-    if isinstance(mask, dict) and isinstance(mask["counts"], list):
-        return mask_utils.frPyObjects(mask, *mask["size"])
-    return mask
-
-
-def _check_evaluation(path: str, content: dict) -> None:
+def _check_evaluation(path: str, content: Records) -> None:
     keys = ("neg_category_ids", "not_exhaustive_category_ids")
     refuse(
         path,
         [
             f"image {image['id']} lacks {', '.join(missing)}"
-            for image in content["images"]
-            if (missing := [key for key in keys if not isinstance(image.get(key), list)])
+            for image in content.images
+            if (missing := [key for key in keys if key not in image])
         ],
         "images do not say what is known of them, which LVIS's evaluation needs",
         "Add the lists of category ids, [] where there are none, or use the type coco.",
@@ -161,8 +89,8 @@ def _check_evaluation(path: str, content: dict) -> None:
     refuse(
         path,
         [
-            f"category {category['id']} ({category['name']}): {category.get('frequency')!r}"
-            for category in content["categories"]
+            f"category {category['id']} ({category['name']}): {shown(category.get('frequency'))}"
+            for category in content.categories
             if category.get("frequency") not in FREQUENCIES
         ],
         "categories have no frequency of 'r', 'c' and 'f', for APr, APc and APf",

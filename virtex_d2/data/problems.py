@@ -1,7 +1,6 @@
 """What the checks of all annotation formats share: counting, naming, boxes, absent images."""
 
 import logging
-import math
 import os
 from collections.abc import Sequence
 
@@ -10,10 +9,22 @@ from virtex_d2.runtime.errors import InputError
 logger = logging.getLogger(__name__)
 
 NAMED = 10  # records that an error names
+# What messages count, and a single one of it.
+_SINGULAR = {
+    "annotations have": "annotation has",
+    "categories have": "category has",
+    "images have": "image has",
+    "images are": "images is",
+    "fields are": "field is",
+    "` have": "` has",
+}
 
 
 def counted(items: Sequence[str], what: str) -> str:
     """ "12 <what>: first; second; ... and 2 more." """
+    if len(items) == 1:
+        for many, one in _SINGULAR.items():
+            what = what.replace(many, one, 1)
     more = f" and {len(items) - NAMED} more" if len(items) > NAMED else ""
     return f"{len(items)} {what}: {'; '.join(items[:NAMED])}{more}."
 
@@ -39,16 +50,6 @@ def refuse_more_than(
         refuse(source, items, what, advice)
     if items:
         logger.warning("%s: %s They are clipped or left out.", source, counted(items, what))
-
-
-def is_number(value: object) -> bool:
-    """Whether it is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def is_size(value: object) -> bool:
-    """Whether it is a number of pixels that a picture may have."""
-    return is_number(value) and value > 0
 
 
 def box_fits(x: float, y: float, right: float, bottom: float, width: int, height: int) -> bool:

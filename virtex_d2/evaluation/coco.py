@@ -6,16 +6,23 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
-from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from detectron2.evaluation.fast_eval_api import COCOeval_opt
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from virtex_d2.data.annotations.records import read_sound
 from virtex_d2.runtime.compat import has_compiled_ops
 from virtex_d2.runtime.signals import interruptible
 
-from .ground_truth import complete
-from .per_class import ClassResult, class_aps, log_without_objects, write_per_class
+from .ground_truth import complete, handed_over
+from .per_class import (
+    ClassResult,
+    class_aps,
+    log_without_objects,
+    log_without_truth,
+    write_per_class,
+)
 
 
 class CocoEvaluator(COCOEvaluator):
@@ -33,10 +40,11 @@ class CocoEvaluator(COCOEvaluator):
     def __init__(self, dataset_name: str, tasks: tuple[str, ...], output_dir: str):
         # The fast implementation is compiled; the official one gives the same AP.
         fast = has_compiled_ops()
-        super().__init__(dataset_name, tasks, output_dir=output_dir, use_fast_impl=fast)
-        complete(self._coco_api.dataset["annotations"], self._coco_api.annToRLE)
-        with contextlib.redirect_stdout(io.StringIO()):
-            self._coco_api.createIndex()
+        with handed_over(coco_evaluation, "COCO", _read):
+            super().__init__(dataset_name, tasks, output_dir=output_dir, use_fast_impl=fast)
+        if self._do_evaluation:
+            complete(self._coco_api.dataset["annotations"], self._coco_api.annToRLE)
+            _index(self._coco_api)
         self._dataset_name = dataset_name
         self._class_results: list[ClassResult] = []
 
@@ -52,6 +60,8 @@ class CocoEvaluator(COCOEvaluator):
     @interruptible()
     def _eval_predictions(self, *args: Any, **kwargs: Any) -> None:
         super()._eval_predictions(*args, **kwargs)
+        if not self._do_evaluation:
+            log_without_truth(self._dataset_name, self._output_dir)
 
     def _derive_coco_results(
         self, coco_eval: COCOeval | None, iou_type: str, class_names: list[str] | None = None
@@ -80,8 +90,7 @@ class CocoEvaluator(COCOEvaluator):
         """The evaluation of no detection at all, which pycocotools does not load."""
         nothing = COCO()
         nothing.dataset = {**self._coco_api.dataset, "annotations": []}
-        with contextlib.redirect_stdout(io.StringIO()):
-            nothing.createIndex()
+        _index(nothing)
         kind = COCOeval_opt if self._use_fast_impl else COCOeval
         evaluation = kind(self._coco_api, nothing, iou_type)
         evaluation.params.maxDets = self._max_dets_per_image
@@ -89,3 +98,15 @@ class CocoEvaluator(COCOEvaluator):
         evaluation.accumulate()
         evaluation.summarize()
         return evaluation
+
+
+def _read(path: str) -> COCO:
+    api = COCO()
+    api.dataset = read_sound("coco", path)
+    _index(api)
+    return api
+
+
+def _index(api: COCO) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):
+        api.createIndex()

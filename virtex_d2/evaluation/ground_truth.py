@@ -1,9 +1,29 @@
 """Fills in what pycocotools and lvis take for granted in annotations."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pycocotools.mask as mask_utils
+
+
+@contextlib.contextmanager
+def handed_over(owner: Any, name: str, reader: Callable) -> Iterator[None]:
+    """Let detectron2's evaluators read a file by `reader` while they are built.
+
+    They name the class that opens the file themselves, and it takes values as they stand there.
+
+    Args:
+        owner: the module or class whose attribute `name` reads.
+        name: of that attribute.
+        reader: what stands in for it.
+    """
+    original = getattr(owner, name)
+    setattr(owner, name, reader)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
 
 
 def complete(annotations: list[dict[str, Any]], to_rle: Callable[[dict], Any]) -> None:

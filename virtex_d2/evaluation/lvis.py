@@ -11,11 +11,18 @@ from detectron2.evaluation import LVISEvaluator
 from detectron2.utils.logger import create_small_table
 from lvis import LVIS, LVISEval, LVISResults
 
+from virtex_d2.data.annotations.records import read_sound
 from virtex_d2.runtime.files import atomic_path
 from virtex_d2.runtime.signals import interruptible
 
-from .ground_truth import complete
-from .per_class import ClassResult, class_aps, log_without_objects, write_per_class
+from .ground_truth import complete, handed_over
+from .per_class import (
+    ClassResult,
+    class_aps,
+    log_without_objects,
+    log_without_truth,
+    write_per_class,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +45,8 @@ class LvisEvaluator(LVISEvaluator):
     """
 
     def __init__(self, dataset_name: str, tasks: tuple[str, ...], output_dir: str):
-        super().__init__(dataset_name, tasks, output_dir=output_dir)
+        with handed_over(LVIS, "_load_json", _read):
+            super().__init__(dataset_name, tasks, output_dir=output_dir)
         annotations = self._lvis_api.dataset["annotations"]
         complete(annotations, self._lvis_api.ann_to_rle)
         for item in annotations:
@@ -55,7 +63,7 @@ class LvisEvaluator(LVISEvaluator):
         with atomic_path(os.path.join(self._output_dir, "lvis_instances_results.json")) as file:
             file.write_text(json.dumps(detections))
         if not self._do_evaluation:
-            logger.info("'%s' has no annotations to evaluate on.", self._dataset_name)
+            log_without_truth(self._dataset_name, self._output_dir)
             return
         results: list[ClassResult] = []
         for task in self._tasks:
@@ -97,6 +105,10 @@ class LvisEvaluator(LVISEvaluator):
             for place, number in enumerate(evaluation.params.cat_ids)
             if (category := self._lvis_api.cats[number])
         ]
+
+
+def _read(api: LVIS, path: str) -> dict:
+    return {"annotations": [], **read_sound("lvis", path)}
 
 
 class _NoResults(LVISResults):

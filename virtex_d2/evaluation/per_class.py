@@ -69,6 +69,15 @@ def log_without_objects(results: Iterable[ClassResult], dataset_name: str) -> No
             )
 
 
+def log_without_truth(dataset_name: str, folder: str) -> None:
+    """Say in the log that there are predictions and no AP."""
+    logger.info(
+        "'%s' has no annotations to evaluate on: AP is skipped, the predictions are in %s",
+        dataset_name,
+        folder,
+    )
+
+
 def write_per_class(folder: str, results: Sequence[ClassResult]) -> None:
     """Write per_class.csv: a line for each task and class, an empty cell for what is not known."""
     names = [*_COLUMNS, *dict.fromkeys(key for r in results for key in (*r.metrics, *r.extra))]

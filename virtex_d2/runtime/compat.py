@@ -261,6 +261,22 @@ def _let_cpu_models_be_distributed() -> None:
     defaults.create_ddp_model = create_ddp_model
 
 
+def _read_images_in_one_way() -> None:
+    module = sys.modules["detectron2.data.detection_utils"]
+    original = module.read_image
+
+    @functools.wraps(original)
+    def read_image(file_name: str, format: str | None = None) -> Any:
+        if format is None:  # the file's own levels, whatever they mean
+            return original(file_name)
+        from .images import read_image as read
+
+        with module.PathManager.open(file_name, "rb") as file:
+            return module.convert_PIL_to_numpy(read(file), format)
+
+    module.read_image = read_image
+
+
 BRIDGES = (
     Bridge(
         name="compiled ops",
@@ -336,6 +352,14 @@ BRIDGES = (
         reason="Python 3.11 samples from no set; MapDataset does, where a mapper skips a record",
         needed=_map_dataset_cannot_fall_back,
         apply=_let_map_dataset_fall_back,
+    ),
+    Bridge(
+        name="image decoder",
+        module="detectron2.data.detection_utils",
+        reason="detectron2's reader clips 16-bit grey to white and turns TIFFs twice; no version "
+        "of it differs",
+        needed=lambda: True,
+        apply=_read_images_in_one_way,
     ),
     Bridge(
         name="COCO evaluation",

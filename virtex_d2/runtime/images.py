@@ -1,5 +1,10 @@
-"""Read images of every kind the same way everywhere: RGB and upright, or an error says why."""
+"""Read images of every kind the same way everywhere: RGB and upright, or an error says why.
 
+detectron2's own reader goes through this, too (runtime/compat.py), so that training, evaluation,
+checks, pictures and probes see the same pixels.
+"""
+
+import warnings
 from typing import BinaryIO
 
 import numpy as np
@@ -18,6 +23,11 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_BITS = 258  # TIFF 6.0: BitsPerSample
+
+# Pillow refuses twice as many pixels as it warns of. Here and not around each reading, after which
+# Python would show all other warnings anew.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def read_image(file: str | BinaryIO, smallest_side: int = 0) -> Image.Image:
@@ -27,17 +37,18 @@ def read_image(file: str | BinaryIO, smallest_side: int = 0) -> Image.Image:
         file: its path, or its bytes as a stream.
         smallest_side: JPEGs may be decoded at 1/2, 1/4 or 1/8 scale as long as no side falls below.
 
+    Grey of more than 8 bits is scaled to them: 16-bit levels by their type; those of 32 bits, whose
+    files do not say where white is, by the smallest of 8, 16 and 31 bits that holds the brightest;
+    fractions, likewise, by 1, 255 or 65535.
+
     Raises:
-        OSError: the file is missing, cut short, not an image, or larger than
-            `PIL.Image.MAX_IMAGE_PIXELS`.
+        OSError: the file is missing, cut short, not an image, of more than twice
+            `PIL.Image.MAX_IMAGE_PIXELS`, or of levels that are no brightness.
     """
     try:
         with Image.open(file) as image:
             if smallest_side:
                 image.draft("RGB", (smallest_side, smallest_side))
-            # Pillow refuses twice as many and warns of these; they would take 270 MB and more
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise OSError(f"{image.width} x {image.height} pixels are too many to decode")
             decoded = _as_rgb(image)
             # after decoding, because Pillow itself turns TIFFs upright while it decodes them
             turn = _UPRIGHT.get(_orientation(image))
@@ -52,13 +63,30 @@ def read_image(file: str | BinaryIO, smallest_side: int = 0) -> Image.Image:
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    # Pillow would clip 16-bit grey at 255: scale it. Before version 11.3, PNGs of it have mode I.
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        grey = np.asarray(image).astype(np.uint16) >> 8
-        image = Image.fromarray(grey.astype(np.uint8))
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = Image.fromarray(_grey(image))
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
         image = image.convert("RGBA")  # or Pillow warns
     return image.convert("RGB")
+
+
+def _grey(image: Image.Image) -> np.ndarray:
+    """Levels that Pillow would clip at 255, as 8 bits."""
+    levels = np.asarray(image)
+    least, most = (levels.min(), levels.max()) if levels.size else (0, 0)
+    if not (least >= 0 and most < 2**31):  # NaN is neither
+        raise OSError(f"its grey levels are from {least} to {most}; expected numbers from 0 on")
+    if image.mode == "F":
+        white = next((white for white in (1, 255, 65535) if most <= white), None)
+        if white is None:
+            raise OSError(f"its grey levels reach {most:g}; expected up to 1, 255 or 65535")
+        return np.round(levels * (255 / white)).astype(np.uint8)
+    # Before version 11.3 Pillow has PNGs of 16 bits as mode I, and PPMs always.
+    if image.mode != "I" or image.format in ("PNG", "PPM"):
+        bits = getattr(image, "tag_v2", {}).get(_BITS, (16,))[0]  # 12 in some TIFFs
+    else:
+        bits = next(bits for bits in (8, 16, 31) if most < 2**bits)
+    return (levels.astype(np.uint32) >> (bits - 8)).astype(np.uint8)
 
 
 def _orientation(image: Image.Image) -> int | None:

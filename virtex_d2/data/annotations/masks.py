@@ -1,5 +1,6 @@
 """COCO's masks, looked at before anything trusts them."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,9 @@ def mask_fault(mask: Any, size: tuple[int, int]) -> str:
     if isinstance(mask, list):
         if fault := polygon_fault(mask):
             return fault
-        points = np.concatenate([np.reshape(part, (-1, 2)) for part in mask]).astype(float)
         # pycocotools walks along the outline pixel by pixel, however far away it is
-        if not (np.abs(points) <= 4 * max(size)).all():
+        far = 4 * max(size)
+        if any(max(part) > far or min(part) < -far for part in mask):
             return "a coordinate is far outside the image"
         return ""
     if not isinstance(mask, dict):
@@ -46,6 +47,8 @@ def polygon_fault(polygons: list[Any]) -> str:
         if not types <= {int, float} or (int in types and not all(map(is_number, part))):
             wrong = next(value for value in part if not is_number(value))
             return f"a polygon has the coordinate {wrong!r}; expected numbers"
+        if not math.isfinite(sum(part)):
+            return "a polygon has a coordinate that is not finite"
     return ""
 
 

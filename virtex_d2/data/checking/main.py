@@ -78,7 +78,7 @@ def run(
         second.problems += leaks(first.table, second.table, first.decoded, second.decoded)
     every = [*checked[0], *checked[1]]
     for each in every:
-        print(page(each), end="\n\n")
+        print(page(each, bool(refused)), end="\n\n")
     if train and test:
         print(_compared(options))
     if refused:

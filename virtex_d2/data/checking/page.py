@@ -17,8 +17,13 @@ _FEW = (0, 10, 100, 1000)  # bounds of the classes' counts, where there are more
 _LISTED = 12  # classes in a list of names
 
 
-def page(checked: Checked) -> str:
-    """Counts, class histogram, and problems with the first records of each kind."""
+def page(checked: Checked, refused: bool = False) -> str:
+    """Counts, class histogram, and problems with the first records of each kind.
+
+    Args:
+        checked: the data set.
+        refused: whether training would not start, for a reason that is told elsewhere.
+    """
     facts = summary(checked)
     lines = [f"{facts['name']}: {facts['type'].upper()}, {facts['source']}", ""]
     lines += _counts(facts)
@@ -31,7 +36,7 @@ def page(checked: Checked) -> str:
             lines.append(f"  {title} ({_number(total)})")
             for kind, found in shown.items():
                 lines += _problem_lines(kind, found)
-    if checked.sound:
+    if not groups and not refused:
         lines.append("  no problems")
     return "\n".join(lines)
 
