@@ -221,6 +221,7 @@ def _become(
         os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what is in the background
     sys.stdin = os.fdopen(0, closefd=False)  # the one that was here has read ahead
     code = 0
     try:
