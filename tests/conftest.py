@@ -11,6 +11,7 @@ import pytest
 from hypothesis import settings
 
 import virtex_d2  # noqa: F401  # before detectron2, so that its bridges are in place
+from tests.e2e.forked_runs import shared_server
 from tests.slurm.cluster import missing_slurm_programs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,19 +35,43 @@ def pytest_configure(config: pytest.Config) -> None:
         )
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: tests of jobs and of stops wait more than they compute."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the slow tests, so that the last minute has none that keeps one core busy."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session")
 def run_python() -> Callable[..., subprocess.CompletedProcess]:
     """Runs `python *arguments` in a process of its own, with the project importable.
 
-    Keyword arguments: `env` (added to the environment), `timeout` (seconds), and others of
-    subprocess.run. The result has text in stdout and stderr; a failure does not raise.
+    Keyword arguments: `env` (added to the environment), `cwd`, `timeout` (seconds), `input`, and
+    `fresh`: whether Python is started anew, as it is for options of Python (`-c`, `-m`) and for
+    scripts from elsewhere in any case; the project's scripts are run by a fork of a process that
+    has imported everything. The result has text in stdout and stderr; a failure does not raise.
     """
 
-    def run(*arguments: object, env: dict | None = None, **kwargs) -> subprocess.CompletedProcess:
+    def run(
+        *arguments: object,
+        env: dict | None = None,
+        fresh: bool = False,
+        timeout: float = 300.0,
+        **kwargs,
+    ) -> subprocess.CompletedProcess:
+        argv = [str(argument) for argument in arguments]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
+        script = Path(kwargs.get("cwd") or Path.cwd(), argv[0])
+        if not fresh and script.suffix == ".py" and script.is_relative_to(ROOT):
+            return shared_server().run(argv, environment, timeout=timeout, **kwargs)
         return subprocess.run(
-            [sys.executable, *map(str, arguments)],
-            **{"capture_output": True, "text": True, "timeout": 300, "check": False, **kwargs},
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})},
+            [sys.executable, *argv],
+            **{"capture_output": True, "text": True, "timeout": timeout, "check": False, **kwargs},
+            env=environment,
         )
 
     return run

@@ -6,8 +6,11 @@ code or signal, and nothing that it does comes back.
 
     with Forkserver(tools) as server:
         process = server.start(["tools/train_net.py", ...], environment, log)
+        done = server.run(["tools/train_net.py", ...], environment)
 """
 
+import atexit
+import functools
 import json
 import logging
 import multiprocessing.util
@@ -17,6 +20,8 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -48,6 +53,16 @@ class Process:
             os.close(self._descriptor)
         return self.ended is not None
 
+    def wait(self, timeout: float = 300.0) -> int:
+        """Wait for the end, and return the exit code.
+
+        Raises:
+            subprocess.TimeoutExpired: it is still running.
+        """
+        if not self.poll(timeout):
+            raise subprocess.TimeoutExpired(str(self.pid), timeout)
+        return self.code()
+
     def code(self) -> int:
         """The exit code of an ended process; that of signal N is -N."""
         return self._server.code(self.pid)
@@ -67,6 +82,7 @@ class Forkserver:
 
     def __init__(self, modules: Sequence[str]):
         self._modules = modules
+        self._lock = threading.Lock()  # a question and its answer belong together
 
     def __enter__(self) -> "Forkserver":
         self._server = subprocess.Popen(
@@ -90,21 +106,77 @@ class Forkserver:
         self._server.stdout.close()
 
     def start(self, argv: Sequence[str], environment: Mapping[str, str], log: Path) -> Process:
-        """Run `python *argv` with this added to the environment; the output goes into `log`."""
-        self._ask({"argv": list(argv), "environment": dict(environment), "log": str(log)})
-        return Process(self._answer(), self)
+        """Run `python *argv` with this added to the environment; the output goes into `log`.
+
+        `argv` begins with a script, or with `-m` and a module.
+        """
+        return self._start(argv=list(argv), environment=dict(environment), log=str(log))
+
+    def run(
+        self,
+        argv: Sequence[str],
+        environment: Mapping[str, str],
+        cwd: str | Path | None = None,
+        timeout: float = 300.0,
+        input: str = "",
+    ) -> subprocess.CompletedProcess:
+        """Run `python *argv` to its end, as subprocess.run does with capture_output and text.
+
+        Args:
+            argv: a script and its arguments.
+            environment: all of the process's.
+            cwd: the folder that it works in; ours by default.
+            timeout: seconds, after which it is killed with all that it started.
+            input: what it reads from its standard input.
+
+        Raises:
+            subprocess.TimeoutExpired: it was killed.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            files = [Path(folder, name) for name in ("in", "out", "err")]
+            files[0].write_text(input, errors="surrogateescape")
+            process = self._start(
+                argv=list(argv),
+                environment=dict(environment),
+                log=str(files[1]),
+                errors=str(files[2]),
+                stdin=str(files[0]),
+                cwd=str(cwd or Path.cwd()),
+                whole=True,
+            )
+            in_time = process.poll(timeout)
+            if not in_time:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.poll(timeout)
+            code = self.code(process.pid)
+            output, errors = (
+                file.read_text(errors="surrogateescape") if file.exists() else ""
+                for file in files[1:]
+            )
+        if not in_time:
+            raise subprocess.TimeoutExpired(list(argv), timeout, output, errors)
+        return subprocess.CompletedProcess(list(argv), code, output, errors)
 
     def code(self, pid: int) -> int:
         """Of a process that has ended."""
-        self._ask({"wait": pid})
-        return self._answer()
+        return self._ask({"wait": pid})
 
-    def _ask(self, question: dict) -> None:
-        self._server.stdin.write(json.dumps(question) + "\n")
-        self._server.stdin.flush()
+    def _start(self, **run) -> Process:
+        return Process(self._ask(run), self)
 
-    def _answer(self) -> int:
-        return int(self._server.stdout.readline())
+    def _ask(self, question: dict) -> int:
+        with self._lock:
+            self._server.stdin.write(json.dumps(question) + "\n")
+            self._server.stdin.flush()
+            return int(self._server.stdout.readline())
+
+
+@functools.cache
+def shared_server() -> Forkserver:
+    """The server of this test process: started by its first use, ended with the process."""
+    server = Forkserver(("torch", "pretrain.trainer", "virtex_d2.trainer"))
+    atexit.register(server.__exit__)
+    return server.__enter__()
 
 
 def _serve() -> None:
@@ -125,19 +197,41 @@ def _serve() -> None:
         print(answer, flush=True)
 
 
-def _become(server: int, argv: list[str], environment: dict[str, str], log: str) -> None:
-    """In the fork: be `python *argv`."""
+def _become(
+    server: int,
+    argv: list[str],
+    environment: dict[str, str],
+    log: str,
+    errors: str | None = None,
+    stdin: str = os.devnull,
+    cwd: str = ".",
+    whole: bool = False,
+) -> None:
+    """In the fork: be `python *argv`.
+
+    The environment is added to the server's or, with `whole`, replaces it.
+    """
     end_with_parent(signal.SIGKILL, server)
     os.setsid()
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    os.dup2(os.open(stdin, os.O_RDONLY), 0)
+    for descriptor, file in ((1, log), (2, errors)):
+        written = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        os.dup2(os.open(file, written, 0o666) if file else 1, descriptor)
+    if whole:
+        os.environ.clear()
     os.environ.update(environment)
-    sys.argv = argv
+    os.chdir(cwd)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what is in the background
+    sys.stdin = os.fdopen(0, closefd=False)  # the one that was here has read ahead
     code = 0
     try:
-        runpy.run_path(argv[0], run_name="__main__")
+        if argv[0] == "-m":
+            sys.argv = argv[1:]
+            runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = argv
+            sys.path[0] = str(Path(argv[0]).resolve().parent)
+            runpy.run_path(argv[0], run_name="__main__")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:

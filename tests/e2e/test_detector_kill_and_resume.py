@@ -2,13 +2,13 @@
 
 import os
 import random
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.e2e.forked_runs import Process, shared_server
 from tests.e2e.killing import differences, kill_tree
 from tests.processes import python
 
@@ -44,15 +44,13 @@ def test_a_killed_detector_resumes_to_bit_identical_weights(
         *more,
     ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = _start(options, whole, processes).communicate(timeout=400)[0]
-    assert (whole / "model_final.pth").exists(), done[-2000:]
+    _finish(options, whole, processes)
 
     moment = random.Random(f"{SEED} {name}")
     _kill_after(options, killed, processes, moment.choice((1, 3, 5, 7)), 0.4 * moment.random())
     assert (killed / "last_checkpoint").exists()
     assert not (killed / "model_final.pth").exists()
-    done = _start(["--resume", *options], killed, processes).communicate(timeout=400)[0]
-    assert (killed / "model_final.pth").exists(), done[-2000:]
+    _finish(["--resume", *options], killed, processes)
     expected, found = (
         torch.load(folder / "model_final.pth", weights_only=True) for folder in (whole, killed)
     )
@@ -70,15 +68,16 @@ def _data_sets(world: Path) -> list[list[str]]:
     ]
 
 
-def _start(options: list, output: Path, processes: int) -> subprocess.Popen:
+def _start(options: list, output: Path, processes: int) -> Process:
     command = [*python(processes), ROOT / "tools" / "train_net.py", *options]
-    return subprocess.Popen(
-        [*map(str, command), "OUTPUT_DIR", str(output)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [*map(str, command), "OUTPUT_DIR", str(output)]
+    return shared_server().start(command[1:], environment, output.with_suffix(".log"))
+
+
+def _finish(options: list, output: Path, processes: int) -> None:
+    code = _start(options, output, processes).wait(400)
+    assert code == 0, output.with_suffix(".log").read_text()[-2000:]
 
 
 def _kill_after(
@@ -89,9 +88,9 @@ def _kill_after(
     deadline = time.monotonic() + 300
     checkpoint = output / f"model_{iteration:07d}.pth"
     while not checkpoint.exists() or not (output / "last_checkpoint").exists():
-        assert process.poll() is None, process.communicate()[0][-2000:]
+        assert not process.poll(), output.with_suffix(".log").read_text()[-2000:]
         assert time.monotonic() < deadline
         time.sleep(0.02)
     time.sleep(seconds)
     kill_tree(process.pid)
-    process.communicate()
+    process.wait()

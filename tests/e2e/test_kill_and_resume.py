@@ -9,7 +9,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import threading
 import time
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import pytest
 import torch
 
 from tests.e2e.captioned_world import THIN, write_world
+from tests.e2e.forked_runs import Process, shared_server
 from tests.e2e.killing import differences, kill_tree
 from tests.processes import python
 
@@ -101,14 +101,9 @@ def command(case: Case, world: Path, output: Path, *flags: str) -> list[str]:
     return [*python(case.processes), tool, *flags, *pairs, *map(str, case.more)]
 
 
-def start(arguments: list[str], log: Path) -> subprocess.Popen:
-    with open(log, "ab") as file:
-        return subprocess.Popen(
-            arguments,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
+def start(arguments: list[str], log: Path) -> Process:
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return shared_server().start(arguments[1:], environment, log)
 
 
 def iterations_seen(output: Path) -> list[int]:
@@ -126,7 +121,7 @@ def kill_in_iteration(arguments: list[str], output: Path, iteration: int, delay:
     process = start(arguments, output.with_suffix(".log"))
     deadline = time.monotonic() + 200
     while not any(done >= iteration for done in iterations_seen(output)[seen:]):
-        assert process.poll() is None, output.with_suffix(".log").read_text()[-3000:]
+        assert not process.poll(), output.with_suffix(".log").read_text()[-3000:]
         assert time.monotonic() < deadline, "it never got there"
         time.sleep(0.02)
     time.sleep(delay)

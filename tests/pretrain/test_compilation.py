@@ -55,7 +55,7 @@ def test_a_compiled_run_that_is_resumed_ends_as_one_that_was_not_stopped(tmp_pat
 
     def run(output: Path, *more: str):
         compiled = options(tmp_path / "data", output, "MODEL.VISUAL.COMPILE", True)
-        done = run_python(TOOL, *more, *compiled, env=environment, cwd=ROOT)
+        done = run_python(TOOL, *more, *compiled, env=environment, cwd=ROOT, fresh=True)
         assert done.returncode == 0, done.stderr
 
     run(whole)
@@ -78,7 +78,7 @@ def test_a_machine_without_a_compiler_is_told_before_the_run(tmp_path, run_pytho
     write_captioned_images(tmp_path / "data", 4, "val")
     environment = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "code")}
     arguments = options(tmp_path / "data", tmp_path / "out", "MODEL.VISUAL.COMPILE", True)
-    done = run_python(TOOL, *arguments, env=environment, cwd=ROOT)
+    done = run_python(TOOL, *arguments, env=environment, cwd=ROOT, fresh=True)
     assert done.returncode == 2, done.stderr
     assert "error: MODEL.VISUAL.COMPILE True: torch.compile does not work" in done.stderr
     assert "no-such-compiler" in done.stderr

@@ -19,6 +19,7 @@ from pretrain.captioner import load_captioner
 from pretrain.config import get_pretrain_cfg
 from pretrain.tokenizer import Tokenizer, train_tokenizer
 from pretrain.trainer import PretrainTrainer
+from tests.e2e.forked_runs import shared_server
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import read_safetensors
 
@@ -92,9 +93,7 @@ def environment() -> dict[str, str]:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(*arguments), env=environment(), capture_output=True, text=True, timeout=300
-    )
+    return shared_server().run(command(*arguments)[1:], environment())
 
 
 def final_model(output: Path) -> dict[str, torch.Tensor]:
