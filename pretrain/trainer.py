@@ -28,6 +28,7 @@ from virtex_d2.runtime.disk import stop_where_disk_is_full
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.evaluations import MetricsWriter
 from virtex_d2.runtime.hooks import PeriodicCheckpointer
+from virtex_d2.runtime.last_checkpoint import has_checkpoint
 from virtex_d2.runtime.launch import wrap_ddp
 from virtex_d2.runtime.randomness import place_seed
 from virtex_d2.runtime.retention import Retention
@@ -254,11 +255,13 @@ class PretrainTrainer(StoppableTrainer):
         losses = self._losses(batch)
         total = sum(losses.values())
         if not torch.isfinite(total):
+            folder = self.cfg.OUTPUT_DIR
+            kept = f"The last checkpoint in {folder} is from before"
             raise InputError(
                 f"The loss became {total.item()} at iteration {self.iter} "
-                f"({ {k: round(v.item(), 3) for k, v in losses.items()} }). The last checkpoint in "
-                f"{self.cfg.OUTPUT_DIR} is from before: lower SOLVER.CNN_LR or SOLVER.BASE_LR, or "
-                "lengthen SOLVER.WARMUP_ITERS."
+                f"({ {k: round(v.item(), 3) for k, v in losses.items()} }). "
+                f"{kept if has_checkpoint(folder) else f'{folder} has no checkpoint yet'}: lower "
+                "SOLVER.CNN_LR or SOLVER.BASE_LR, or lengthen SOLVER.WARMUP_ITERS."
             )
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(total).backward()

@@ -1,12 +1,22 @@
-"""Read images of every kind the same way everywhere: RGB and upright, or an error says why."""
+"""Find and read images the same way everywhere: RGB and upright, or an error says why."""
 
+import logging
+import os
+from collections.abc import Collection, Iterator
 from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from .errors import InputError
+
+logger = logging.getLogger(__name__)
+
 # What files of images end in.
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+IMAGE_SUFFIXES = (
+    *("jpg", "jpeg", "jfif", "jpe", "png", "webp", "avif", "gif", "bmp", "tif", "tiff"),
+    *("jp2", "ppm", "pgm"),
+)
 
 # EXIF orientation -> what brings the image upright (Exif 2.3, tag 0x0112; 1 is upright).
 _UPRIGHT = {
@@ -18,6 +28,71 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+def image_suffix(name: str) -> str:
+    """Which of `IMAGE_SUFFIXES` a file's name ends in, perhaps before the "?" of an address; ""
+    where none."""
+    for whole in (name, name.split("?")[0]):
+        suffix = whole.rpartition(".")[2].lower()
+        if suffix in IMAGE_SUFFIXES:
+            return suffix
+    return ""
+
+
+def files_in(folder: str) -> list[str]:
+    """Paths of all files within a folder and its subfolders, sorted, relative to it.
+
+    Links are followed, but none to a folder that it lies in. Names that begin with a dot are left
+    out, and what is in such folders.
+
+    Raises:
+        InputError: a folder cannot be listed.
+    """
+
+    def below(path: str, prefix: str, above: frozenset) -> Iterator[str]:
+        try:
+            status = os.stat(path)
+            with os.scandir(path) as listed:
+                entries = [entry for entry in listed if not entry.name.startswith(".")]
+        except OSError as error:
+            raise InputError(f"{path}: the folder cannot be read: {error.strerror}.") from error
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            return
+        for entry in entries:
+            # not entry.is_dir() alone: that raises where a link is its own target
+            if entry.is_dir(follow_symlinks=False) or os.path.isdir(entry.path):
+                yield from below(entry.path, f"{prefix}{entry.name}/", above | {here})
+            else:
+                yield prefix + entry.name
+
+    return sorted(below(folder, "", frozenset()))
+
+
+def images_in(folder: str, beside: Collection[str] = ()) -> list[str]:
+    """Those of `files_in` that are images by their suffix; what is left out is logged.
+
+    Args:
+        folder: of images.
+        beside: suffixes, without a dot, of files that belong there as well.
+
+    Raises:
+        InputError: as `files_in`.
+    """
+    names = files_in(folder)
+    images = [name for name in names if image_suffix(name)]
+    if len(images) < len(names):
+        others = [n for n in names if not image_suffix(n)]
+        others = [n for n in others if n.rpartition(".")[2].lower() not in beside]
+        if others:
+            logger.warning(
+                "%s: %d of %d files are left out, because their names do not end as images' do "
+                "(%s); the first: %s",
+                *(folder, len(others), len(names), ", ".join(IMAGE_SUFFIXES)),
+                ", ".join(others[:10]),
+            )
+    return images
 
 
 def read_image(file: str | BinaryIO, smallest_side: int = 0) -> Image.Image:
