@@ -158,7 +158,14 @@ def test_long_names_links_and_metadata_do_not_disturb(tmp_path):
         ([("3.jpg", b"x"), ("3.txt", b"caf\xe9")], "3", "not UTF-8"),
         ([("3.jpg", b"x"), ("3.json", b"{")], "3", "not JSON"),
         ([("3.jpg", b"x"), ("3.json", b'{"caption": null}')], "3", "its caption is blank"),
-        ([("3.jpg", b"x"), ("3.json", b"[1]")], "3", "its caption is blank"),
+        ([("3.jpg", b"x"), ("3.json", b"[1]")], "3", "no `caption`, no keys"),
+        ([("3.jpg", b"x"), ("3.json", b'{"text": "A", "url": 1}')], "3", "only text, url"),
+        ([("3.jpg", b"x"), ("3.json", b'{"caption": [5]}')], "3", "`caption` in its .json is 5"),
+        ([("3.jpg", b"x"), ("3.txt", b"A"), ("3.JPG", b"y")], "3", "it has two members 3.JPG"),
+        ([("3.txt", b"A"), ("3.jpg", b"x"), ("3.txt", b"B")], "3", "it has two members 3.txt"),
+        ([("3.00.png", b"x"), ("3.00.txt", b"A")], "3.00", "first dot of 3.00.png parts"),
+        ([("3.left.TXT", b"A")], "3.left", "first dot of 3.left.TXT parts"),
+        ([("1.v2.jpeg", b"A")], "1.v2", "first dot of 1.v2.jpeg parts"),
     ],
 )
 def test_samples_that_cannot_be_used_are_skipped_named_and_counted(
