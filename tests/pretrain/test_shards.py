@@ -186,6 +186,32 @@ def test_samples_that_cannot_be_used_are_skipped_named_and_counted(
         assert reason in str(caught.value)
 
 
+def test_the_key_of_captions_in_json_can_be_named_and_makes_another_index(tmp_path):
+    content = json.dumps({"text": "A dog", "alt": ["B", "C"]}).encode()
+    path = str(make(tmp_path / "s", [("1.jpg", b"x"), ("1.json", content)]))
+    for key, captions in (("text", ("A dog",)), ("alt", ("B", "C")), ("text", ("A dog",))):
+        given = Source("webdataset", path, index_dir=str(tmp_path), caption_key=key)
+        (record,) = load_records(given)
+        assert record.captions == captions
+    with pytest.raises(InputError, match=r"no `caption`, only text, alt \(DATA.CAPTION_KEY"):
+        load_records(source(path, tmp_path))
+
+
+def test_members_that_do_not_lie_side_by_side_are_told_to(tmp_path):
+    unsorted = [WHOLE[0], WHOLE[2], WHOLE[1], WHOLE[3]]
+    path = make(tmp_path / "s", unsorted)
+    with pytest.raises(InputError, match=r"4 of 4 samples.*tar --sort=name") as caught:
+        load_records(source(path, tmp_path))
+    assert "Are these uncompressed" not in str(caught.value)
+
+
+def test_each_reason_is_named_before_a_second_of_the_same(tmp_path):
+    members = [(f"{i}.jpg", b"x") for i in range(20)] + [("x.txt", b"A")]
+    path = make(tmp_path / "s", members)
+    with pytest.raises(InputError, match="the first: .*0: it has no text.*x: it has no image.*1: "):
+        load_records(source(path, tmp_path))
+
+
 def test_a_truncated_shard_keeps_what_is_whole(tmp_path, caplog):
     path = make(tmp_path / "s", WHOLE)
     whole = path.read_bytes()

@@ -1,5 +1,6 @@
 """The tokenizer: what it accepts, keeps and refuses."""
 
+import logging
 import pickle
 import unicodedata
 
@@ -8,6 +9,9 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pretrain.captions import CaptionRecord
+from pretrain.config import get_pretrain_cfg
+from pretrain.data import load_or_train_tokenizer
 from pretrain.tokenizer import SPECIAL_PIECES, Tokenizer, normalize_caption, train_tokenizer
 from virtex_d2.runtime.errors import InputError
 
@@ -138,8 +142,31 @@ def test_a_vocabulary_says_itself_whether_captions_lose_their_accents(tmp_path):
     assert tokenizer.decode(tokenizer.encode(hangul[0])) == hangul[0], "NFC, whatever was learned"
 
 
+def test_a_run_uses_a_vocabulary_as_it_was_learned_and_refuses_to_strip_what_it_kept(
+    tmp_path, caplog
+):
+    caplog.set_level(logging.INFO, "pretrain.data")
+    cfg = get_pretrain_cfg()
+    cfg.OUTPUT_DIR, cfg.DATA.VOCAB_SIZE = str(tmp_path), 90
+    records = [CaptionRecord(0, "a.jpg", tuple(CAPTIONS))]
+    assert not load_or_train_tokenizer(cfg, records).strips_accents
+    kept = tmp_path / "kept.model"
+    (tmp_path / "tokenizer.model").rename(kept)
+    cfg.DATA.STRIP_ACCENTS = True
+    records.append(CaptionRecord(1, "b.jpg", ("a cafe",)))
+    assert load_or_train_tokenizer(cfg, records).strips_accents
+    assert "1 words become the same as others: cafe = café" in caplog.text
+    cfg.DATA.TOKENIZER = str(kept)
+    with pytest.raises(InputError, match=r"STRIP_ACCENTS True: .*kept\.model was learned from"):
+        load_or_train_tokenizer(cfg, [])
+    cfg.DATA.TOKENIZER, cfg.DATA.STRIP_ACCENTS = str(tmp_path / "tokenizer.model"), False
+    assert load_or_train_tokenizer(cfg, []).strips_accents
+    assert caplog.text.endswith("captions lose theirs (assumed).\n")
+
+
 @pytest.mark.parametrize(
-    "long", ["an unusual zq jar with a wxk label " * 150, "zqwxk" * 1000, "ж" * 70_000, "🐕🐈" * 2000]
+    "long",
+    ["an unusual zq jar with a wxk label " * 150, "zqwxk" * 1000, "ж" * 70_000, "🐕🐈" * 2000],
 )
 def test_captions_above_sentencepieces_limit_are_learned_from(tmp_path, long):
     """SentencePiece passes over what has more than 4192 bytes without a word."""
