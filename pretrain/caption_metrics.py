@@ -93,8 +93,7 @@ def score_captions(
             f"Metrics of captions need pycocoevalcap ({error}): pip install -r "
             "requirements-captions.txt"
         ) from error
-    given = candidates, references
-    candidates, references = _spaced(candidates), _spaced(references)
+    candidates, references = given = _spaced(candidates), _spaced(references)
     java = shutil.which("java")
     reason = "Java is not installed (no `java` on the PATH)"
     tokenized = None
@@ -136,10 +135,7 @@ class _JavaError(Exception):
 def _spaced(captions: Captions) -> Captions:
     """In NFC, with characters of `_BLOCKS` as words of their own."""
     return {
-        image_id: [
-            _CHARACTER.sub(lambda found: f" {found[0]} ", unicodedata.normalize("NFC", text))
-            for text in texts
-        ]
+        image_id: [_CHARACTER.sub(r" \g<0> ", unicodedata.normalize("NFC", t)) for t in texts]
         for image_id, texts in captions.items()
     }
 
@@ -153,16 +149,14 @@ def _foreign(captions: Captions) -> str:
 
 def _simple(captions: Captions) -> Captions:
     return {
-        image_id: [" ".join(_WORD.findall(_letters(text.lower()))) for text in texts]
+        image_id: [" ".join(_WORD.findall("".join(map(_letter, text.lower())))) for text in texts]
         for image_id, texts in captions.items()
     }
 
 
-def _letters(text: str) -> str:
-    """Letters with their marks, digits, and what may stand inside a word; blanks for the rest."""
-    return "".join(
-        c if c in "_'\u2019-" or unicodedata.category(c)[0] in "LMN" else " " for c in text
-    )
+def _letter(char: str) -> str:
+    """Letters and their marks, digits, and what may stand inside a word; a blank for the rest."""
+    return char if char in "_'\u2019-" or unicodedata.category(char)[0] in "LMN" else " "
 
 
 def _ptb(captions: Captions, timeout: float) -> Captions:

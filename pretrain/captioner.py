@@ -15,7 +15,7 @@ from torch import nn
 from virtex_d2.runtime.config import load_config
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import read_checkpoint, require_file
-from virtex_d2.runtime.images import IMAGE_SUFFIXES, images_in, read_image
+from virtex_d2.runtime.images import images_in, read_image
 
 from .augment import EvalTransform
 from .colors import normalize
@@ -102,12 +102,7 @@ def list_images(arguments: Iterable[str], stdin: TextIO) -> Iterator[str]:
         if argument == "-":
             yield from (line.rstrip("\n") for line in stdin if line.strip())
         elif os.path.isdir(argument):
-            found = images_in(argument)
-            if not found:
-                raise InputError(
-                    f"{argument}: the folder has no image ({', '.join(IMAGE_SUFFIXES)})."
-                )
-            yield from (os.path.join(argument, name) for name in found)
+            yield from (os.path.join(argument, name) for name in images_in(argument))
         else:
             yield argument
 

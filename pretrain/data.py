@@ -142,10 +142,7 @@ def _as_learned(cfg: CfgNode, path: str) -> Tokenizer:
             "to False, or name a vocabulary that was learned without."
         )
     if tokenizer.strips_accents and not cfg.DATA.STRIP_ACCENTS:
-        logger.info(
-            "%s does not say that it was learned with accents: captions lose theirs (assumed).",
-            path,
-        )
+        logger.info("%s is assumed to be learned without accents: captions lose theirs.", path)
     return tokenizer
 
 

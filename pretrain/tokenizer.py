@@ -15,9 +15,10 @@ from virtex_d2.runtime.files import atomic_path
 
 SPECIAL_PIECES = ("<unk>", "[SOS]", "[EOS]", "[MASK]")
 
-# Stands in a model's normalizer_spec.name (which SentencePiece does not read) where captions kept
-# their accents. It is longer than a piece can be, and models of VirTex's own script lack it.
+# Behind a model where captions kept their accents: a ModelProto with normalizer_spec (3) and name
+# (1), which is merged in and which SentencePiece does not read. No piece can be so long.
 _ACCENTS_KEPT = b"NFC, lower case, accents kept"
+_ACCENTS_MARK = bytes([0x1A, len(_ACCENTS_KEPT) + 2, 0x0A, len(_ACCENTS_KEPT)]) + _ACCENTS_KEPT
 _LONGEST_PART = 1000  # characters, of 4 bytes at most: SentencePiece passes over what has > 4192
 
 
@@ -91,10 +92,7 @@ class Tokenizer:
 
 
 def train_tokenizer(
-    captions: Iterable[str],
-    vocab_size: int,
-    output: str | os.PathLike,
-    strip_accents: bool = False,
+    captions: Iterable[str], vocab_size: int, output: str | os.PathLike, strip_accents: bool = False
 ) -> None:
     """Train BPE on captions and write the model to `output`, atomically.
 
@@ -126,7 +124,7 @@ def train_tokenizer(
     except RuntimeError as error:
         raise InputError(_training_message(vocab_size, str(error))) from error
     with atomic_path(output) as temporary:
-        temporary.write_bytes(model.getvalue() + (b"" if strip_accents else _kept_mark()))
+        temporary.write_bytes(model.getvalue() + (b"" if strip_accents else _ACCENTS_MARK))
 
 
 def _parts(captions: Iterable[str], strip_accents: bool) -> Iterator[str]:
@@ -137,12 +135,6 @@ def _parts(captions: Iterable[str], strip_accents: bool) -> Iterator[str]:
             yield text
         else:
             yield from textwrap.wrap(text, _LONGEST_PART, break_on_hyphens=False)
-
-
-def _kept_mark() -> bytes:
-    """A ModelProto with normalizer_spec (3) and name (1) in it: behind another it is merged in."""
-    name = bytes([1 << 3 | 2, len(_ACCENTS_KEPT)]) + _ACCENTS_KEPT
-    return bytes([3 << 3 | 2, len(name)]) + name
 
 
 def _training_message(vocab_size: int, reason: str) -> str:

@@ -121,11 +121,10 @@ def of_another_type(unknown: Iterable[int | str], known: Iterable[int | str]) ->
     texts = {str(image_id): image_id for image_id in known}
     for image_id in unknown:
         if (other := texts.get(str(image_id).strip())) is not None:
-            kinds = [
-                f"{json.dumps(i)} ({'a text' if isinstance(i, str) else 'a number'})"
-                for i in (image_id, other)
-            ]
-            return f"{kinds[0]} is not {kinds[1]}: write ids alike in both places."
+            return (
+                f"{json.dumps(image_id)} is not {json.dumps(other)}: one is a text, or has blanks. "
+                "Write ids alike in both places."
+            )
     return ""
 
 

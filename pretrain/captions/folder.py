@@ -2,9 +2,8 @@
 
 import os
 
-from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import read_text
-from virtex_d2.runtime.images import IMAGE_SUFFIXES, files_in, images_in
+from virtex_d2.runtime.images import files_in, images_in
 
 from .checks import refuse, require_folder
 from .records import Records
@@ -39,10 +38,6 @@ def load_folder_captions(captions_root: str | os.PathLike, image_root: str = "")
     )
     found = (os.path.splitext(name) for name in files_in(str(captions_root)))
     texts = {stem: stem + suffix for stem, suffix in found if suffix.lower() == ".txt"}
-    if not images:
-        raise InputError(
-            f"{image_root}: expected images ({', '.join(IMAGE_SUFFIXES)}), found none in it."
-        )
     refuse(
         image_root,
         [name for stem, name in images.items() if stem not in texts],
@@ -55,7 +50,9 @@ def load_folder_captions(captions_root: str | os.PathLike, image_root: str = "")
         f"texts have no image in {image_root}",
         "Add the images or remove the texts.",
     )
-    captions = [_captions(os.path.join(captions_root, texts[stem])) for stem in images]
+    captions = [
+        captions_in_text(read_text(os.path.join(captions_root, texts[stem]))) for stem in images
+    ]
     refuse(
         captions_root,
         [texts[stem] for stem, lines in zip(images, captions) if not lines],
@@ -68,7 +65,3 @@ def load_folder_captions(captions_root: str | os.PathLike, image_root: str = "")
 def captions_in_text(text: str) -> list[str]:
     """The lines that are not blank."""
     return [line.strip() for line in text.split("\n") if line.strip()]
-
-
-def _captions(path: str) -> list[str]:
-    return captions_in_text(read_text(path))

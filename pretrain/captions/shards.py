@@ -140,11 +140,7 @@ def _usable_samples(
 
 
 def _report(
-    captions: str,
-    shards: list[str],
-    skipped: Skipped,
-    num_usable: int,
-    max_skipped_share: float,
+    captions: str, shards: list[str], skipped: Skipped, num_usable: int, max_skipped_share: float
 ) -> None:
     for name, reason in skipped:
         logger.warning("%s is skipped: %s.", name, reason)

@@ -4,6 +4,7 @@ import csv
 import io
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator
 
 from virtex_d2.runtime.errors import InputError
@@ -22,8 +23,15 @@ IMAGE_COLUMNS = (
 )
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "sentence", "comment", "description")
 
-# What may stand around all cells alike, and be no part of them.
-_WRAPPERS = (*zip("\"'[({<\u201c\u2018\u00ab", "\"'])}>\u201d\u2019\u00bb"),)
+# What all cells may be alike, and not be meant to.
+_WRAPPERS = {
+    "in quotes": re.compile(
+        "([\"']).*\\1|[\u201c\u2018\u00ab].*[\u201d\u2019\u00bb]", re.S
+    ).fullmatch,
+    "in brackets": re.compile(r"\[.*\]|\(.*\)|\{.*\}|<.*>", re.S).fullmatch,
+    "a number": str.isdigit,
+    "behind ./": re.compile(r"\./").match,
+}
 
 # A line's number, from 1, and its cells.
 Row = tuple[int, list[str]]
@@ -52,9 +60,7 @@ def load_csv_captions(
     advice = (
         "A caption with commas must be in double quotes; columns parted by tabs are the format tsv."
     )
-    rows = comma_rows(path)
-    captions = captions_of_table(path, rows, advice, image_root, caption_key)
-    return _records(path, image_root, captions)
+    return _records(path, comma_rows(path), advice, image_root, caption_key)
 
 
 def load_tsv_captions(
@@ -62,8 +68,7 @@ def load_tsv_captions(
 ) -> Records:
     """As `load_csv_captions`, separated by tabs; quotes are characters like all others."""
     advice = "A caption cannot hold tabs, and columns parted by commas are the format csv."
-    captions = captions_of_table(path, tab_rows(path), advice, image_root, caption_key)
-    return _records(path, image_root, captions)
+    return _records(path, tab_rows(path), advice, image_root, caption_key)
 
 
 def comma_rows(path: str | os.PathLike) -> Iterator[Row]:
@@ -190,19 +195,9 @@ def _warn_of_wrappers(path: str | os.PathLike, captions: dict[str, list[str]]) -
     """Cells are taken as they are; say where all have the same thing around them."""
     texts = [text.strip() for each in captions.values() for text in each]
     for what, cells in (("caption", texts), ("image path", list(captions))):
-        ends = {(cell[0], cell[-1]) for cell in cells if len(cell) > 1}
-        if len(cells) > 1 and len(ends) == 1 and (ends := ends.pop()) in _WRAPPERS:
-            wrapper = f"between {ends[0]} and {ends[1]}"
-        elif what == "caption" and all(map(str.isdigit, cells)):
-            wrapper = "as a number alone"
-        elif what == "image path" and all(cell.startswith("./") for cell in cells):
-            wrapper = "behind ./"
-        else:
-            continue
-        logger.warning(
-            "%s: each %s stands %s, which is taken for a part of it. Remove it if it is none.",
-            *(path, what, wrapper),
-        )
+        for kind, matches in _WRAPPERS.items():
+            if len(cells) > 1 and all(map(matches, cells)):
+                logger.warning("%s: each %s is %s. It is read as it is.", path, what, kind)
 
 
 def add_caption(
@@ -221,8 +216,13 @@ def add_caption(
 
 
 def _records(
-    path: str | os.PathLike, image_root: str | os.PathLike, captions: dict[str, list[str]]
+    path: str | os.PathLike,
+    rows: Iterable[Row],
+    advice: str,
+    image_root: str | os.PathLike,
+    caption_key: str,
 ) -> Records:
+    captions = captions_of_table(path, rows, advice, image_root, caption_key)
     if not captions:
         raise InputError(f"{path}: it lists no images: expected rows of image path and caption.")
     names = list(captions)

@@ -134,12 +134,8 @@ def group(members: Iterable[tuple[str, Content]]) -> Iterator[Sample[Content]]:
 def contents_of(
     sample: Sample[Content], read: Callable[[Content], bytes], caption_key: str = ""
 ) -> tuple[str, Content, list[str]]:
-    """Suffix and content of a sample's image, and its captions, at least one.
-
-    Args:
-        sample: of `group`.
-        read: the bytes of a member.
-        caption_key: of the captions in its JSON; "" is "caption".
+    """Suffix and content of a sample's image, and its captions, at least one; `read` gives a
+    member's bytes, `caption_key` names the captions in its JSON ("" is "caption").
 
     Raises:
         Unusable: it lacks an image or a text, its captions are not UTF-8, or it has a problem.

@@ -62,7 +62,7 @@ ONE, TWO = {"image_id": 7, "caption": "one"}, {"image_id": 8, "caption": "two"}
         ([ONE, TWO, {"image_id": 9, "caption": "x"}], "1 image ids are not in the references: 9"),
         (
             [{"image_id": "7", "caption": "x"}],
-            r'no caption: 8, 7; 1 .*: "7"\. "7" \(a text\) is not 7 ',
+            r'no caption: 8, 7; 1 .*: "7"\. "7" is not 7: one is a text',
         ),
         ([ONE, TWO, ONE], "entry 2: image 7 has a caption already"),
         ([{"image_id": 7}], "entry 0 has no `caption`"),

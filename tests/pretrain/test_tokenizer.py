@@ -161,7 +161,7 @@ def test_a_run_uses_a_vocabulary_as_it_was_learned_and_refuses_to_strip_what_it_
         load_or_train_tokenizer(cfg, [])
     cfg.DATA.TOKENIZER, cfg.DATA.STRIP_ACCENTS = str(tmp_path / "tokenizer.model"), False
     assert load_or_train_tokenizer(cfg, []).strips_accents
-    assert caplog.text.endswith("captions lose theirs (assumed).\n")
+    assert caplog.text.endswith("assumed to be learned without accents: captions lose theirs.\n")
 
 
 @pytest.mark.parametrize(

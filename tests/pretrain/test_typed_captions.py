@@ -150,9 +150,9 @@ def test_what_is_lossless_trains(folder, tokenizer, kind):
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        (("images", 0, "id"), "7", '7. 7 (a number) is not "7" (a text)'),
-        (("annotations", 0, "image_id"), "3", '"3". "3" (a text) is not 3 (a number)'),
-        (("annotations", 1, "image_id"), " 7", '" 7". " 7" (a text) is not 7 (a number)'),
+        (("images", 0, "id"), "7", '7. 7 is not "7": one is a text'),
+        (("annotations", 0, "image_id"), "3", '"3". "3" is not 3: '),
+        (("annotations", 1, "image_id"), " 7", '" 7". " 7" is not 7: '),
         (("annotations", 0, "image_id"), 4, "4. The file is cut short"),
         (("annotations", 0, "image_id"), True, "annotations[0]"),
         (("images", 1, "file_name"), "more/A.JPG", "'more/a.jpg' is there, for 'more/A.JPG'"),

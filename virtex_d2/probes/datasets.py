@@ -58,25 +58,21 @@ def load_datasets(cfg: CfgNode) -> tuple[LabelledImages, LabelledImages]:
 
 
 def _refuse_one_class(train: LabelledImages) -> None:
-    """Every answer would be right.
-
-    Raises:
-        InputError: all images are of one class.
+    """Raises:
+    InputError: all images are of one class, so that every answer would be right.
     """
+    name = train.classes[train.labels[0]]
     if (train.labels != train.labels[0]).any():
         return
-    name = train.classes[train.labels[0]]
     folder = os.path.join(train.source, name)
-    inside = _subfolders(folder) if os.path.isdir(folder) else []
     advice = "Give images of two classes or more."
-    if inside:
+    if os.path.isdir(folder) and (inside := _subfolders(folder)):
         advice = (
             f"It holds the folders {', '.join(inside[:_NAMED])}: if these are the classes, "
             f"DATA.TRAIN is the folder below, {folder}, and DATA.TEST likewise."
         )
     raise InputError(
-        f"{train.source}: all images are of one class, {name!r}: there is nothing to tell apart. "
-        f"{advice}"
+        f"{train.source}: all images are of one class, {name!r}: nothing to tell apart. {advice}"
     )
 
 
@@ -95,8 +91,8 @@ def _read_folders(root: str, split: str) -> LabelledImages:
     """A folder of images, with subfolders or not, for each class: ImageNet's layout."""
     folder = os.path.join(root, split)
     require_folder(folder, "DATA.ROOT with DATA.TRAIN or DATA.TEST")
-    found: dict[str, list[str]] = {name: [] for name in _subfolders(folder)}
-    classes = sorted(found)
+    classes = _subfolders(folder)
+    found: dict[str, list[str]] = {name: [] for name in classes}
     if not classes:
         raise InputError(
             f"{folder}: expected a folder of images for each class, found none in it. The script "
@@ -115,13 +111,13 @@ def _read_folders(root: str, split: str) -> LabelledImages:
     return LabelledImages(
         [file for name in classes for file in found[name]],
         np.repeat(np.arange(len(classes)), [len(found[name]) for name in classes]),
-        tuple(classes),
-        folder,
+        *(tuple(classes), folder),
     )
 
 
 def _subfolders(folder: str) -> list[str]:
-    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+    names = (name for name in os.listdir(folder) if not name.startswith("."))
+    return sorted(name for name in names if os.path.isdir(os.path.join(folder, name)))
 
 
 def _read_inaturalist(root: str, split: str) -> LabelledImages:

@@ -61,8 +61,8 @@ def files_in(folder: str) -> list[str]:
         if here in above:
             return
         for entry in entries:
-            # not entry.is_dir() alone: that raises where a link is its own target
-            if entry.is_dir(follow_symlinks=False) or os.path.isdir(entry.path):
+            # entry.is_dir() would raise where a link is its own target
+            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                 yield from below(entry.path, f"{prefix}{entry.name}/", above | {here})
             else:
                 yield prefix + entry.name
@@ -71,27 +71,24 @@ def files_in(folder: str) -> list[str]:
 
 
 def images_in(folder: str, beside: Collection[str] = ()) -> list[str]:
-    """Those of `files_in` that are images by their suffix; what is left out is logged.
-
-    Args:
-        folder: of images.
-        beside: suffixes, without a dot, of files that belong there as well.
+    """Those of `files_in` that are images by their suffix; others, but those with suffixes that
+    belong `beside` them (such as "txt"), are counted and named in the log.
 
     Raises:
-        InputError: as `files_in`.
+        InputError: there are none, or a folder cannot be listed.
     """
     names = files_in(folder)
     images = [name for name in names if image_suffix(name)]
-    if len(images) < len(names):
-        others = [n for n in names if not image_suffix(n)]
-        others = [n for n in others if n.rpartition(".")[2].lower() not in beside]
-        if others:
-            logger.warning(
-                "%s: %d of %d files are left out, because their names do not end as images' do "
-                "(%s); the first: %s",
-                *(folder, len(others), len(names), ", ".join(IMAGE_SUFFIXES)),
-                ", ".join(others[:10]),
-            )
+    others = [name for name in names if not image_suffix(name)]
+    others = [name for name in others if name.rpartition(".")[2].lower() not in beside]
+    left_out = f"{len(others)} files are left out for their suffix: {', '.join(others[:10])}"
+    if not images:
+        raise InputError(
+            f"{folder}: it has no image: expected files that end in {', '.join(IMAGE_SUFFIXES)}, "
+            f"found none in it{f'; {left_out}' if others else ''}."
+        )
+    if others:
+        logger.warning("%s: %s", folder, left_out)
     return images
 
 
