@@ -36,19 +36,12 @@ class Unusable(Exception):  # noqa: N818 - no error of the program: a sample to 
 
 @dataclass
 class Sample(Generic[Content]):
-    """Members that lie side by side.
-
-    Attributes:
-        key: what their names begin with.
-        parts: each member by its suffix: its bytes, or where they are.
-        problem: why they cannot be told apart; "" where they can.
-        again: whether others of the key lie elsewhere in the shard.
-    """
+    """Members that lie side by side and whose names begin with `key`."""
 
     key: str
-    parts: dict[str, Content] = field(default_factory=dict)
-    problem: str = ""
-    again: bool = False
+    parts: dict[str, Content] = field(default_factory=dict)  # by suffix: bytes, or where they are
+    problem: str = ""  # why they cannot be told apart
+    again: bool = False  # whether others of the key lie elsewhere in the shard
 
 
 def is_pipe(captions: str) -> bool:
