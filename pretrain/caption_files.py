@@ -5,9 +5,11 @@ import os
 from typing import Any
 
 from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.files import read_json
+from virtex_d2.runtime.files import read_json, read_text
 
 from .caption_metrics import Captions
+from .captions.checks import plain_name
+from .captions.coco import as_id, of_another_type
 
 
 def read_references(path: str) -> tuple[Captions, dict[str, list[int | str]]]:
@@ -24,9 +26,12 @@ def read_references(path: str) -> tuple[Captions, dict[str, list[int | str]]]:
     names: dict[str, list[int | str]] = {}
     try:
         for annotation in content["annotations"]:
-            captions.setdefault(annotation["image_id"], []).append(_text(annotation["caption"]))
+            captions.setdefault(_id(annotation["image_id"]), []).append(
+                _text(annotation["caption"])
+            )
         for image in content["images"]:
-            names.setdefault(os.path.basename(image["file_name"]), []).append(image["id"])
+            base = os.path.basename(_text(image["file_name"]))
+            names.setdefault(base, []).append(_id(image["id"]))
     except (KeyError, TypeError) as error:
         raise InputError(
             f"{path}: expected COCO captions: `images` (id, file_name) and `annotations` "
@@ -55,9 +60,10 @@ def read_predictions(
     for place, entry in _entries(path):
         if not isinstance(entry, dict) or not isinstance(entry.get("caption"), str):
             raise InputError(f"{path}: {place} has no `caption`: {json.dumps(entry)[:120]}")
-        image_id = entry["image_id"] if "image_id" in entry else _id_of(entry, names, path, place)
-        if not isinstance(image_id, int | str):
-            raise InputError(f"{path}: {place}: `image_id` {image_id!r} is no number or text.")
+        given = entry.get("image_id")  # null is not given
+        image_id = _id_of(entry, names, path, place) if given is None else as_id(given)
+        if image_id is None:
+            raise InputError(f"{path}: {place}: `image_id` {given!r} is no number or text.")
         if image_id in captions:
             raise InputError(f"{path}: {place}: image {image_id} has a caption already.")
         captions[image_id] = [entry["caption"]]
@@ -66,18 +72,14 @@ def read_predictions(
 
 
 def _entries(path: str) -> list[tuple[str, Any]]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}.") from error
+    text = read_text(path)
     if text.lstrip().startswith("["):
         try:
             return [(f"entry {index}", entry) for index, entry in enumerate(json.loads(text))]
         except ValueError as error:
             raise InputError(f"{path}: expected a JSON list, but it is not: {error}.") from error
     entries = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 entries.append((f"line {number}", json.loads(line)))
@@ -91,16 +93,18 @@ def _id_of(entry: dict, names: dict[str, list[int | str]], path: str, place: str
     found = names.get(name, [])
     if len(found) != 1:
         what = f"{len(found)} images of the references are" if found else "no reference image is"
+        near = next((n for n in names if not found and plain_name(n) == plain_name(name)), "")
+        hint = f" There is {near!r}: names must be the same to the letter." if near else ""
         raise InputError(
-            f"{path}: {place}: {what} called {name!r}. Give each entry the `image_id` of the "
+            f"{path}: {place}: {what} called {name!r}.{hint} Give each entry the `image_id` of the "
             "references."
         )
     return found[0]
 
 
 def _compare(path: str, captions: Captions, references: Captions) -> None:
-    without = [str(image_id) for image_id in references if image_id not in captions]
-    unknown = [str(image_id) for image_id in captions if image_id not in references]
+    without = [json.dumps(image_id) for image_id in references if image_id not in captions]
+    unknown = [json.dumps(image_id) for image_id in captions if image_id not in references]
     problems = []
     if without:
         problems.append(
@@ -109,7 +113,9 @@ def _compare(path: str, captions: Captions, references: Captions) -> None:
     if unknown:
         problems.append(f"{len(unknown)} image ids are not in the references: {_first(unknown)}")
     if problems:
-        raise InputError(f"{path}: {'; '.join(problems)}. Both files must be of the same images.")
+        advice = of_another_type([i for i in captions if i not in references], references)
+        advice = advice or "Both files must be of the same images."
+        raise InputError(f"{path}: {'; '.join(problems)}. {advice}")
 
 
 def _first(ids: list[str]) -> str:
@@ -118,5 +124,11 @@ def _first(ids: list[str]) -> str:
 
 def _text(caption: Any) -> str:
     if not isinstance(caption, str):
-        raise TypeError(f"caption {caption!r}")
+        raise TypeError(f"{caption!r}, which is no text")
     return caption
+
+
+def _id(value: Any) -> int | str:
+    if (image_id := as_id(value)) is None:
+        raise TypeError(f"the id {value!r}, which is no number or text")
+    return image_id

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,9 +25,29 @@ PTB = "Penn Treebank (Stanford CoreNLP 3.4.1, as COCO's protocol has it)"
 SIMPLE = "simple (lower case, runs of letters and digits; NOT comparable with published figures)"
 JAVA_METRICS = ("METEOR", "SPICE")
 
-_WORD = re.compile(
-    r"\w+(?:['\u2019-]\w+)*"
-)  # one with an apostrophe or a hyphen inside is one word
+# one with an apostrophe or a hyphen inside is one word
+_WORD = re.compile(r"[^\s'\u2019-]+(?:['\u2019-][^\s'\u2019-]+)*")
+
+# Scripts that write no spaces between words: Thai and Lao, Tibetan, Myanmar, Khmer, Tai Le to Tai
+# Tham, Kana and Bopomofo, Han, and their extensions. A character is a letter with its marks.
+_BLOCKS = (
+    *((0x0E00, 0x0EFF), (0x0F00, 0x0FFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x1950, 0x19FF)),
+    *((0x1A20, 0x1AAF), (0x3005, 0x3007), (0x3040, 0x312F), (0x31A0, 0x31FF), (0xA9E0, 0xA9FF)),
+    *((0xAA60, 0xAADF), (0xFF66, 0xFF9F), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF)),
+    (0x20000, 0x3FFFF),
+)
+_UNSPACED = "".join(f"{chr(first)}-{chr(last)}" for first, last in _BLOCKS)
+_MARKS = "".join(
+    char
+    for first, last in _BLOCKS[:12]  # Han has none
+    for char in map(chr, range(first, last + 1))
+    if unicodedata.category(char)[0] == "M"
+)
+_CHARACTER = re.compile(f"[{_UNSPACED}][{_MARKS}]*")
+UNSPACED_NOTE = (
+    "Scripts without spaces between words (Han, Kana, Thai, Lao, Khmer, Myanmar, ...) are scored "
+    "by character, not as COCO's tokenizer does, to which a sentence of them is one word."
+)
 
 
 @dataclass
@@ -37,11 +58,13 @@ class CaptionScores:
         tokenizer: `PTB` or `SIMPLE`.
         scores: by name, as fractions (papers print them times 100; CIDEr goes to 10).
         missing: name of each metric that could not be computed -> why.
+        note: what else there is to know about them.
     """
 
     tokenizer: str
     scores: dict[str, float] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    note: str = ""
 
 
 def score_captions(
@@ -50,7 +73,8 @@ def score_captions(
     """Score one caption an image against its references.
 
     BLEU-1 to BLEU-4 (Papineni et al. 2002), ROUGE-L (Lin 2004), CIDEr-D (Vedantam et al., arXiv
-    1411.5726), METEOR 1.5 (Denkowski and Lavie 2014), SPICE (Anderson et al., arXiv 1607.08822).
+    1411.5726), METEOR 1.5 (Denkowski and Lavie 2014), SPICE (Anderson et al., arXiv 1607.08822);
+    the last two for English alone. Texts are compared in NFC, those without spaces by character.
 
     Args:
         candidates: the same ids as `references`, as `read_predictions` checks.
@@ -69,6 +93,7 @@ def score_captions(
             f"Metrics of captions need pycocoevalcap ({error}): pip install -r "
             "requirements-captions.txt"
         ) from error
+    candidates, references = given = _spaced(candidates), _spaced(references)
     java = shutil.which("java")
     reason = "Java is not installed (no `java` on the PATH)"
     tokenized = None
@@ -78,12 +103,21 @@ def score_captions(
         except _JavaError as error:
             reason = f"the tokenizer failed: {error}"
     result = CaptionScores(PTB if tokenized else SIMPLE)
+    foreign = _foreign(references)
+    if any(_CHARACTER.search(t) for each in given for texts in each.values() for t in texts):
+        result.note = UNSPACED_NOTE
     candidates, references = tokenized or [_simple(c) for c in (candidates, references)]
     bleu, _ = Bleu(4).compute_score(references, candidates, verbose=0)
     result.scores.update({f"BLEU-{n}": float(score) for n, score in enumerate(bleu, start=1)})
     result.scores["ROUGE-L"] = float(Rouge().compute_score(references, candidates)[0])
-    result.scores["CIDEr"] = float(Cider().compute_score(references, candidates)[0])
+    if len(references) > 1:
+        result.scores["CIDEr"] = float(Cider().compute_score(references, candidates)[0])
+    else:
+        result.missing["CIDEr"] = "it weighs words by how few images have them, and there is one"
     for name in JAVA_METRICS:
+        if foreign:
+            result.missing[name] = f"it is for English alone, and {foreign}"
+            continue
         if not tokenized:
             result.missing[name] = reason
             continue
@@ -98,11 +132,31 @@ class _JavaError(Exception):
     """A program that needs Java failed; the message says why."""
 
 
-def _simple(captions: Captions) -> Captions:
+def _spaced(captions: Captions) -> Captions:
+    """In NFC, with characters of `_BLOCKS` as words of their own."""
     return {
-        image_id: [" ".join(_WORD.findall(text.lower())) for text in texts]
+        image_id: [_CHARACTER.sub(r" \g<0> ", unicodedata.normalize("NFC", t)) for t in texts]
         for image_id, texts in captions.items()
     }
+
+
+def _foreign(captions: Captions) -> str:
+    """That most letters are of another script than English's; "" where they are not."""
+    letters = [c for texts in captions.values() for text in texts for c in text if c.isalpha()]
+    others = sum(not unicodedata.name(c, "").startswith("LATIN") for c in letters)
+    return f"{others} of {len(letters)} letters are not Latin" if 2 * others > len(letters) else ""
+
+
+def _simple(captions: Captions) -> Captions:
+    return {
+        image_id: [" ".join(_WORD.findall("".join(map(_letter, text.lower())))) for text in texts]
+        for image_id, texts in captions.items()
+    }
+
+
+def _letter(char: str) -> str:
+    """Letters and their marks, digits, and what may stand inside a word; a blank for the rest."""
+    return char if char in "_'\u2019-" or unicodedata.category(char)[0] in "LMN" else " "
 
 
 def _ptb(captions: Captions, timeout: float) -> Captions:

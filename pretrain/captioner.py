@@ -16,7 +16,7 @@ from virtex_d2.runtime.config import load_config
 from virtex_d2.runtime.device import resolve_device
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import read_checkpoint, require_file
-from virtex_d2.runtime.images import IMAGE_SUFFIXES, read_image
+from virtex_d2.runtime.images import images_in, read_image
 
 from .augment import EvalTransform
 from .colors import normalize
@@ -103,17 +103,7 @@ def list_images(arguments: Iterable[str], stdin: TextIO) -> Iterator[str]:
         if argument == "-":
             yield from (line.rstrip("\n") for line in stdin if line.strip())
         elif os.path.isdir(argument):
-            found = sorted(
-                os.path.join(folder, name)
-                for folder, _, names in os.walk(argument)
-                for name in names
-                if name.rpartition(".")[2].lower() in IMAGE_SUFFIXES
-            )
-            if not found:
-                raise InputError(
-                    f"{argument}: the folder has no image ({', '.join(IMAGE_SUFFIXES)})."
-                )
-            yield from found
+            yield from (os.path.join(argument, name) for name in images_in(argument))
         else:
             yield argument
 

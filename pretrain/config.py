@@ -104,6 +104,12 @@ _C.DATA.STREAM_BLOCK = 100
 _C.DATA.TOKENIZER = ""
 # Pieces of a tokenizer that is trained here; a given tokenizer brings its own number.
 _C.DATA.VOCAB_SIZE = 10000
+# A tokenizer that is trained here learns from captions without accents (NFKD, combining marks
+# removed), as VirTex's do: for English alone. False: NFC, every letter is kept. A given tokenizer
+# says itself which of both it needs.
+_C.DATA.STRIP_ACCENTS = False
+# The caption's column in a table, or its key in a shard's JSON. Empty: a known name; "caption".
+_C.DATA.CAPTION_KEY = ""
 # Crop side in pixels.
 _C.DATA.IMAGE_SIZE = 224
 # Random resized crop: range of the area kept (fraction) and of the aspect ratio.

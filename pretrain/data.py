@@ -21,6 +21,7 @@ from .sources import stream_plan, training_records, validation_records
 from .stream import CaptionStream, StreamLoader
 from .targets import sample_targets
 from .tokenizer import Tokenizer, train_tokenizer
+from .vocabulary import merge_warning
 
 logger = logging.getLogger(__name__)
 
@@ -109,12 +110,14 @@ def build_data(cfg: CfgNode, with_training_data: bool = True) -> PretrainData:
 def load_or_train_tokenizer(cfg: CfgNode, records: Sequence[CaptionRecord]) -> Tokenizer:
     """DATA.TOKENIZER, else that of OUTPUT_DIR's checkpoint, else one trained on the captions.
 
+    A vocabulary that is there already is used as it was learned, with or without accents.
+
     Raises:
-        InputError: there is neither a tokenizer nor captions to train one, or the captions are too
-            few for DATA.VOCAB_SIZE.
+        InputError: there is neither a tokenizer nor captions to train one, the captions are too
+            few for DATA.VOCAB_SIZE, or the tokenizer has accents and DATA.STRIP_ACCENTS wants none.
     """
     if cfg.DATA.TOKENIZER:
-        return Tokenizer(cfg.DATA.TOKENIZER)
+        return _as_learned(cfg, cfg.DATA.TOKENIZER)
     path = os.path.join(cfg.OUTPUT_DIR, "tokenizer.model")
     if not (has_checkpoint(cfg.OUTPUT_DIR) and os.path.isfile(path)):
         if not records:
@@ -123,10 +126,25 @@ def load_or_train_tokenizer(cfg: CfgNode, records: Sequence[CaptionRecord]) -> T
                 "the one that the model was trained with as DATA.TOKENIZER."
             )
         if comm.is_main_process():  # also where a run that never saved left one behind
-            captions = (caption for record in records for caption in record.captions)
-            train_tokenizer(captions, cfg.DATA.VOCAB_SIZE, path)
+            captions = [caption for record in records for caption in record.captions]
+            strip = cfg.DATA.STRIP_ACCENTS
+            if strip and (warning := merge_warning(captions)):
+                logger.warning(warning)
+            train_tokenizer(captions, cfg.DATA.VOCAB_SIZE, path, strip)
         comm.synchronize()
-    return Tokenizer(path)
+    return _as_learned(cfg, path)
+
+
+def _as_learned(cfg: CfgNode, path: str) -> Tokenizer:
+    tokenizer = Tokenizer(path)
+    if cfg.DATA.STRIP_ACCENTS and not tokenizer.strips_accents:
+        raise InputError(
+            f"DATA.STRIP_ACCENTS True: {path} was learned from captions with their accents. Set it "
+            "to False, or name a vocabulary that was learned without."
+        )
+    if tokenizer.strips_accents and not cfg.DATA.STRIP_ACCENTS:
+        logger.info("%s is assumed to be learned without accents: captions lose theirs.", path)
+    return tokenizer
 
 
 def _labels(cfg: CfgNode, split: str, records: Sequence[CaptionRecord]) -> ImageLabels:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from .captions import CaptionRecord
-from .captions.tars import Unusable, captions_of, group, image_of, stream_members
+from .captions.tars import Unusable, contents_of, group, stream_members
 from .randomness import Stream, generator
 
 # How many samples and shards in a row may be unusable before a lane gives up.
@@ -51,6 +51,7 @@ class Plan:
         fraction: of the samples, chosen by their keys.
         captions_per_image: at most so many of each, chosen by key and number; 0 keeps all.
         subset_seed: of both choices: smaller sets lie inside larger ones.
+        caption_key: of the captions in samples' JSON; "" is "caption".
     """
 
     shards: tuple[str, ...]
@@ -60,6 +61,7 @@ class Plan:
     fraction: float = 1.0
     captions_per_image: int = 0
     subset_seed: int = 0
+    caption_key: str = ""
     _orders: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -176,18 +178,18 @@ class Lane:
         shard = self._plan.shard(self._number + self._reading.shard * self._plan.lanes)
         skip, place, reason = self._reading.sample, 0, ""
         try:
-            for place, (key, parts) in enumerate(group(stream_members(shard)), 1):
+            for place, sample in enumerate(group(stream_members(shard)), 1):
                 if place <= skip:
                     continue
                 self._reading = replace(self._reading, sample=place)
                 try:
-                    suffix, image = image_of(parts)
-                    captions = self._plan.chosen(key, captions_of(parts, bytes))
+                    suffix, image, found = contents_of(sample, bytes, self._plan.caption_key)
                 except Unusable as error:
-                    yield f"{shard}/{key}", str(error)
+                    yield f"{shard}/{sample.key}", str(error)
                     continue
-                name = f"{shard}/{key}.{suffix}"
-                yield CaptionRecord(key, name, captions, image) if captions else None
+                captions = self._plan.chosen(sample.key, found)
+                name = f"{shard}/{sample.key}.{suffix}"
+                yield CaptionRecord(sample.key, name, captions, image) if captions else None
         except Unusable as error:
             reason = str(error)
         self._reading = Cursor(self._reading.shard + 1)

@@ -13,10 +13,10 @@ from PIL import Image
 
 from virtex_d2.runtime.atomic import atomic_path
 from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.images import read_image
+from virtex_d2.runtime.images import image_suffix, read_image
 from virtex_d2.runtime.parent import end_with_parent
 
-_JPEG_SUFFIXES = (".jpg", ".jpeg")
+_JPEG_SUFFIXES = ("jpg", "jpeg", "jfif", "jpe")
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,11 @@ def _encoded(image: Image.Image, name: str, settings: Settings) -> bytes | None:
     # sizes are halved by averaging first, as long as twice the size is left: faster, and hardly
     # different
     image = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2.0)
-    suffix = os.path.splitext(name)[1].lower()
+    suffix = image_suffix(name)
     options = {"optimize": True, "restart_marker_blocks": 1} if suffix in _JPEG_SUFFIXES else {}
     stream = io.BytesIO()
     try:
-        kind = Image.registered_extensions()[suffix]
+        kind = Image.registered_extensions()[f".{suffix}"]
         image.save(stream, kind, quality=settings.quality, **options)
     except (OSError, ValueError):  # more pixels in a row than the format takes
         return None

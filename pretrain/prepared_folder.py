@@ -23,7 +23,7 @@ from tqdm import tqdm
 from virtex_d2.runtime.atomic import TEMPORARY_PREFIX, atomic_path
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import read_json
-from virtex_d2.runtime.images import IMAGE_SUFFIXES
+from virtex_d2.runtime.images import images_in
 from virtex_d2.runtime.lock import NAME as LOCK
 from virtex_d2.runtime.lock import RunLock
 
@@ -75,7 +75,9 @@ def prepare_folder(
         raise InputError(f"--workers {workers}: expected 1 or more.")
     if os.path.commonpath([source, dest]) == source:
         raise InputError(f"{dest}: lies in the images' folder {source}. Choose one beside it.")
-    names = _image_names(source)
+    if not os.path.isdir(source):
+        raise InputError(f"{source}: expected a folder of images, found none.")
+    names = images_in(source)
     folder = _Folder(dest, settings)
     lost: list[InputError] = []
     try:
@@ -212,30 +214,6 @@ class _Folder:
 def _is_passing(name: str) -> bool:
     """Whether a file is there only while a run writes, or was killed."""
     return name.startswith(TEMPORARY_PREFIX) or name == LOCK
-
-
-def _image_names(source: str) -> list[str]:
-    """Relative names of all images, sorted."""
-    if not os.path.isdir(source):
-        raise InputError(f"{source}: expected a folder of images, found none.")
-    names = []
-    for folder, subfolders, files in os.walk(source, followlinks=True):
-        here = os.path.realpath(folder)
-        links = {name: os.path.realpath(os.path.join(folder, name)) for name in subfolders}
-        # a link to a folder that it lies in would never end
-        subfolders[:] = [
-            name for name, target in links.items() if os.path.commonpath([here, target]) != target
-        ]
-        names += [
-            os.path.relpath(os.path.join(folder, file), source)
-            for file in files
-            if file.rpartition(".")[2].lower() in IMAGE_SUFFIXES
-        ]
-    if not names:
-        raise InputError(
-            f"{source}: expected images (.{', .'.join(IMAGE_SUFFIXES)}), found none in it."
-        )
-    return sorted(names)
 
 
 def _prepared(

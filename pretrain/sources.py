@@ -10,6 +10,7 @@ from detectron2.utils import comm
 from virtex_d2.runtime.errors import InputError
 
 from .captions import (
+    KEYED_FORMATS,
     SPLIT_FORMATS,
     CaptionRecord,
     MixedRecords,
@@ -85,6 +86,7 @@ def stream_plan(cfg: CfgNode) -> Plan | None:
         data.FRACTION,
         data.CAPTIONS_PER_IMAGE,
         data.SUBSET_SEED,
+        data.CAPTION_KEY,
     )
 
 
@@ -150,7 +152,9 @@ def _is_source(entry: object) -> bool:
 
 def _source(cfg: CfgNode, source_format: str, captions: str, images: str, split: str) -> Source:
     index_dir = cfg.DATA.INDEX_DIR or cfg.OUTPUT_DIR
-    return Source(source_format, captions, images, split, index_dir, cfg.DATA.MAX_SKIPPED_SHARE)
+    key = cfg.DATA.CAPTION_KEY if source_format in KEYED_FORMATS else ""
+    share = cfg.DATA.MAX_SKIPPED_SHARE
+    return Source(source_format, captions, images, split, index_dir, share, key)
 
 
 def _load(source: Source, key: str) -> Records:

@@ -28,6 +28,7 @@ from virtex_d2.runtime.disk import stop_where_disk_is_full
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.evaluations import MetricsWriter
 from virtex_d2.runtime.hooks import PeriodicCheckpointer
+from virtex_d2.runtime.last_checkpoint import has_checkpoint
 from virtex_d2.runtime.launch import wrap_ddp
 from virtex_d2.runtime.randomness import place_seed
 from virtex_d2.runtime.retention import Retention
@@ -277,10 +278,13 @@ class PretrainTrainer(StoppableTrainer):
         if all(map(math.isfinite, (v for k, v in numbers.items() if "loss" in k or not scaled))):
             return
         found = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
+        folder = self.cfg.OUTPUT_DIR
+        kept = f"The last checkpoint in {folder} is from before"
+        kept = kept if has_checkpoint(folder) else f"{folder} has no checkpoint yet"
         raise InputError(
-            f"Losses or gradients are not finite at iteration {iteration}: {found}. Checkpoints in "
-            f"{self.cfg.OUTPUT_DIR} are from before: lower SOLVER.CNN_LR or SOLVER.BASE_LR, "
-            "lengthen SOLVER.WARMUP_ITERS, or compute in float32 (SOLVER.AMP.ENABLED False)."
+            f"Losses or gradients are not finite at iteration {iteration}: {found}. "
+            f"{kept}: lower SOLVER.CNN_LR or SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS, or "
+            "compute in float32 (SOLVER.AMP.ENABLED False)."
         )
 
     def _losses(self, batch: dict) -> dict[str, torch.Tensor]:

@@ -1,12 +1,12 @@
 """How well a vocabulary fits the captions that it was trained on."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from .tokenizer import SPECIAL_PIECES, Tokenizer
+from .tokenizer import SPECIAL_PIECES, Tokenizer, normalize_caption
 
 LONGEST = 30  # tokens that VirTex keeps of a caption, [SOS] and [EOS] included
 # A rule of thumb: the embedding of a piece that is seen more seldom is hardly trained.
@@ -82,4 +82,18 @@ def summarise(tokenizer: Tokenizer, captions: Iterable[str]) -> VocabularySummar
         unknown_tokens=counts[Tokenizer.pad_id],
         share_seldom=float((seen < SELDOM).mean()),
         share_unused=float((seen == 0).mean()),
+    )
+
+
+def merge_warning(captions: Iterable[str]) -> str:
+    """Which words become one where accents are stripped; "" where none do."""
+    forms = defaultdict(list)
+    for word in sorted({word for text in captions for word in normalize_caption(text).split()}):
+        forms[normalize_caption(word, strip_accents=True)].append(word)
+    merged = [" = ".join(words) for words in forms.values() if len(words) > 1]
+    if not merged:
+        return ""
+    return (
+        f"Without accents {len(merged)} words become the same as others: {', '.join(merged[:10])}. "
+        "DATA.STRIP_ACCENTS False keeps them apart."
     )

@@ -38,6 +38,7 @@ def test_a_config_of_the_paper_is_what_its_name_says_on_the_papers_recipe(name):
     assert (solver.MAX_ITER, solver.WARMUP_ITERS, solver.IMS_PER_BATCH) == (500000, 10000, 256)
     assert (solver.WEIGHT_DECAY, solver.CLIP_GRAD_NORM) == (1e-4, 10.0)
     assert solver.LOOKAHEAD.ENABLED
+    assert cfg.DATA.STRIP_ACCENTS, "as the released vocabularies"
     assert not any(cfg.MODEL.CAPTIONING.values()), "the paper knows none of these additions"
     with torch.device("meta"):  # sizes without memory
         model = build_objective(cfg, 10000)

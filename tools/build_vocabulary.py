@@ -25,6 +25,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--split", default="", help="as DATA.TRAIN_SPLIT")
     parser.add_argument("--output", required=True, help="the SentencePiece model to write")
     parser.add_argument("--vocab-size", type=int, default=10_000, help="pieces; default 10000")
+    parser.add_argument("--strip-accents", action="store_true", help="as DATA.STRIP_ACCENTS")
+    parser.add_argument("--caption-key", default="", help="as DATA.CAPTION_KEY")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="of the summary")
     return parser.parse_args()
@@ -35,7 +37,7 @@ def main() -> None:
     # after parsing: --help need not wait for torch
     from pretrain.captions import Source, load_records
     from pretrain.tokenizer import Tokenizer, train_tokenizer
-    from pretrain.vocabulary import summarise
+    from pretrain.vocabulary import merge_warning, summarise
     from virtex_d2.runtime.errors import InputError, exit_on_input_error
 
     with exit_on_input_error():
@@ -50,15 +52,17 @@ def main() -> None:
             args.images,
             args.split,
             index_dir=os.path.dirname(args.output) or ".",
+            caption_key=args.caption_key,
         )
         captions = load_records(source, "--data-format").captions
-        train_tokenizer(captions, args.vocab_size, args.output)
+        train_tokenizer(captions, args.vocab_size, args.output, args.strip_accents)
         summary = summarise(Tokenizer(args.output), captions)
         if args.format == "json":
             print(json.dumps(dataclasses.asdict(summary)))
         else:
             print("\n".join(summary.lines()))
-        if warning := summary.warning():
+        merged = merge_warning(captions) if args.strip_accents else ""
+        for warning in filter(None, (summary.warning(), merged)):
             print(f"warning: {warning}", file=sys.stderr)
 
 

@@ -47,6 +47,8 @@ def main() -> None:
             print(json.dumps({"images": len(candidates), **dataclasses.asdict(result)}))
             return
         print(f"{len(candidates)} images; tokenizer: {result.tokenizer}")
+        if result.note:
+            print(result.note)
         for name, score in result.scores.items():
             print(f"{name:8} {score:.4f}")
         for name, reason in result.missing.items():

@@ -1,6 +1,7 @@
 """What the readers of annotation files check alike, and how they say what is wrong."""
 
 import os
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 from virtex_d2.runtime.errors import InputError
@@ -61,13 +62,35 @@ def refuse_absent(
         if folder not in present:
             present[folder] = _names_in(os.path.join(root, folder))
         if base not in present[folder]:
-            absent.append(os.path.join(root, name))
+            absent.append(name)
+    advice = "Check the folder of images, or remove them from the file."
+    for name in absent[:10]:
+        if near := near_name(name, root):
+            advice = f"{near!r} is there, for {name!r}: names must be the same to the letter."
+            break
     refuse(
         annotations,
-        absent,
+        (os.path.join(root, name) for name in absent),
         f"of its {len(names)} images are not on the disk",
-        "Check the folder of images, or remove them from the file.",
+        advice,
     )
+
+
+def near_name(name: str, root: str | os.PathLike) -> str:
+    """A file that differs from a name that is not there in case, suffix, leading zeros, quotes,
+    Unicode form or in lying in `root` itself; "" where there is none."""
+    folder, base = os.path.split(name)
+    for place in dict.fromkeys((folder, "")):
+        for other in sorted(_names_in(os.path.join(root, place))):
+            if plain_name(other) == plain_name(base):
+                return os.path.join(place, other)
+    return ""
+
+
+def plain_name(name: str) -> str:
+    """What names of files have in common that differ as `near_name` says."""
+    name = unicodedata.normalize("NFC", name).casefold().strip(" \"'")
+    return os.path.splitext(name)[0].lstrip("0") or "0"
 
 
 def _names_in(folder: str) -> set[str]:

@@ -3,7 +3,7 @@
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from operator import itemgetter
 from typing import Any
 
@@ -48,20 +48,21 @@ def load_coco_captions(json_path: str | os.PathLike, image_root: str | os.PathLi
     )
     names: dict[int | str, str] = {}
     repeated = []
-    for image in images:
-        if image["id"] in names:
-            repeated.append(f"{image['id']} of {names[image['id']]} and {image['file_name']}")
-        names[image["id"]] = image["file_name"]
+    for image_id, name in ((as_id(image["id"]), image["file_name"]) for image in images):
+        if image_id in names:
+            repeated.append(f"{image_id} of {names[image_id]} and {name}")
+        names[image_id] = name
     refuse(json_path, repeated, "image ids are given twice", "Give each image an id of its own.")
 
     captions: dict[int | str, list[str]] = defaultdict(list)
     for image_id, caption in map(itemgetter("image_id", "caption"), annotations):
         captions[image_id].append(caption)
+    unknown = [image_id for image_id in captions if image_id not in names]
     refuse(
         json_path,
-        [str(image_id) for image_id in captions if image_id not in names],
+        map(json.dumps, unknown),
         "image ids of `annotations` are not in `images`",
-        "The file is cut short, or two files were mixed.",
+        of_another_type(unknown, names) or "The file is cut short, or two files were mixed.",
     )
     refuse(
         json_path,
@@ -108,10 +109,29 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and value != "" and not value.isspace()
 
 
+def as_id(value: Any) -> int | str | None:
+    """An id as JSON can write it, 96.0 for 96; None where it is none."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int | str) and not isinstance(value, bool) else None
+
+
+def of_another_type(unknown: Iterable[int | str], known: Iterable[int | str]) -> str:
+    """What to do where ids are known but for their type; "" where they are not."""
+    texts = {str(image_id): image_id for image_id in known}
+    for image_id in unknown:
+        if (other := texts.get(str(image_id).strip())) is not None:
+            return (
+                f"{json.dumps(image_id)} is not {json.dumps(other)}: one is a text, or has blanks. "
+                "Write ids alike in both places."
+            )
+    return ""
+
+
 def _is_image(image: Any) -> bool:
     return (
         isinstance(image, dict)
-        and isinstance(image.get("id"), int | str)
+        and as_id(image.get("id")) is not None
         and isinstance(image.get("file_name"), str)
         and image["file_name"] != ""
     )
@@ -120,7 +140,7 @@ def _is_image(image: Any) -> bool:
 def _is_caption(annotation: Any) -> bool:
     return (
         isinstance(annotation, dict)
-        and isinstance(annotation.get("image_id"), int | str)
+        and as_id(annotation.get("image_id")) is not None
         and is_text(annotation.get("caption"))
     )
 

@@ -8,7 +8,7 @@ from virtex_d2.runtime.errors import InputError
 
 from .checks import refuse, refuse_absent
 from .records import Records
-from .tables import Row, add_caption, captions_of_table, comma_rows, text_lines
+from .tables import Row, add_caption, captions_of_table, comma_rows, header_columns, text_lines
 
 # Flickr8k.token.txt and results_20130124.token: image, "#", the caption's number, tab, caption.
 _TOKEN_LINE = re.compile(r"(?P<image>[^\t#]+)#\d+\t(?P<caption>.*)", re.DOTALL)
@@ -19,7 +19,10 @@ _BAR_HEADER = re.compile(r"image_name\s*\|")
 
 
 def load_flickr_captions(
-    path: str | os.PathLike, image_root: str | os.PathLike, split: str = ""
+    path: str | os.PathLike,
+    image_root: str | os.PathLike,
+    split: str = "",
+    caption_key: str = "",
 ) -> Records:
     """Read captions.txt, Flickr8k.token.txt, results_20130124.token or results.csv.
 
@@ -28,6 +31,7 @@ def load_flickr_captions(
         image_root: the folder of all images.
         split: a text file that names the images to take, one a line, with or without suffix (such
             as Flickr_8k.trainImages.txt); "" takes all.
+        caption_key: the caption's column, where commas part them; "" is one of a known name.
 
     Returns:
         A record for each image, in the order of the caption file; its id is its name.
@@ -42,7 +46,9 @@ def load_flickr_captions(
     elif _TOKEN_LINE.fullmatch(first):
         captions = _captions_by_line(path, _TOKEN_LINE, "image#number<TAB>caption")
     else:
-        captions = captions_of_table(path, _two_columns(path), "Expected image,caption.")
+        rows = _with_unquoted_commas(path, caption_key)
+        advice = "Expected image,caption."
+        captions = captions_of_table(path, rows, advice, image_root, caption_key)
     if not captions:
         raise InputError(f"{path}: it lists no images. Is it a caption file of Flickr8k or 30k?")
     if split:
@@ -69,10 +75,25 @@ def _captions_by_line(
     return captions
 
 
-def _two_columns(path: str | os.PathLike) -> Iterator[Row]:
-    """Rows of captions.txt, which does not quote every caption that has commas."""
-    for number, (image, *caption) in comma_rows(path):
-        yield number, [image, ",".join(caption)] if caption else [image]
+def _with_unquoted_commas(path: str | os.PathLike, caption_key: str) -> Iterator[Row]:
+    """Rows of captions.txt, which does not quote every caption that has commas: what is more than
+    its header's columns belongs to a caption that is the last of them.
+
+    Raises:
+        InputError: there is no header, and a number stands where the caption should begin.
+    """
+    last = 1
+    for place, (line, cells) in enumerate(comma_rows(path)):
+        header = header_columns(path, cells, caption_key) if place == 0 else None
+        if header:
+            last = len(cells) - 1 if header[1] == len(cells) - 1 else len(cells)
+        elif last == 1 and len(cells) > 2 and cells[1].strip().isdigit():
+            raise InputError(
+                f"{path}, line {line}: expected image,caption, found three columns with a number "
+                f"as the second: {str(cells)[:120]}. Write a header line that names the columns, "
+                "such as image,number,caption."
+            )
+        yield line, cells[:last] + ([",".join(cells[last:])] if cells[last:] else [])
 
 
 def _images_of_split(

@@ -25,6 +25,8 @@ class Source:
         split: which part, in the formats of `SPLIT_FORMATS`.
         index_dir: where an index of shards is kept.
         max_skipped_share: the fraction of shards' samples that may be unusable.
+        caption_key: where captions are, in the formats of `KEYED_FORMATS`; "" is where they
+            usually are.
     """
 
     format: str
@@ -33,20 +35,25 @@ class Source:
     split: str = ""
     index_dir: str = "."
     max_skipped_share: float = 0.01
+    caption_key: str = ""
 
 
 # A reader for each format.
 FORMATS: dict[str, Callable[[Source], Records]] = {
     "coco": lambda s: load_coco_captions(s.captions, s.images),
     "karpathy": lambda s: load_karpathy_captions(s.captions, s.images, s.split),
-    "flickr": lambda s: load_flickr_captions(s.captions, s.images, s.split),
-    "csv": lambda s: load_csv_captions(s.captions, s.images),
-    "tsv": lambda s: load_tsv_captions(s.captions, s.images),
+    "flickr": lambda s: load_flickr_captions(s.captions, s.images, s.split, s.caption_key),
+    "csv": lambda s: load_csv_captions(s.captions, s.images, s.caption_key),
+    "tsv": lambda s: load_tsv_captions(s.captions, s.images, s.caption_key),
     "folder": lambda s: load_folder_captions(s.captions, s.images),
-    "webdataset": lambda s: load_shards(s.captions, s.index_dir, s.max_skipped_share),
+    "webdataset": lambda s: load_shards(
+        s.captions, s.index_dir, s.max_skipped_share, s.caption_key
+    ),
 }
 # Those whose annotations hold several splits.
 SPLIT_FORMATS = ("karpathy", "flickr")
+# Those in which the caption's column or key can be named.
+KEYED_FORMATS = ("flickr", "csv", "tsv", "webdataset")
 
 
 def load_records(source: Source, key: str = "DATA.FORMAT") -> Records:
@@ -69,5 +76,10 @@ def load_records(source: Source, key: str = "DATA.FORMAT") -> Records:
             f"{source.captions}: the split {source.split!r} was asked for, but the format "
             f"{source.format} has no splits, only {' and '.join(SPLIT_FORMATS)} have. Leave "
             "DATA.TRAIN_SPLIT or DATA.VAL_SPLIT empty."
+        )
+    if source.caption_key and source.format not in KEYED_FORMATS:
+        raise InputError(
+            f"{source.captions}: the key {source.caption_key!r} was asked for, but of the format "
+            f"{source.format} no other is read. Those with keys are {', '.join(KEYED_FORMATS)}."
         )
     return FORMATS[source.format](source)

@@ -7,8 +7,11 @@ from typing import Any
 from virtex_d2.runtime.errors import InputError
 
 from .checks import read_annotations, refuse, refuse_absent
-from .coco import elements, is_text, list_of
+from .coco import as_id, elements, is_text, list_of
 from .records import Records
+
+# What an image is known by: the first that is given.
+_IDS = ("cocoid", "imgid", "filename")
 
 
 def load_karpathy_captions(
@@ -44,14 +47,14 @@ def load_karpathy_captions(
             "Name one of these as DATA.TRAIN_SPLIT or DATA.VAL_SPLIT, or several joined by '+'."
         )
     images = [image for image in images if image["split"] in wanted]
-    ids = [image.get("cocoid", image.get("imgid", image["filename"])) for image in images]
+    ids = [next(i for i in map(as_id, map(image.get, _IDS)) if i is not None) for image in images]
     refuse(
         json_path,
         [str(image_id) for image_id, count in Counter(ids).items() if count > 1],
         "image ids are given twice",
         "Give each image an id (`cocoid`, else `imgid`) of its own.",
     )
-    names = [os.path.join(image.get("filepath", ""), image["filename"]) for image in images]
+    names = [os.path.join(image.get("filepath") or "", image["filename"]) for image in images]
     refuse_absent(names, json_path, image_root)
     captions = [[sentence["raw"] for sentence in image["sentences"]] for image in images]
     return Records.of_files(ids, names, captions, image_root)
@@ -61,10 +64,9 @@ def _is_image(image: Any) -> bool:
     return (
         isinstance(image, dict)
         and is_text(image.get("filename"))
-        and isinstance(image.get("filepath", ""), str)
+        and isinstance(image.get("filepath"), str | None)
         and is_text(image.get("split"))
-        and isinstance(image.get("cocoid", 0), int | str)
-        and isinstance(image.get("imgid", 0), int | str)
+        and all(as_id(image[key]) is not None for key in _IDS if image.get(key) is not None)
         and isinstance(image.get("sentences"), list)
         and len(image["sentences"]) > 0
         and all(isinstance(s, dict) and is_text(s.get("raw")) for s in image["sentences"])

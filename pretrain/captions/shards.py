@@ -18,24 +18,27 @@ from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import read_safetensors, write_safetensors
 
 from .records import PackedText, Records, offsets, pack_ids
-from .tars import Unusable, captions_of, file_members, group, image_of, is_pipe, list_shards
+from .tars import Unusable, contents_of, file_members, group, is_pipe, list_shards
 
 logger = logging.getLogger(__name__)
 
 _FORMAT = "pretrain.shard_index"
-_VERSION = "1"
+_VERSION = "2"
 
 # Name and reason of samples and shards that cannot be used.
 Skipped = list[tuple[str, str]]
 
 
-def load_shards(captions: str, index_dir: str | os.PathLike, max_skipped_share: float) -> Records:
+def load_shards(
+    captions: str, index_dir: str | os.PathLike, max_skipped_share: float, caption_key: str = ""
+) -> Records:
     """Records of tar shards, in the shards' order; the id is the sample's key.
 
     Args:
         captions: which shards: see `list_shards`.
         index_dir: where the index is, or is written.
         max_skipped_share: the fraction of samples that may lack image or caption, or be cut off.
+        caption_key: of the captions in samples' JSON; "" is "caption".
 
     Raises:
         InputError: there is no shard, one is missing, or more than that fraction is unusable.
@@ -50,15 +53,15 @@ def load_shards(captions: str, index_dir: str | os.PathLike, max_skipped_share: 
     repeated = [shard for shard, count in Counter(shards).items() if count > 1]
     if repeated:
         raise InputError(f"{captions}: the shard {repeated[0]} is named twice. Name it once.")
-    stamp = json.dumps([[shard, *_size_and_time(shard)] for shard in shards])
+    stamp = json.dumps([[shard, *_size_and_time(shard)] for shard in shards] + [caption_key])
     path = index_path(shards, index_dir)
     found = _read_index(path, stamp)
     if found is None:
-        found = _read_shards(shards)
+        found = _read_shards(shards, caption_key)
         _write_index(path, stamp, *found)
         logger.info("Wrote the index of %d shards to %s.", len(shards), path)
     records, skipped = found
-    _report(captions, skipped, len(records), max_skipped_share)
+    _report(captions, shards, skipped, len(records), max_skipped_share)
     return records
 
 
@@ -84,13 +87,13 @@ def _size_and_time(shard: str) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _read_shards(shards: list[str]) -> tuple[Records, Skipped]:
+def _read_shards(shards: list[str], caption_key: str) -> tuple[Records, Skipped]:
     """Every shard's members: headers of all, contents of texts."""
     ids, names, captions, counts, root_of, spans = [], [], [], [], [], []
     skipped: Skipped = []
     for number, shard in enumerate(shards):
         try:
-            for key, suffix, span, texts in _usable_samples(shard, skipped):
+            for key, suffix, span, texts in _usable_samples(shard, skipped, caption_key):
                 ids.append(key)
                 names.append(f"{key}.{suffix}")
                 captions += texts
@@ -114,7 +117,7 @@ def _read_shards(shards: list[str]) -> tuple[Records, Skipped]:
 
 
 def _usable_samples(
-    shard: str, skipped: Skipped
+    shard: str, skipped: Skipped, caption_key: str
 ) -> Iterator[tuple[str, str, tuple[int, int], list[str]]]:
     """Key, image's suffix and span, and captions of samples; the others are added to `skipped`.
 
@@ -127,28 +130,33 @@ def _usable_samples(
             file.seek(span[0])
             return file.read(span[1])
 
-        for key, parts in group(file_members(shard)):
+        for sample in group(file_members(shard)):
             try:
-                suffix, span = image_of(parts)
-                captions = captions_of(parts, read)
+                suffix, span, captions = contents_of(sample, read, caption_key)
             except Unusable as error:
-                skipped.append((f"{shard}/{key}", str(error)))
+                skipped.append((f"{shard}/{sample.key}", str(error)))
             else:
-                yield key, suffix, span, captions
+                yield sample.key, suffix, span, captions
 
 
-def _report(captions: str, skipped: Skipped, num_usable: int, max_skipped_share: float) -> None:
+def _report(
+    captions: str, shards: list[str], skipped: Skipped, num_usable: int, max_skipped_share: float
+) -> None:
     for name, reason in skipped:
         logger.warning("%s is skipped: %s.", name, reason)
     total = num_usable + len(skipped)
     if len(skipped) > max_skipped_share * total or not num_usable:
-        first = "; ".join(f"{name}: {reason}" for name, reason in skipped[:10])
+        kinds = {entry[1]: entry for entry in reversed(skipped)}  # the first of each reason
+        named = sorted(skipped, key=lambda entry: kinds[entry[1]] is not entry)
+        first = "; ".join(f"{name}: {reason}" for name, reason in named[:10])
+        limit = ""
         if num_usable:
             limit = f", a larger share than DATA.MAX_SKIPPED_SHARE {max_skipped_share}"
             advice = "Download or write the shards again, or raise DATA.MAX_SKIPPED_SHARE."
-        else:
-            limit = ""
+        elif all(name in shards for name, _ in skipped):
             advice = "Are these uncompressed tar shards? DATA.FORMAT or DATA.VAL_FORMAT says so."
+        else:
+            advice = "A sample is KEY.jpg and KEY.txt or KEY.json, side by side in the shard."
         raise InputError(
             f"{captions}: {len(skipped)} of {total} samples cannot be used{limit}"
             + (f"; the first: {first}" if skipped else "")

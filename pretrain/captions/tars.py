@@ -1,30 +1,29 @@
 """Tar shards in the layout of img2dataset and WebDataset: KEY.jpg, KEY.txt, KEY.json.
 
 Members that lie side by side and share what comes before the first dot of their name are a sample.
-Its captions are the lines of KEY.txt; without one, `caption` of KEY.json. Shards come from the web:
-a sample that cannot be used is passed over and counted, not refused.
+Its captions are the lines of KEY.txt; without one, `caption` of KEY.json, or what
+DATA.CAPTION_KEY names there. Shards come from the web: a sample that cannot be used is passed over
+and counted, not refused.
 """
 
 import json
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 from webdataset.gopen import gopen, set_options
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
 from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.images import IMAGE_SUFFIXES
+from virtex_d2.runtime.images import IMAGE_SUFFIXES, image_suffix
 
 from .folder import captions_in_text
 from .tables import text_lines
 
 Content = TypeVar("Content")
-# Each member of a sample by its suffix: its bytes, or where they are.
-Sample = tuple[str, dict[str, Content]]
-
 # What stops a run is no concern of a command that it reads from: a schedulers' signals go to all.
 _IGNORE_SIGNALS = "trap '' USR1 TERM INT; "
 
@@ -33,6 +32,16 @@ _BLOCK = 512  # bytes; a tar ends with two blocks of zeros (POSIX.1-2001, pax)
 
 class Unusable(Exception):  # noqa: N818 - no error of the program: a sample to pass over
     """What is wrong with a sample or a shard."""
+
+
+@dataclass
+class Sample(Generic[Content]):
+    """Members that lie side by side and whose names begin with `key`."""
+
+    key: str
+    parts: dict[str, Content] = field(default_factory=dict)  # by suffix: bytes, or where they are
+    problem: str = ""  # why they cannot be told apart
+    again: bool = False  # whether others of the key lie elsewhere in the shard
 
 
 def is_pipe(captions: str) -> bool:
@@ -51,9 +60,9 @@ def list_shards(captions: str) -> list[str]:
         InputError: there are none, or pipes are mixed with files.
     """
     if os.path.isdir(captions):
-        names = sorted(name for name in os.listdir(captions) if name.endswith(".tar"))
+        names = sorted(name for name in os.listdir(captions) if name.lower().endswith(".tar"))
         shards = [os.path.join(captions, name) for name in names]
-    elif captions.endswith(".txt"):
+    elif captions.lower().endswith(".txt"):
         shards = [shard for _, line in text_lines(captions) for shard in _expand(line.strip())]
     else:
         shards = _expand(captions)
@@ -75,30 +84,69 @@ def _expand(pattern: str) -> list[str]:
         raise InputError(f"{pattern}: the braces cannot be expanded: {error}.") from error
 
 
-def group(members: Iterable[tuple[str, Content]]) -> Iterator[Sample]:
-    """(name, content) of members -> (key, content by suffix) of samples.
+def group(members: Iterable[tuple[str, Content]]) -> Iterator[Sample[Content]]:
+    """(name, content) of members -> samples; an image or a text whose suffix stands behind a
+    further dot is one of its own, with that problem.
 
     Raises:
         Unusable: at the end, as the members do; the sample that it ends in is left out.
     """
-    key, parts = None, {}
+    sample: Sample[Content] | None = None
+    strays: dict[str, Sample[Content]] = {}  # by what would be their key
+    seen = set()
+
+    def finished() -> Iterator[Sample[Content]]:
+        if sample and sample.parts:
+            yield sample
+        yield from strays.values()
+        strays.clear()
+
     try:
         for name, content in members:
             base, suffix = base_plus_ext(name)
             if base is None or os.path.basename(base).startswith("__"):  # metadata of the shard
                 continue
-            if base != key and parts:
-                yield key, parts
-                parts = {}
-            key = base
-            parts[suffix.lower()] = content
+            if sample is None or base != sample.key:
+                yield from finished()
+                sample = Sample(base, again=base in seen)
+                seen.add(base)
+            suffix = suffix.lower()
+            longer, _, last = suffix.rpartition(".")
+            if longer and (image_suffix(last) or last == "txt"):
+                problem = f"only the first dot of {name} parts its key from its suffix: rename it"
+                strays.setdefault(longer, Sample(f"{base}.{longer}", problem=problem))
+            elif suffix in sample.parts:
+                sample.problem = f"it has two members {name}"
+            else:
+                sample.parts[suffix] = content
     except Unusable as error:
-        raise Unusable(f"{error}, in or after {key}" if key else str(error)) from error
-    if parts:
-        yield key, parts
+        raise Unusable(f"{error}, in or after {sample.key}" if sample else str(error)) from error
+    yield from finished()
 
 
-def image_of(parts: dict[str, Content]) -> tuple[str, Content]:
+def contents_of(
+    sample: Sample[Content], read: Callable[[Content], bytes], caption_key: str = ""
+) -> tuple[str, Content, list[str]]:
+    """Suffix and content of a sample's image, and its captions, at least one; `read` gives a
+    member's bytes, `caption_key` names the captions in its JSON ("" is "caption").
+
+    Raises:
+        Unusable: it lacks an image or a text, its captions are not UTF-8, or it has a problem.
+    """
+    if sample.problem:
+        raise Unusable(sample.problem)
+    try:
+        return *_image_of(sample.parts), _captions_of(sample.parts, read, caption_key or "caption")
+    except Unusable as error:
+        if sample.again:
+            raise Unusable(
+                f"{error}; others of its key lie elsewhere in the shard, and a sample's members "
+                "must lie side by side: write it with tar --sort=name"
+            ) from error
+        raise
+
+
+def _image_of(parts: dict[str, Content]) -> tuple[str, Content]:
     """Suffix and content of a sample's image.
 
     Raises:
@@ -110,7 +158,9 @@ def image_of(parts: dict[str, Content]) -> tuple[str, Content]:
     raise Unusable(f"it has no image, only {', '.join(parts)}")
 
 
-def captions_of(parts: dict[str, Content], read: Callable[[Content], bytes]) -> list[str]:
+def _captions_of(
+    parts: dict[str, Content], read: Callable[[Content], bytes], key: str
+) -> list[str]:
     """A sample's captions, at least one.
 
     Raises:
@@ -120,7 +170,7 @@ def captions_of(parts: dict[str, Content], read: Callable[[Content], bytes]) -> 
         if "txt" in parts:
             captions = captions_in_text(read(parts["txt"]).decode("utf-8-sig"))
         elif "json" in parts:
-            captions = _captions_in_json(json.loads(read(parts["json"]).decode("utf-8-sig")))
+            captions = _captions_in_json(json.loads(read(parts["json"]).decode("utf-8-sig")), key)
         else:
             raise Unusable(f"it has no text, only {', '.join(parts)}")
     except UnicodeDecodeError as error:
@@ -132,10 +182,15 @@ def captions_of(parts: dict[str, Content], read: Callable[[Content], bytes]) -> 
     return captions
 
 
-def _captions_in_json(content: Any) -> list[str]:
-    found = content.get("caption") if isinstance(content, dict) else None
+def _captions_in_json(content: Any, key: str) -> list[str]:
+    if not isinstance(content, dict) or key not in content:
+        has = f"only {', '.join(content)}" if isinstance(content, dict) and content else "no keys"
+        raise Unusable(f"its .json has no `{key}`, {has} (DATA.CAPTION_KEY names which to read)")
+    found = content[key]
     texts = found if isinstance(found, list) else [found]
-    return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+    if others := [text for text in texts if not isinstance(text, str | None)]:
+        raise Unusable(f"`{key}` in its .json is {json.dumps(others[0])[:40]}, no text")
+    return [text.strip() for text in texts if text and text.strip()]
 
 
 def file_members(shard: str) -> Iterator[tuple[str, tuple[int, int]]]:

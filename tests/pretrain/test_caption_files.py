@@ -60,7 +60,10 @@ ONE, TWO = {"image_id": 7, "caption": "one"}, {"image_id": 8, "caption": "two"}
     [
         ([ONE], "1 images of the references have no caption: 8"),
         ([ONE, TWO, {"image_id": 9, "caption": "x"}], "1 image ids are not in the references: 9"),
-        ([{"image_id": "7", "caption": "x"}], "no caption: 8, 7; 1 image ids are not .*: 7"),
+        (
+            [{"image_id": "7", "caption": "x"}],
+            r'no caption: 8, 7; 1 .*: "7"\. "7" is not 7: one is a text',
+        ),
         ([ONE, TWO, ONE], "entry 2: image 7 has a caption already"),
         ([{"image_id": 7}], "entry 0 has no `caption`"),
         (["text"], "entry 0 has no `caption`"),
@@ -101,6 +104,33 @@ def test_a_file_name_of_two_images_decides_nothing(read):
 def test_references_that_are_no_coco_captions_are_refused(read, references):
     with pytest.raises(InputError, match="references.json"):
         read([ONE], references)
+
+
+def test_what_is_lossless_is_read(read):
+    references = json.loads(json.dumps(REFERENCES))
+    references["images"][0]["id"] = references["annotations"][1]["image_id"] = 7.0
+    marked = "\ufeff" + json.dumps([{"image_id": 7.0, "caption": "one"}, TWO])
+    assert read(marked, references)[1] == {8: ["two"], 7: ["one"]}
+    by_name = lines({"image_id": None, "file": "a.jpg", "caption": "one\u2028"}, TWO)
+    raw = by_name.replace("\\u2028", "\u2028")
+    assert read(raw, references)[1] == {8: ["two"], 7: ["one\u2028"]}
+
+
+@pytest.mark.parametrize("name", ["A.jpg", "a.png", "0a.jpg", "'a.jpg'"])
+def test_names_that_nearly_match_are_named(read, name):
+    with pytest.raises(InputError, match=r"There is 'a\.jpg': names must be the same"):
+        read(lines({"file": name, "caption": "x"}))
+
+
+@pytest.mark.parametrize("value", [None, True, 3.5, [], {}, ["a"]])
+@pytest.mark.parametrize(
+    "place", [("images", "id"), ("images", "file_name"), ("annotations", "image_id")]
+)
+def test_a_field_of_another_type_is_refused(read, place, value):
+    references = json.loads(json.dumps(REFERENCES))
+    references[place[0]][0][place[1]] = value
+    with pytest.raises(InputError, match=r"references.json: expected COCO captions"):
+        read([ONE, TWO], references)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):

@@ -1,9 +1,10 @@
 import shutil
 import sys
+import unicodedata
 
 import pytest
 
-from pretrain.caption_metrics import PTB, SIMPLE, score_captions
+from pretrain.caption_metrics import PTB, SIMPLE, UNSPACED_NOTE, score_captions
 from virtex_d2.runtime.errors import InputError
 
 pytest.importorskip("pycocoevalcap", reason="requirements-captions.txt is not installed")
@@ -73,6 +74,48 @@ def test_a_metric_whose_java_dies_is_told(program):
     result = score_captions(PERFECT, REFERENCES, java_timeout=60)
     assert result.tokenizer == PTB
     assert "its Java program failed" in result.missing["METEOR"]
+
+
+UNSPACED = {
+    "Han": (["桌子上有一个红球", "一只狗在树下"], ["桌子上有一个蓝球", "一只猫在树下"]),
+    "Kana": (["ねこがすわっている", "カラスがいる"], ["ねこがたっている", "ガラスがいる"]),
+    "Thai": (["แมวอยู่บนโต๊ะ", "ม้าสีขาว"], ["แมวอยู่ใต้โต๊ะ", "ม้าสีดำ"]),
+    "Khmer": (["ឆ្មានៅលើតុ", "សេះពណ៌ស"], ["ឆ្មានៅក្រោមតុ", "សេះពណ៌ខ្មៅ"]),
+    "Lao": (["ແມວຢູ່ເທິງໂຕະ", "ມ້າສີຂາວ"], ["ແມວຢູ່ໃຕ້ໂຕະ", "ມ້າສີດໍາ"]),
+    "Myanmar": (["ကြောင်စားပွဲပေါ်မှာ", "မြင်းဖြူ"], ["ကြောင်စားပွဲအောက်မှာ", "မြင်းနက်"]),
+}
+
+
+@pytest.mark.parametrize("script", UNSPACED)
+def test_scripts_without_spaces_are_scored_by_character_and_that_is_said(program, script):
+    program()
+    truth, nearly = UNSPACED[script]
+    references = {number: [text] for number, text in enumerate(truth)}
+    result = score_captions({n: [text] for n, text in enumerate(nearly)}, references)
+    assert 0.4 < result.scores["BLEU-1"] < 1
+    assert 0 < result.scores["CIDEr"] < 10
+    assert result.note == UNSPACED_NOTE
+    assert "for English alone" in result.missing["METEOR"]
+    assert score_captions(references, references).scores["BLEU-1"] == pytest.approx(1, abs=1e-6)
+
+
+def test_captions_are_compared_in_one_unicode_form_with_their_marks(program):
+    program()
+    texts = ["빨간 공이 있다", "schöne Häuser", "क्या बिल्ली कुर्सी पर है", "एक कत्ता"]
+    references = {number: [text] for number, text in enumerate(texts)}
+    forms = {n: [unicodedata.normalize("NFD", t)] for n, (t,) in references.items()}
+    assert score_captions(forms, references).scores["BLEU-1"] == pytest.approx(1, abs=1e-6)
+    unmarked = {**references, 3: ["एक कुत्ता"]}
+    assert score_captions(unmarked, references).scores["BLEU-1"] < 0.95
+    assert score_captions(references, references).note == ""
+
+
+def test_cider_of_one_image_is_not_computed(program):
+    """Every word is in each of its images: all weights are 0."""
+    program()
+    result = score_captions({1: PERFECT[1]}, {1: REFERENCES[1]})
+    assert "CIDEr" not in result.scores
+    assert "there is one" in result.missing["CIDEr"]
 
 
 @needs_java

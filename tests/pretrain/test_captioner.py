@@ -150,6 +150,16 @@ def test_images_are_listed_file_by_file_folder_by_folder_and_from_standard_input
     assert found == [*inside, "x y.jpg", "z.jpg", str(tmp_path / "a.dat")]
 
 
+def test_folders_are_listed_through_links_and_what_is_left_out_is_named(tmp_path, caplog):
+    for name in ("a/1.jfif", "a/x.dat", "a/.hidden/2.jpg", "pool/3.avif"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "pool")
+    found = list(list_images([str(tmp_path / "a")], io.StringIO()))
+    assert found == [str(tmp_path / "a" / name) for name in ("1.jfif", "link/3.avif")]
+    assert "x.dat" in caplog.text
+
+
 def test_a_folder_without_images_is_refused(tmp_path):
     with pytest.raises(InputError, match="has no image"):
         list(list_images([str(tmp_path)], io.StringIO()))

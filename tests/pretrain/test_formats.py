@@ -183,7 +183,85 @@ def test_unquoted_commas_of_flickr8k_belong_to_the_caption(tmp_path, images):
     assert records[0].captions == ("A dog, a cat , and I .",)
 
 
+def test_headers_of_flickr_tables_are_read_by_name_as_in_csv(tmp_path, images):
+    quoted = 'a.jpg,0,"A dog, a cat"\nb.jpg,1,B\n'
+    unquoted = "a.jpg,0,A dog, a cat\nb.jpg,1,B\n"
+    ends = 'a.jpg,"A dog, a cat",0\nb.jpg,B,1\n'
+    for header, rows in (
+        ("image_name,comment_number,comment", quoted),
+        ("Image,Number,Caption", unquoted),
+        ("image,caption,id", ends),
+    ):
+        source = table(tmp_path, f"{header}\n{rows}")
+        records = load_records(Source("flickr", source.captions, str(images)))
+        assert [record.captions for record in records] == [("A dog, a cat",), ("B",)]
+
+
+@pytest.mark.parametrize("number", ["0", " 12 "])
+def test_a_number_where_a_flickr_caption_should_begin_is_refused(tmp_path, images, number):
+    source = table(tmp_path, f"a.jpg,A dog\nb.jpg,{number},A cat\n")
+    wrong = Source("flickr", source.captions, str(images))
+    assert_refused(wrong, "line 2", "three columns with a number as the second", "header line")
+    source = table(tmp_path, "a.jpg,2 dogs, 3 cats\n")
+    (record,) = load_records(Source("flickr", source.captions, str(images)))
+    assert record.captions == ("2 dogs, 3 cats",)
+
+
 # Tables
+
+
+@pytest.mark.parametrize(
+    ("rows", "messages"),
+    [
+        ("image_id,caption\na.jpg,A\n", ["'image_id'", "header", "file_name", "description"]),
+        ("image,bildtext\na.jpg,A\n", ["'bildtext'", "not understood", "DATA.CAPTION_KEY"]),
+        ("bild,unterschrift\na.jpg,A\n", ["'unterschrift'", "not understood"]),
+        ("id,image_id,caption\n0,a.jpg,A\n", ["'id', 'image_id'", "not understood"]),
+        ("image;caption\na.jpg;A\n", ["parted by semicolons"]),
+        ("a.jpg;A\nb.jpg;B\n", ["parted by semicolons"]),
+        ("image|caption\na.jpg|A\n", ["parted by bars"]),
+        ("image\tcaption\na.jpg\tA\n", ["parted by tabs"]),
+        ("A dog,http://host/1.jpg\nB,http://host/2.jpg", ["Conceptual Captions' layout"]),
+        ("image,caption,title\na.jpg,A,B\n", ["caption, title", "DATA.CAPTION_KEY"]),
+        ("image,caption,caption\na.jpg,A,B\n", ["caption, caption"]),
+    ],
+)
+def test_a_first_row_of_another_layout_is_named_for_what_it_is(tmp_path, images, rows, messages):
+    assert_refused(table(tmp_path, rows), "captions.csv", *messages)
+
+
+def test_a_table_in_the_wrong_folder_is_not_taken_for_one_with_a_header(tmp_path, images):
+    for rows in ("c.jpg,A\nd.jpg,B\n", "image,caption\nc.jpg,A\nd.jpg,B\n"):
+        assert_refused(table(tmp_path, rows), "2 of its 2 images", "Check the folder of images")
+    assert_refused(table(tmp_path, "A,dog\nb,cat\n"), "'a.jpg' is there, for 'A'")
+
+
+def test_the_captions_column_can_be_named(tmp_path, images):
+    rows = "image,caption,Title\na.jpg,A,one\nb.jpg,B,two\n"
+    given = table(tmp_path, rows)
+    for kind in ("csv", "flickr"):
+        for key, first in (("title", "one"), ("caption", "A")):
+            records = load_records(Source(kind, given.captions, given.images, caption_key=key))
+            assert records[0].captions == (first,)
+    wrong = Source("csv", given.captions, given.images, caption_key="text")
+    assert_refused(wrong, "no column is called 'text'", "'Title'")
+    assert_refused(Source("coco", "c.json", "images", caption_key="text"), "'text'", "tsv")
+
+
+@pytest.mark.parametrize(
+    ("rows", "warning"),
+    [
+        ('a.jpg\t"A dog"\nb.jpg\t"B"\n', "caption is in quotes"),
+        ("a.jpg\t['A dog']\nb.jpg\t['B']\n", "caption is in brackets"),
+        ("./a.jpg\tA\n./b.jpg\tB\n", "image path is behind ./"),
+        ("a.jpg\t3\nb.jpg\t14\n", "caption is a number"),
+        ('a.jpg\t"A" dog\nb.jpg\tB\n', ""),
+    ],
+)
+def test_what_stands_around_every_cell_is_warned_of(tmp_path, images, caplog, rows, warning):
+    load_records(table(tmp_path, rows, "tsv"))
+    assert warning in caplog.text
+    assert bool(caplog.text) == bool(warning)
 
 
 def test_quotes_commas_and_line_ends_in_cells_are_the_captions(tmp_path, images):
@@ -281,6 +359,20 @@ def test_two_images_for_one_text_are_refused(tmp_path):
     write_images(tmp_path, ["a.jpg", "a.png"])
     (tmp_path / "a.txt").write_text("A\n")
     assert_refused(Source("folder", str(tmp_path)), "share a name", "a.jpg and a.png")
+
+
+def test_a_folder_is_read_through_links_without_hidden_names_and_says_what_is_left(
+    tmp_path, caplog
+):
+    write_images(tmp_path / "pairs", ["a.JPG", ".b.jpg", ".hidden/c.jpg"])
+    write_images(tmp_path / "elsewhere", ["d.jpg"])
+    (tmp_path / "pairs" / "link").symlink_to(tmp_path / "elsewhere")
+    for name in ("pairs/a.TXT", "pairs/notes.md", "elsewhere/d.txt"):
+        (tmp_path / name).write_text("A\n")
+    records = load_records(Source("folder", str(tmp_path / "pairs")))
+    assert [record.image_id for record in records] == ["a.JPG", "link/d.jpg"]
+    assert "1 files are left out" in caplog.text
+    assert caplog.text.endswith("suffix: notes.md\n")
 
 
 def test_a_folder_without_images_is_refused(tmp_path):

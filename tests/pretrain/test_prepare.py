@@ -115,6 +115,19 @@ def test_what_its_format_could_not_hold_is_copied(tmp_path):
     assert (tmp_path / "out" / "wide.jpg").read_bytes() == wide.read_bytes()
 
 
+def test_images_of_rare_suffixes_keep_their_names_and_what_is_left_out_is_named(tmp_path, caplog):
+    kinds = {"a.jfif": "JPEG", "b.jpg?resize=634": "JPEG", "c.JPE": "JPEG", "d.jp2": "JPEG2000"}
+    (tmp_path / "images").mkdir()
+    for name, kind in kinds.items():
+        scene(300, 200).save(tmp_path / "images" / name, format=kind)
+    (tmp_path / "images" / "notes.md").touch()
+    summary = prepare_folder(tmp_path / "images", tmp_path / "out", SMALL)
+    assert summary.counts == {"resized": 4, "copied": 0, "unreadable": 0}
+    for name, kind in kinds.items():
+        assert Image.open(tmp_path / "out" / name).format == kind
+    assert "notes.md" in caplog.text
+
+
 def test_linked_folders_are_prepared_and_links_in_a_circle_end(images, tmp_path):
     linked = tmp_path / "linked"
     linked.mkdir()

@@ -158,7 +158,14 @@ def test_long_names_links_and_metadata_do_not_disturb(tmp_path):
         ([("3.jpg", b"x"), ("3.txt", b"caf\xe9")], "3", "not UTF-8"),
         ([("3.jpg", b"x"), ("3.json", b"{")], "3", "not JSON"),
         ([("3.jpg", b"x"), ("3.json", b'{"caption": null}')], "3", "its caption is blank"),
-        ([("3.jpg", b"x"), ("3.json", b"[1]")], "3", "its caption is blank"),
+        ([("3.jpg", b"x"), ("3.json", b"[1]")], "3", "no `caption`, no keys"),
+        ([("3.jpg", b"x"), ("3.json", b'{"text": "A", "url": 1}')], "3", "only text, url"),
+        ([("3.jpg", b"x"), ("3.json", b'{"caption": [5]}')], "3", "`caption` in its .json is 5"),
+        ([("3.jpg", b"x"), ("3.txt", b"A"), ("3.JPG", b"y")], "3", "it has two members 3.JPG"),
+        ([("3.txt", b"A"), ("3.jpg", b"x"), ("3.txt", b"B")], "3", "it has two members 3.txt"),
+        ([("3.00.png", b"x"), ("3.00.txt", b"A")], "3.00", "first dot of 3.00.png parts"),
+        ([("3.left.TXT", b"A")], "3.left", "first dot of 3.left.TXT parts"),
+        ([("1.v2.jpeg", b"A")], "1.v2", "first dot of 1.v2.jpeg parts"),
     ],
 )
 def test_samples_that_cannot_be_used_are_skipped_named_and_counted(
@@ -177,6 +184,32 @@ def test_samples_that_cannot_be_used_are_skipped_named_and_counted(
             load_records(source(path, tmp_path, 0.3))
         assert f"{path}/{name}: " in str(caught.value)
         assert reason in str(caught.value)
+
+
+def test_the_key_of_captions_in_json_can_be_named_and_makes_another_index(tmp_path):
+    content = json.dumps({"text": "A dog", "alt": ["B", "C"]}).encode()
+    path = str(make(tmp_path / "s", [("1.jpg", b"x"), ("1.json", content)]))
+    for key, captions in (("text", ("A dog",)), ("alt", ("B", "C")), ("text", ("A dog",))):
+        given = Source("webdataset", path, index_dir=str(tmp_path), caption_key=key)
+        (record,) = load_records(given)
+        assert record.captions == captions
+    with pytest.raises(InputError, match=r"no `caption`, only text, alt \(DATA.CAPTION_KEY"):
+        load_records(source(path, tmp_path))
+
+
+def test_members_that_do_not_lie_side_by_side_are_told_to(tmp_path):
+    unsorted = [WHOLE[0], WHOLE[2], WHOLE[1], WHOLE[3]]
+    path = make(tmp_path / "s", unsorted)
+    with pytest.raises(InputError, match=r"4 of 4 samples.*tar --sort=name") as caught:
+        load_records(source(path, tmp_path))
+    assert "Are these uncompressed" not in str(caught.value)
+
+
+def test_each_reason_is_named_before_a_second_of_the_same(tmp_path):
+    members = [(f"{i}.jpg", b"x") for i in range(20)] + [("x.txt", b"A")]
+    path = make(tmp_path / "s", members)
+    with pytest.raises(InputError, match="the first: .*0: it has no text.*x: it has no image.*1: "):
+        load_records(source(path, tmp_path))
 
 
 def test_a_truncated_shard_keeps_what_is_whole(tmp_path, caplog):

@@ -136,6 +136,22 @@ def test_blocks_are_shuffled_by_lane_and_number():
     assert all(sorted(order) == list(range(50)) for order in orders)
 
 
+def test_a_pipes_samples_that_cannot_be_told_apart_are_passed_over_by_name(tmp_path):
+    good = [("4.jpg", b"x"), ("4.json", b'{"text": "A"}')]
+    twice = [("1.jpg", b"x"), ("1.txt", b"A"), ("1.jpg", b"y")]
+    stray = [("2.jpg", b"x"), ("2.txt", b"B"), ("2.b.jpg", b"y")]
+    path = write_tar(tmp_path / "a.tar", twice + stray + [("3.jpg", b"x"), *good, ("3.txt", b"C")])
+    failures = []
+    lane = Lane(0, plan_of([path], lanes=1, block=2, caption_key="text"), Cursor())
+    records = lane.records(failures)
+    found = {record.image_id: record.captions for record in itertools.islice(records, 2)}
+    assert found == {"2": ("B",), "4": ("A",)}
+    reasons = [(name.rpartition("/")[2], reason) for name, reason in failures]
+    assert [name for name, _ in reasons] == ["1", "2.b", "3"]
+    assert "two members 1.jpg" in reasons[0][1]
+    assert "first dot of 2.b.jpg" in reasons[1][1]
+
+
 @settings(max_examples=25)
 @given(lane=st.integers(0, 2), count=st.integers(1, 30), block=st.integers(1, 8), cut=st.booleans())
 def test_a_lane_goes_on_at_any_cursor(shards, damaged, lane, count, block, cut):

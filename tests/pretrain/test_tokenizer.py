@@ -1,5 +1,6 @@
 """The tokenizer: what it accepts, keeps and refuses."""
 
+import logging
 import pickle
 import unicodedata
 
@@ -8,6 +9,9 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pretrain.captions import CaptionRecord
+from pretrain.config import get_pretrain_cfg
+from pretrain.data import load_or_train_tokenizer
 from pretrain.tokenizer import SPECIAL_PIECES, Tokenizer, normalize_caption, train_tokenizer
 from virtex_d2.runtime.errors import InputError
 
@@ -57,9 +61,10 @@ def test_any_text_gives_pieces_and_never_a_control_piece(tokenizer, text):
 
 @given(text=ANY_TEXT)
 def test_normalised_text_stays_as_it_is(text):
-    once = normalize_caption(text)
-    assert normalize_caption(once) == once
-    assert once == once.lower() == " ".join(once.split())
+    for strip in (False, True):
+        once = normalize_caption(text, strip)
+        assert normalize_caption(once, strip) == once
+        assert once == once.lower() == " ".join(once.split())
     assert not any(unicodedata.combining(char) for char in once)
 
 
@@ -73,8 +78,8 @@ def test_normalised_text_stays_as_it_is(text):
         ("half \ud83d a pair", "half a pair"),
     ],
 )
-def test_normalisation_lowers_decomposes_and_strips_accents(text, normal):
-    assert normalize_caption(text) == normal
+def test_virtexs_normalisation_lowers_decomposes_and_strips_accents(text, normal):
+    assert normalize_caption(text, strip_accents=True) == normal
 
 
 def test_words_that_spell_special_pieces_are_ordinary_text(tokenizer):
@@ -91,10 +96,83 @@ def test_the_same_captions_give_the_same_bytes(model_file, tmp_path):
     assert (tmp_path / "again.model").read_bytes() == model_file.read_bytes()
 
 
-def test_case_and_accents_make_no_difference_to_training(model_file, tmp_path):
+def test_case_and_unicode_form_make_no_difference_to_training(model_file, tmp_path):
     shouted = [caption.upper().replace("CAFÉ", "CAFE\u0301") for caption in CAPTIONS]
     train_tokenizer(shouted, 90, tmp_path / "again.model")
     assert (tmp_path / "again.model").read_bytes() == model_file.read_bytes()
+
+
+SCRIPTS = {
+    "Kana": ["ガラスのびん", "カラスのひん", "かぎ", "かき"],
+    "Hangul": ["빨간 공이 있다", "개가 앉아 있다"],
+    "Devanagari": ["क्या बिल्ली कुर्सी पर है", "मेज़ पर गेंद"],
+    "Thai": ["น้ำอยู่ในแก้ว", "ม้าสีขาว", "มาสีขาว"],
+    "Vietnamese": ["ma", "má", "mà", "mả", "mã", "mạ"],
+    "German": ["schöne Häuser", "schone Hauser", "grüne Mütze"],
+    "Arabic": ["كَتَبَ", "كتب"],
+    "Hebrew": ["שָׁלוֹם", "שלום"],
+    "Cyrillic": ["йод и ёлка", "иод и елка"],
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_captions_of_every_script_keep_their_letters(tmp_path, script):
+    captions = SCRIPTS[script]
+    assert len({normalize_caption(caption) for caption in captions}) == len(captions)
+    letters = {char for caption in captions for char in normalize_caption(caption)}
+    train_tokenizer(captions, len(letters) + 5, tmp_path / "t.model")
+    tokenizer = Tokenizer(tmp_path / "t.model")
+    assert not tokenizer.strips_accents
+    for caption in captions:
+        decoded = tokenizer.decode(tokenizer.encode(unicodedata.normalize("NFD", caption)))
+        assert decoded == unicodedata.normalize("NFC", caption.lower())
+
+
+def test_a_vocabulary_says_itself_whether_captions_lose_their_accents(tmp_path):
+    """Of 0.1.0's files and VirTex's own none says anything: they strip."""
+    for strip, read in ((True, "cafe"), (False, "café")):
+        train_tokenizer(CAPTIONS, 90, tmp_path / "t.model", strip)
+        tokenizer = Tokenizer(tmp_path / "t.model")
+        assert tokenizer.strips_accents is strip
+        assert pickle.loads(pickle.dumps(tokenizer)).strips_accents is strip
+        assert tokenizer.decode(tokenizer.encode("Café")) == read
+    hangul = ["빨간 공이 있다"] * 3
+    train_tokenizer(hangul, 24, tmp_path / "t.model", strip_accents=True)
+    tokenizer = Tokenizer(tmp_path / "t.model")
+    assert tokenizer.decode(tokenizer.encode(hangul[0])) == hangul[0], "NFC, whatever was learned"
+
+
+def test_a_run_uses_a_vocabulary_as_it_was_learned_and_refuses_to_strip_what_it_kept(
+    tmp_path, caplog
+):
+    caplog.set_level(logging.INFO, "pretrain.data")
+    cfg = get_pretrain_cfg()
+    cfg.OUTPUT_DIR, cfg.DATA.VOCAB_SIZE = str(tmp_path), 90
+    records = [CaptionRecord(0, "a.jpg", tuple(CAPTIONS))]
+    assert not load_or_train_tokenizer(cfg, records).strips_accents
+    kept = tmp_path / "kept.model"
+    (tmp_path / "tokenizer.model").rename(kept)
+    cfg.DATA.STRIP_ACCENTS = True
+    records.append(CaptionRecord(1, "b.jpg", ("a cafe",)))
+    assert load_or_train_tokenizer(cfg, records).strips_accents
+    assert "1 words become the same as others: cafe = café" in caplog.text
+    cfg.DATA.TOKENIZER = str(kept)
+    with pytest.raises(InputError, match=r"STRIP_ACCENTS True: .*kept\.model was learned from"):
+        load_or_train_tokenizer(cfg, [])
+    cfg.DATA.TOKENIZER, cfg.DATA.STRIP_ACCENTS = str(tmp_path / "tokenizer.model"), False
+    assert load_or_train_tokenizer(cfg, []).strips_accents
+    assert caplog.text.endswith("assumed to be learned without accents: captions lose theirs.\n")
+
+
+@pytest.mark.parametrize(
+    "long",
+    ["an unusual zq jar with a wxk label " * 150, "zqwxk" * 1000, "ж" * 70_000, "🐕🐈" * 2000],
+)
+def test_captions_above_sentencepieces_limit_are_learned_from(tmp_path, long):
+    """SentencePiece passes over what has more than 4192 bytes without a word."""
+    train_tokenizer([*CAPTIONS, long], 90, tmp_path / "t.model")
+    assert Tokenizer.pad_id not in Tokenizer(tmp_path / "t.model").encode(long)
+    train_tokenizer([long], len(set(long)) + 5, tmp_path / "t.model")
 
 
 def test_a_vocabulary_that_is_too_large_is_refused_with_the_largest_possible(tmp_path):
@@ -123,7 +201,7 @@ def test_a_vocabulary_that_is_too_small_is_refused_with_the_smallest_possible(tm
 
 @pytest.mark.parametrize(
     ("captions", "size", "message"),
-    [([], 50, "no caption with text"), (["\u0301"], 50, "no caption with text"), (["a"], -1, "-1")],
+    [([], 50, "no caption with text"), ([" "], 50, "no caption with text"), (["a"], -1, "-1")],
 )
 def test_a_training_that_cannot_be_is_refused(tmp_path, captions, size, message):
     with pytest.raises(InputError, match=message):

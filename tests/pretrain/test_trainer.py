@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -310,6 +311,19 @@ def test_a_checkpoint_of_another_model_is_refused_by_tensor(
         )
     )
     assert_refused(done, "textual.visual_projection.weight has shape (64, 512)")
+
+
+@pytest.mark.parametrize("loss", ["nan", "inf", "-inf"])
+def test_a_loss_that_is_no_number_says_truly_whether_there_is_a_checkpoint(tmp_path, loss):
+    cfg = get_pretrain_cfg()
+    cfg.OUTPUT_DIR = str(tmp_path)
+    run = SimpleNamespace(cfg=cfg, scaler=SimpleNamespace(is_enabled=lambda: False))
+    for words in (f"{tmp_path} has no checkpoint yet", f"last checkpoint in {tmp_path} is from"):
+        with pytest.raises(
+            InputError, match=f"at iteration 3: total_loss {loss}.*{words}.*: lower"
+        ):
+            PretrainTrainer._check(run, 3, {"total_loss": float(loss)})
+        (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
 
 
 def test_another_vocabulary_of_the_same_size_is_refused(captioned_images, finished_run, tmp_path):

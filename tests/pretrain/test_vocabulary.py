@@ -1,7 +1,7 @@
 import pytest
 
 from pretrain.tokenizer import Tokenizer, train_tokenizer
-from pretrain.vocabulary import summarise
+from pretrain.vocabulary import merge_warning, summarise
 
 CAPTIONS = ["a dog", "a dog and a cat", "a bird " * 20] * 200
 
@@ -34,3 +34,11 @@ def test_pieces_that_are_hardly_seen_are_warned_of(tokenizer):
     assert few.share_seldom == 1
     assert few.share_unused == pytest.approx(3 / 11)  # b, i, r
     assert "100% of the 15 pieces occur fewer than 100 times in these 2 captions" in few.warning()
+
+
+def test_words_that_stripped_accents_merge_are_named():
+    words = merge_warning(["Má mà", "か が", "ma", "one two"])
+    assert "2 words" in words
+    assert "ma = mà = má" in words
+    assert "か = が" in words
+    assert merge_warning(["Café and a Cafe\u0301", "one"]) == ""

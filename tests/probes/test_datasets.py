@@ -119,6 +119,51 @@ def test_a_folder_is_a_class_and_its_images_may_lie_deeper(make_cfg, folders):
     )
 
 
+def test_linked_folders_inside_a_class_are_read_and_what_is_left_out_is_named(
+    make_cfg, folders, caplog, tmp_path
+):
+    pool = tmp_path / "pool"
+    shutil.copytree(folders / "train" / "red", pool)
+    (folders / "train" / "red" / "more").symlink_to(pool)
+    (folders / "train" / "red" / "circle").symlink_to(folders / "train")
+    (folders / "train" / ".cache").mkdir()
+    (folders / "train" / "blue" / "x.heic").touch()
+    (folders / "train" / "blue" / "y.jfif").touch()
+    train, _ = load_datasets(make_cfg("DATA.ROOT", folders, *FOLDERS))
+    assert [int((train.labels == label).sum()) for label in range(3)] == [9, 8, 16]
+    assert "1 files are left out" in caplog.text
+    assert "blue/x.heic" in caplog.text
+
+
+def test_one_class_is_refused_and_the_folder_below_named(make_cfg, folders):
+    """Every answer would be right."""
+    cfg = make_cfg("DATA.ROOT", folders, *FOLDERS)
+    (folders / "wrapped").mkdir()
+    (folders / "train").rename(folders / "wrapped" / "images")
+    (folders / "wrapped").rename(folders / "train")
+    shutil.copytree(folders / "val", folders / "copy")
+    shutil.copytree(folders / "copy", folders / "val" / "images")
+    for name in ("blue", "green", "red"):
+        shutil.rmtree(folders / "val" / name)
+    with pytest.raises(InputError, match=r"one class, 'images'.*blue, green, red.*train/images"):
+        load_datasets(cfg)
+    for name in ("blue", "green"):
+        shutil.rmtree(folders / "train" / "images" / name)
+    cfg.DATA.TRAIN = "train/images"
+    with pytest.raises(InputError, match=r"one class, 'red'.*two classes or more"):
+        load_datasets(cfg)
+
+
+def test_inaturalists_images_of_one_class_are_refused(make_cfg, inaturalist):
+    path = inaturalist / "train.json"
+    content = json.loads(path.read_text())
+    for annotation in content["annotations"]:
+        annotation["category_id"] = 7
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"train.json: all images are of one class, '7 red'"):
+        load_datasets(make_cfg("DATA.ROOT", inaturalist, *JSON))
+
+
 def test_a_test_set_may_lack_classes_but_not_have_others(make_cfg, folders):
     cfg = make_cfg("DATA.ROOT", folders, *FOLDERS)
     shutil.rmtree(folders / "val" / "green")
@@ -170,6 +215,9 @@ JSON_DAMAGES = {
         lambda c: c["categories"].append({"id": 7, "name": "pink"}),
         r"more than one category.*id 7",
     ),
+    "an id of no type": (lambda c: c["images"][1].update(id=[]), r"`images`\[1\] lacks id"),
+    "a name of no type": (lambda c: c["images"][0].update(file_name=3), r"\[0\] lacks file_name"),
+    "ids of two types": (lambda c: c["categories"][0].update(id="7"), r"category_id 7"),
     "no images": (lambda c: c.update(images=[], annotations=[]), r"`images` is empty"),
 }
 

@@ -149,16 +149,18 @@ def test_difficult_objects_can_be_negatives_in_training_as_in_the_released_code(
 
 def test_a_class_without_positives_is_left_out_with_its_reason(cfg):
     train, test = noisy_set(60), noisy_set(30, seed=1)
-    names = ("easy", "untrained", "untested")
+    names = ("easy", "untrained", "untested", "everywhere")
     few = np.full((60, 1), -1)
     few[:2] = 1
-    train = train[0], np.hstack([train[1][:, :1], few, train[1][:, :1]])
-    test = test[0], np.hstack([test[1][:, :1], test[1][:, :1], np.full((30, 1), -1)])
+    train = train[0], np.hstack([train[1][:, :1], few, train[1][:, [0, 0]]])
+    none = np.full((30, 1), -1)
+    test = test[0], np.hstack([test[1][:, [0, 0]], none, -none])
     results, left_out = evaluate_svms(cfg, names, train, test)
     assert [result.name for result in results] == ["easy"]
     assert left_out == {
         "untrained": "2 positive training images, and 3 folds need as many",
         "untested": "no positive test image",
+        "everywhere": "no negative test image",
     }
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 
 from virtex_d2.runtime.errors import InputError, nearest
 from virtex_d2.runtime.files import read_json
-from virtex_d2.runtime.images import IMAGE_SUFFIXES
+from virtex_d2.runtime.images import IMAGE_SUFFIXES, images_in
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,27 @@ def load_datasets(cfg: CfgNode) -> tuple[LabelledImages, LabelledImages]:
             f"DATA.TRAIN and DATA.TEST are both {train.source}: what was learned would be tested "
             "on itself."
         )
+    _refuse_one_class(train)
     return train, _with_classes(test, train)
+
+
+def _refuse_one_class(train: LabelledImages) -> None:
+    """Raises:
+    InputError: all images are of one class, so that every answer would be right.
+    """
+    name = train.classes[train.labels[0]]
+    if (train.labels != train.labels[0]).any():
+        return
+    folder = os.path.join(train.source, name)
+    advice = "Give images of two classes or more."
+    if os.path.isdir(folder) and (inside := _subfolders(folder)):
+        advice = (
+            f"It holds the folders {', '.join(inside[:_NAMED])}: if these are the classes, "
+            f"DATA.TRAIN is the folder below, {folder}, and DATA.TEST likewise."
+        )
+    raise InputError(
+        f"{train.source}: all images are of one class, {name!r}: nothing to tell apart. {advice}"
+    )
 
 
 def require_folder(path: str, key: str) -> None:
@@ -71,36 +91,33 @@ def _read_folders(root: str, split: str) -> LabelledImages:
     """A folder of images, with subfolders or not, for each class: ImageNet's layout."""
     folder = os.path.join(root, split)
     require_folder(folder, "DATA.ROOT with DATA.TRAIN or DATA.TEST")
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    classes = _subfolders(folder)
+    found: dict[str, list[str]] = {name: [] for name in classes}
     if not classes:
         raise InputError(
             f"{folder}: expected a folder of images for each class, found none in it. The script "
             "that sorts ImageNet's validation images into folders makes them."
         )
-    files: list[str] = []
-    labels: list[int] = []
-    empty = []
-    for label, name in enumerate(classes):
-        found = list(_images_in(os.path.join(folder, name)))
-        if not found:
-            empty.append(name)
-        files += found
-        labels += [label] * len(found)
-    if empty:
+    for name in images_in(folder):
+        name, slash, below = name.partition("/")
+        if slash:  # no class is known of an image that lies beside the folders
+            found[name].append(os.path.join(folder, name, below))
+    if empty := [name for name in classes if not found[name]]:
         raise InputError(
             f"{folder}: {len(empty)} of its {len(classes)} class folders hold no image "
             f"({', '.join(IMAGE_SUFFIXES)}); the first: {', '.join(empty[:_NAMED])}. Remove them, "
             "or copy them again."
         )
-    return LabelledImages(files, np.array(labels, np.int64), tuple(classes), folder)
+    return LabelledImages(
+        [file for name in classes for file in found[name]],
+        np.repeat(np.arange(len(classes)), [len(found[name]) for name in classes]),
+        *(tuple(classes), folder),
+    )
 
 
-def _images_in(folder: str) -> Iterator[str]:
-    for place, subfolders, names in os.walk(folder):
-        subfolders.sort()
-        for name in sorted(names):
-            if name.rpartition(".")[2].lower() in IMAGE_SUFFIXES:
-                yield os.path.join(place, name)
+def _subfolders(folder: str) -> list[str]:
+    names = (name for name in os.listdir(folder) if not name.startswith("."))
+    return sorted(name for name in names if os.path.isdir(os.path.join(folder, name)))
 
 
 def _read_inaturalist(root: str, split: str) -> LabelledImages:
@@ -109,7 +126,8 @@ def _read_inaturalist(root: str, split: str) -> LabelledImages:
     content = read_json(path)
     images, annotations, categories = (_records(content, key, path) for key in _REQUIRED)
     names = {image["id"]: image["file_name"] for image in images}
-    ids = sorted({category["id"] for category in categories})
+    # numbers before texts, which do not compare with them
+    ids = sorted({c["id"] for c in categories}, key=lambda i: (isinstance(i, str), i))
     label_of = {category: label for label, category in enumerate(ids)}
     label: dict[object, int] = {}
     unknown, twice = [], []
@@ -147,12 +165,13 @@ def _records(content: dict, key: str, path: str) -> list[dict]:
             "images, annotations and categories? That of the test set has no annotations."
         )
     for place, record in enumerate(records):
-        lacking = [
-            name for name in _REQUIRED[key] if not isinstance(record, dict) or name not in record
-        ]
+        known = record if isinstance(record, dict) else {}
+        kinds = {name: str if name == "file_name" else int | str for name in _REQUIRED[key]}
+        lacking = [name for name, kind in kinds.items() if not isinstance(known.get(name), kind)]
         if lacking:
             raise InputError(
-                f"{path}: `{key}`[{place}] lacks {', '.join(lacking)}: {record!r:.200}"
+                f"{path}: `{key}`[{place}] lacks {', '.join(lacking)} (a number or text): "
+                f"{record!r:.200}"
             )
     return records
 

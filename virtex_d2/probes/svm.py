@@ -141,7 +141,10 @@ def _unfit(train: np.ndarray, test: np.ndarray, folds: int, difficult: str) -> s
     for kind, count in (("positive", (train == 1).sum()), ("negative", negatives.sum())):
         if count < folds:
             return f"{count} {kind} training images, and {folds} folds need as many"
-    return "" if (test == 1).any() else "no positive test image"
+    for kind, sign in (("positive", 1), ("negative", -1)):
+        if not (test == sign).any():  # without negatives any order is perfect
+            return f"no {kind} test image"
+    return ""
 
 
 def _evaluate_one(
