@@ -31,7 +31,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--minutes", type=float, default=8, help="for all steps (default 8)")
     parser.add_argument("--output", type=Path, default=Path("output/gpu_check"), metavar="DIR")
-    parser.add_argument("--only", nargs="+", choices=STEPS, metavar="STEP", help="some of the steps")
+    parser.add_argument(
+        "--only", nargs="+", choices=STEPS, metavar="STEP", help="some of the steps"
+    )
     parser.add_argument("--captions", metavar="FOLDER", help=f"{LAST}: captions_train.json, "
                         "captions_val.json and images/")  # fmt: skip
     parser.add_argument("--voc", metavar="FOLDER", help=f"{LAST}: the folder of VOC2007")
@@ -77,9 +79,7 @@ def _chosen(args: argparse.Namespace) -> list[str]:
         if folder and not (Path(folder) / inside).exists():
             raise InputError(f"--{key} {folder}: expected {inside} in it, found none.")
     return [
-        name
-        for name in STEPS
-        if (name in args.only if args.only else name != LAST or all(given))
+        name for name in STEPS if (name in args.only if args.only else name != LAST or all(given))
     ]
 
 

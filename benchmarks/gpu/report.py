@@ -4,6 +4,8 @@ from typing import Any
 
 from .plan import STEPS
 
+_LONG = ("machine", "packages")  # the one is on top, the other in the JSON alone
+
 
 def line(name: str, result: dict[str, Any]) -> str:
     """Such as "PASS  timing        41 s  3 012 images/s at 256"; of a failure what has failed."""
@@ -39,7 +41,8 @@ def summary(found: dict[str, Any]) -> str:
         for check in result["checks"]:
             told = f": {_one_line(check['told'])}" if check["told"] else ""
             lines.append(f"- {'' if check['passed'] else '**FAIL** '}{check['name']}{told}")
-        lines += [f"- {key}: {_figure(value)}" for key, value in result["figures"].items()]
+        figures = {k: v for k, v in result["figures"].items() if k not in _LONG}
+        lines += [f"- {key}: {_figure(value)}" for key, value in figures.items()]
         lines += [f"- *{_one_line(note)}*" for note in result["notes"]]
     return "\n".join(lines) + "\n"
 
