@@ -2,6 +2,7 @@
 #
 #   make demo   DEMO_SCALE=2 DEMO_SEEDS=3      a longer demo, repeated with three seeds
 #   make test   TESTS="-m 'not slow'" JOBS=4   arguments for pytest, and how many processes
+#   make gpu-check CHECK="--minutes 20"        a check of a GPU machine
 #   make ...    PYTHON=python3.12              the interpreter for the environment
 #   make ...    VENV=/some/where/venv          another place for it
 #   make ...    WHEELS=folder                  build it from wheels, without internet
@@ -11,17 +12,22 @@ PYTHON ?= python3
 DEMO_SCALE ?= 1
 DEMO_SEEDS ?= 1
 TESTS ?=
+CHECK ?=
 JOBS ?= auto
 
 export PYTHON WHEELS DEMO_SCALE DEMO_SEEDS
 
-.PHONY: demo test lint clean environment wheels
+.PHONY: demo test lint clean environment wheels gpu-check
 
 demo: environment
 	$(VENV)/bin/python tools/demo.py --scale $(DEMO_SCALE) --seeds $(DEMO_SEEDS)
 
 test: environment
 	$(VENV)/bin/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal $(TESTS)
+
+# What a site runs before it trusts a new machine: docs/gpu.md. No data, no network.
+gpu-check: environment
+	$(VENV)/bin/python tools/check_gpu.py $(CHECK)
 
 lint: environment
 	$(VENV)/bin/ruff check .

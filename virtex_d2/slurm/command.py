@@ -10,6 +10,7 @@ from virtex_d2.runtime.errors import InputError
 # Tools with --resume, which start the run's processes or are one of them. A job that starts again
 # continues from the last checkpoint, and begins afresh where there is none.
 RESUMING = ("pretrain_net.py", "train_net.py", "linear_probe.py")
+CHECK = "check_gpu.py"  # one process for each GPU, and no --resume
 _STARTERS = ("torchrun", "srun", "mpirun", "mpiexec")
 _TORCHRUN = ("torch.distributed.run", "torch.distributed.launch")
 _PYTHON = re.compile(r"python(3(\.\d+)?)?")
@@ -53,7 +54,7 @@ class Command:
     @property
     def runs_once(self) -> bool:
         """Whether it is a tool of one process, which several would do at the same time."""
-        return self.is_own and not self.resumes
+        return self.is_own and not self.resumes and Path(self.program).name != CHECK
 
     def value(self, key: str) -> str | None:
         """What stands behind a word, such as a flag or a config key, the last time it is there."""
