@@ -39,8 +39,11 @@ def local_path(weights: str) -> str:
     socket.setdefaulttimeout(_PATIENCE)
     try:
         return PathManager.get_local_path(scheme + weights[len(scheme) :])
+    except LookupError as error:
+        raise InputError(f"{weights}: detectron2 has no {error}. {advice}") from error
     except (OSError, http.client.HTTPException, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        text = str(error).removeprefix("<urlopen error ").rstrip(">")
+        reason = " ".join(text.split()) or type(error).__name__
         raise InputError(f"{weights}: cannot be fetched: {reason}. {advice}") from error
     finally:
         socket.setdefaulttimeout(before)

@@ -12,6 +12,7 @@ from typing import Any
 from .naming import (
     CAFFE2,
     DETECTRON2,
+    NAMINGS,
     SEQUENTIAL,
     SEQUENTIAL_STEM,
     TORCHVISION,
@@ -281,8 +282,8 @@ def find_resnets(containers: dict[str, Sequence[str]]) -> list[Found]:
     found = []
     for container, names in containers.items():
         present = set(unwrapped(names))
-        for layout_naming in {layout.naming.name: layout.naming for layout in LAYOUTS}.values():
-            anchors = _ANCHORS[layout_naming.name]
+        for naming in NAMINGS:
+            anchors = _ANCHORS[naming.name]
             prefixes = {
                 name.removesuffix(anchors[0])
                 for name in present
@@ -291,8 +292,8 @@ def find_resnets(containers: dict[str, Sequence[str]]) -> list[Found]:
             for prefix in sorted(prefixes):
                 if not all(prefix + anchor in present for anchor in anchors):
                     continue
-                fits = _fitting(container, prefix, layout_naming, present)
-                found.append(Found(container, prefix, layout_naming, tuple(fits)))
+                fits = _fitting(container, prefix, naming, present)
+                found.append(Found(container, prefix, naming, tuple(fits)))
     return found
 
 

@@ -153,6 +153,8 @@ CAFFE2 = Naming(
     numbers="abc",
 )
 
+NAMINGS = (TORCHVISION, DETECTRON2, CAFFE2, TRANSFORMERS, SEQUENTIAL, SEQUENTIAL_STEM)
+
 # What wrappers put into names, at any depth: DDP and DataParallel, torch.compile, FSDP, activation
 # checkpointing, DeepSpeed.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}

@@ -108,15 +108,21 @@ def read_backbone(path: str, layout: str = "", copy: str = "", prefix: str = "")
         notes += _add_folded_statistics(tensors)
     _check(path, tensors, names, architecture)
     folded = found.naming is not CAFFE2 and _is_folded(tensors)
-    notes += _notes(stored, tensors, names, folded)
     said, doubts = weigh(hear(stored.content, stored.metadata, containers), architecture)
     preprocessing, assumed = _preprocessing(usual, said, architecture)
-    if assumed and folded:
+    unsaid = not said.keys() >= set(PIXELS)
+    if unsaid and found.naming is CAFFE2 and architecture.groups > 1:
+        doubts.append(
+            "it is a ResNeXt in Caffe2's names; detectron2's were not trained as its ResNets: std "
+            "57.375, 57.12, 58.395, stride in the 3x3 convolutions"
+        )
+    if unsaid and folded:
         doubts.append(
             "all of its norms have running statistics of 0 and 1: they are folded into the norms' "
-            "weights, as in Caffe's networks (BGR, std 1, stride in the 1x1 convolutions), or were "
-            "never trained"
+            "weights, as in Caffe's networks (BGR, std 1, stride in the 1x1 convolutions), or they "
+            "were never trained"
         )
+    notes += _notes(stored, tensors, names, folded)
     notes += [f"{doubt}; VIRTEX.PREPROCESSING config vouches for it" for doubt in doubts]
     return Backbone(
         path=str(path),
@@ -308,9 +314,7 @@ def _notes(
         and not tensors[name].any()
         and (tensors[name.removesuffix("mean") + "var"] == 1).all()
     ]
-    if folded:
-        notes.append("running statistics are 0 and 1 in all norms: folded into their weights")
-    elif untrained:
+    if untrained and not folded:
         notes.append(
             f"{len(untrained)} norms have running statistics that were never trained (mean 0, "
             f"variance 1), the first: {untrained[0]}. Do not freeze them: use SyncBN or BN and "

@@ -113,7 +113,7 @@ def hear(
         heard += [replace(s, assumed=s.key in assumed) for s in _of_settings(place, node)]
     for state in states.values():
         buffers = {
-            plain: state[name].flatten().tolist()
+            plain: [round(value, 4) for value in state[name].flatten().tolist()]
             for plain, name in unwrapped(state).items()
             if plain.rpartition(".")[2] in {*_PAIRS, *_PAIRS.values()} and state[name].numel() == 3
         }
@@ -163,7 +163,7 @@ def weigh(
             f"{said[STD]}, as Caffe's networks have it, and nobody whether the stride is in the "
             "1x1 convolutions, as in theirs, or in the 3x3 ones"
         )
-    return said, doubts
+    return said, list(dict.fromkeys(doubts))
 
 
 def same(expected: object, found: object) -> bool:
@@ -270,7 +270,7 @@ class _ConfigText:
                 value = float(token) if re.search(r"[.e]", token) else int(token)
             except ValueError:
                 value = None
-        return None if self._peek() and self._peek() in "+-*/%|&[(" else value
+        return None if self._peek() and self._peek() in "+-*/%|&[(." else value
 
 
 def _of_settings(place: str, node: Mapping[str, Any]) -> Iterator[Statement]:

@@ -340,14 +340,15 @@ def _log(report: TransferReport, backbone: Backbone, cfg: CfgNode, unused: list[
         "set": f"{len(report.loaded)} of {len(report.loaded)} backbone tensors set, 0 missing",
         "dropped": f"{len(report.dropped)}{_some(report.dropped)}",
         "new": f"{len(report.new)} tensors start at their initialisation: {', '.join(modules)}",
-        "pixels": ("believed from the config: " if report.vouched else "as the file says: ")
-        + ", ".join(
-            f"{key} {value}{'' if report.vouched or key not in report.assumed else ' (assumed)'}"
-            for key, value in report.preprocessing.items()
-        ),
+        "pixels": ("believed from the config: " if report.vouched else "")
+        + ", ".join(f"{key} {value}" for key, value in report.preprocessing.items()),
         "probe": ", ".join(f"{stage} {error:.1e}" for stage, error in report.probe.items())
         or "off",
     }
+    if not report.vouched:
+        assumed = ", ".join(report.assumed)
+        rows["pixels"] += f"; the file does not say, assumed: {assumed}" if assumed else ""
+        rows["pixels"] += "" if assumed else ", as the file says"
     for key in ("source", "iteration"):
         if key in report.metadata:
             rows["layout"] += f"; {key} {report.metadata[key]}"
