@@ -29,6 +29,9 @@ def parse_args() -> argparse.Namespace:
         help=f"where keys do not decide: {', '.join(e.name for e in LAYOUTS)}",
     )
     parser.add_argument("--copy", default="", help="of several networks the one: teacher, ema, ...")
+    parser.add_argument(
+        "--prefix", default="", help="what stands before the names of the network: online.net."
+    )
     parser.add_argument("--inspect", action="store_true", help="say what the source is, and stop")
     parser.add_argument("--verify", action="store_true", help="read the result again and compare")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
@@ -45,12 +48,11 @@ def main() -> None:
     from virtex_d2.checkpoint.convert import convert, describe, inspect, verify
 
     if args.inspect:
-        result = inspect(args.source, args.layout, args.copy)
+        result = inspect(args.source, args.layout, args.copy, args.prefix)
         print(json.dumps(result, indent=1) if args.json else describe(result))
         return
-    backbone = convert(
-        args.source, args.dest, args.to, args.layout, args.copy, overwrite=args.overwrite
-    )
+    which = (args.layout, args.copy, args.prefix)
+    backbone = convert(args.source, args.dest, args.to, *which, overwrite=args.overwrite)
     result = {
         "source": backbone.path,
         "dest": args.dest,

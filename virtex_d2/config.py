@@ -56,6 +56,9 @@ def add_virtex_config(cfg: CN) -> None:
     cfg.VIRTEX.LAYOUT = ""
     # The network to take where a file holds several, such as "momentum". "": the layout's first.
     cfg.VIRTEX.COPY = ""
+    # What stands before the names of the network to take, where layout and copy do not tell:
+    # "online.net.", or with the place of the state dict "state_dict/online.net.".
+    cfg.VIRTEX.PREFIX = ""
     # Iterations between lines of the log, metrics.json and TensorBoard; also between exchanges of
     # what processes have skipped.
     cfg.VIRTEX.LOG_PERIOD = 20

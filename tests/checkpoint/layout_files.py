@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,15 @@ import torch
 from safetensors.torch import save_file
 
 from virtex_d2.checkpoint.architecture import ResNet
-from virtex_d2.checkpoint.naming import CAFFE2, DETECTRON2, TORCHVISION, translate
+from virtex_d2.checkpoint.naming import (
+    CAFFE2,
+    DETECTRON2,
+    SEQUENTIAL,
+    SEQUENTIAL_STEM,
+    TORCHVISION,
+    TRANSFORMERS,
+    translate,
+)
 
 THIN = ResNet(50, stem_channels=8, res2_channels=16, group_width=4)
 FULL = ResNet(50)
@@ -41,6 +50,15 @@ def with_prefix(tensors: Tensors, prefix: str) -> dict[str, torch.Tensor]:
 
 def head(*names: str) -> dict[str, torch.Tensor]:
     return {name: torch.ones(3, 2) for name in names}
+
+
+def _translated(tensors: Tensors) -> list[str]:
+    return [name for name in tensors if translate(name, TORCHVISION, SEQUENTIAL)]
+
+
+def in_sequence(tensors: Tensors, prefix: str = "") -> dict[str, torch.Tensor]:
+    names = _translated(tensors)
+    return {prefix + translate(name, TORCHVISION, SEQUENTIAL): tensors[name] for name in names}
 
 
 def in_detectron2(tensors: Tensors, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -145,6 +163,40 @@ def pixpro(r: Tensors, other: Tensors) -> Any:
     return {"opt": argparse.Namespace(arch="resnet50"), "model": state}
 
 
+def transformers(r: Tensors, other: Tensors) -> Any:
+    names = {name: translate(name, TORCHVISION, TRANSFORMERS) for name in r}
+    state = {f"resnet.{new}": r[name] for name, new in names.items() if new}
+    return {**state, **head("classifier.1.weight")}
+
+
+def lightly(r: Tensors, other: Tensors) -> Any:
+    state = {**in_sequence(r, "backbone."), **in_sequence(other, "backbone_momentum.")}
+    return {"state_dict": {**state, **head("projection_head.layers.0.weight")}, "epoch": 2}
+
+
+def fastai(r: Tensors, other: Tensors) -> Any:
+    return {"model": {**in_sequence(r, "0."), **head("1.8.weight")}, "opt": _optimizer(r)}
+
+
+def sequential_stem(r: Tensors, other: Tensors) -> Any:
+    return {f"backbone.{translate(n, TORCHVISION, SEQUENTIAL_STEM)}": r[n] for n in _translated(r)}
+
+
+def layer0(r: Tensors, other: Tensors) -> Any:
+    stem = {"conv1.": "layer0.0.", "bn1.": "layer0.1."}
+    return {
+        next((new + n[len(old) :] for old, new in stem.items() if n.startswith(old)), n): t
+        for n, t in r.items()
+    }
+
+
+def fsdp(r: Tensors, other: Tensors) -> Any:
+    """Sharded by block, recomputed by block, compiled, and all of it in DDP."""
+    block = re.compile(r"(layer\d)\.(\d+)\.")
+    inside = r"\1._fsdp_wrapped_module.\2._checkpoint_wrapped_module.module."
+    return {"model": with_prefix({block.sub(inside, n): t for n, t in r.items()}, "_orig_mod.")}
+
+
 def detectron2_backbone(r: Tensors, other: Tensors) -> Any:
     model = {name: tensor.numpy() for name, tensor in in_detectron2(r).items()}
     return {"model": model, "__author__": "somebody", "matching_heuristics": True}
@@ -225,6 +277,12 @@ EXAMPLES = {
     "detectron2 backbone": Example(
         detectron2_backbone, "detectron2", "backbone", ".pkl", says_pixels=False
     ),
+    "transformers": Example(transformers, "transformers", "model", ".safetensors"),
+    "lightly": Example(lightly, "sequential", "backbone"),
+    "fastai": Example(fastai, "sequential", "backbone"),
+    "sequential stem": Example(sequential_stem, "sequential-stem", "backbone"),
+    "layer0": Example(layer0, "torchvision", "model"),
+    "fsdp": Example(fsdp, "torchvision", "model"),
     "msra": Example(msra, "msra", "model", ".pkl", folded=True),
 }
 DETECTORS = {"FPN detector": detectron2_detector, "C4 detector": detectron2_c4}

@@ -6,7 +6,15 @@ from detectron2.modeling import build_backbone
 from hypothesis import given
 from hypothesis import strategies as st
 
-from virtex_d2.checkpoint.naming import CAFFE2, DETECTRON2, NORM, TORCHVISION, translate
+from virtex_d2.checkpoint.naming import (
+    CAFFE2,
+    DETECTRON2,
+    NAMINGS,
+    NORM,
+    TORCHVISION,
+    translate,
+    unwrapped,
+)
 
 
 @pytest.mark.parametrize(
@@ -79,13 +87,34 @@ NAMES = st.one_of(
 )
 
 
-@given(name=NAMES, target=st.sampled_from([DETECTRON2, CAFFE2]))
+@given(name=NAMES, target=st.sampled_from(NAMINGS))
 def test_names_come_back_from_another_naming(name, target):
     there = translate(name, TORCHVISION, target)
     if target is CAFFE2 and "running" in name:
         assert there is None
     else:
         assert translate(there, target, TORCHVISION) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("module.conv1.weight", "conv1.weight"),
+        ("_orig_mod.module.encoder_q.layer1.0.bn1.bias", "encoder_q.layer1.0.bn1.bias"),
+        ("layer1._fsdp_wrapped_module.0.conv1.weight", "layer1.0.conv1.weight"),
+        ("encoder.module.layer1.0._checkpoint_wrapped_module.conv1.weight",)
+        + ("encoder.layer1.0.conv1.weight",),
+        ("_forward_module.net.fc.bias", "net.fc.bias"),
+        ("modules.conv1.weight", "modules.conv1.weight"),
+    ],
+)
+def test_wrappers_are_taken_out_of_names_at_any_depth(name, plain):
+    assert unwrapped([name]) == {plain: name}
+
+
+def test_names_stay_as_they_are_where_two_would_become_one():
+    names = ["conv1.weight", "module.conv1.weight"]
+    assert unwrapped(names) == {name: name for name in names}
 
 
 @pytest.mark.parametrize(

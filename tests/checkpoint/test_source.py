@@ -11,6 +11,8 @@ from tests.checkpoint.layout_files import (
     FULL,
     THIN,
     head,
+    in_detectron2,
+    in_sequence,
     moco,
     random_resnet,
     torchvision,
@@ -41,7 +43,7 @@ def test_two_layouts_in_one_file_are_refused_unless_one_is_chosen(resnet, tmp_pa
     other = random_resnet(seed=2)
     both = {"model": {**virtex(resnet, other)["model"], **moco(other, other)["state_dict"]}}
     path = tmp_path / "both.pth"
-    refused(path, both, "fits several layouts: .*virtex in model: visual.cnn.")
+    refused(path, both, "fits several layouts: moco, virtex. .*encoder_k., encoder_q., visual.cnn.")
     assert torch.equal(
         read_backbone(str(path), layout="virtex").tensors["conv1.weight"], resnet["conv1.weight"]
     )
@@ -50,7 +52,11 @@ def test_two_layouts_in_one_file_are_refused_unless_one_is_chosen(resnet, tmp_pa
 
 def test_an_unknown_place_is_refused_unless_a_layout_is_given(resnet, tmp_path):
     path = tmp_path / "novel.pth"
-    refused(path, {"weights": with_prefix(resnet, "novel.trunk.")}, "weights: novel.trunk.")
+    refused(
+        path,
+        {"weights": with_prefix(resnet, "novel.trunk.")},
+        r"--prefix \(VIRTEX.PREFIX\): novel.trunk.$",
+    )
     backbone = read_backbone(str(path), layout="torchvision")
     assert torch.equal(backbone.tensors["layer4.2.bn3.bias"], resnet["layer4.2.bn3.bias"])
 
@@ -224,3 +230,105 @@ def test_the_hub_gives_the_network_of_any_layout(tmp_path):
     thin = EXAMPLES["torchvision"].write(tmp_path, random_resnet(), random_resnet())
     with pytest.raises(InputError, match="expected a resnet50"):
         torch.hub.load(str(ROOT), "resnet50", weights=str(thin), source="local")
+
+
+def advised(message):
+    """The prefixes that an error offers."""
+    return re.search(r"--prefix \(VIRTEX.PREFIX\): (.*)$", message)[1].split(", ")
+
+
+def byol_in_lightning(first, second):
+    return {
+        "state_dict": {
+            **with_prefix(first, "learner.online_encoder.net."),
+            **with_prefix(second, "learner.target_encoder.net."),
+            **head("learner.online_predictor.0.weight"),
+        }
+    }
+
+
+# Files of several networks that no name decides between.
+SEVERAL = {
+    "byol": byol_in_lightning,
+    "two places": lambda a, b: {"state_dict": dict(a), "model": dict(b)},
+    "top and below": lambda a, b: {**a, "model": dict(b)},
+    "wrapped and not": lambda a, b: {**a, **with_prefix(b, "module.")},
+    "two projects": lambda a, b: {"m": {**with_prefix(a, "encoder_k."), **virtex(b, a)["model"]}},
+    "student, teacher": lambda a, b: {
+        "student": with_prefix(a, "novel."),
+        "tutor": with_prefix(b, "module.novel."),
+    },
+    "numbers": lambda a, b: {**in_sequence(a, "f."), **in_sequence(b, "g.module.")},
+    "attacked": lambda a, b: {
+        "model": {**with_prefix(a, "module.model."), **with_prefix(b, "module.attacker.model.")}
+    },
+    "detectors": lambda a, b: {
+        "model": {
+            **in_detectron2(a, "modelTeacher.backbone.bottom_up."),
+            **in_detectron2(b, "modelStudent.backbone.bottom_up."),
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_each_prefix_that_is_offered_takes_one_of_the_networks(name, resnet, tmp_path):
+    other = random_resnet(seed=2)
+    path = str(write(tmp_path / "several.pth", SEVERAL[name](resnet, other)))
+    with pytest.raises(InputError) as caught:
+        read_backbone(path)
+    offered = advised(str(caught.value))
+    assert len(set(offered)) == len(offered) == 2
+    taken = []
+    for prefix in offered:
+        backbone = read_backbone(path, prefix=prefix)
+        assert backbone.copy
+        taken.append(float(backbone.tensors["bn1.weight"][0]))
+        if prefix != "/":
+            assert read_backbone(path, prefix=prefix.rstrip(".")).copy == backbone.copy
+    assert sorted(taken) == sorted(float(r["bn1.weight"][0]) for r in (resnet, other))
+
+
+def test_a_layouts_copies_are_found_behind_any_prefix_where_it_is_given(resnet, tmp_path):
+    other = random_resnet(seed=2)
+    path = str(write(tmp_path / "byol.ckpt", byol_in_lightning(resnet, other)))
+    for copy, tensors in (("online", resnet), ("target", other)):
+        backbone = read_backbone(path, layout="byol", copy=copy)
+        assert torch.equal(backbone.tensors["conv1.weight"], tensors["conv1.weight"])
+    with pytest.raises(InputError) as caught:
+        read_backbone(path, layout="torchvision")
+    assert advised(str(caught.value)) == [
+        "learner.online_encoder.net.",
+        "learner.target_encoder.net.",
+    ]
+    with pytest.raises(InputError, match="no ResNet in layout moco"):
+        read_backbone(path, layout="moco")
+    with pytest.raises(InputError, match="no ResNet in layout transformers"):
+        read_backbone(path, layout="transformers", copy="model")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"prefix": "learner."}, "prefix 'learner.' is of none of the ResNets"),
+        ({"prefix": "learner.online_encoder.net", "copy": "online"}, "Leave --copy"),
+        ({"prefix": "learner.online_encoder.net", "layout": "msra"}, "Leave --layout"),
+    ],
+)
+def test_a_prefix_that_does_not_fit_is_refused_with_what_does(options, match, resnet, tmp_path):
+    refused(tmp_path / "byol.ckpt", byol_in_lightning(resnet, resnet), match, **options)
+
+
+def test_a_prefix_goes_with_its_layout(resnet, tmp_path):
+    path = str(write(tmp_path / "byol.ckpt", byol_in_lightning(resnet, resnet)))
+    prefix = "state_dict/learner.target_encoder.net."
+    backbone = read_backbone(path, "byol", prefix=prefix)
+    assert (backbone.layout, backbone.copy) == ("byol", prefix.rstrip("."))
+    moco_path = EXAMPLES["moco v2"].write(tmp_path, resnet, random_resnet(seed=2))
+    backbone = read_backbone(str(moco_path), prefix="encoder_k")
+    assert (backbone.layout, backbone.copy) == ("moco", "momentum")
+
+
+def test_one_tensor_under_two_names_is_refused(resnet, tmp_path):
+    content = {**resnet, "layer0.0.weight": resnet["conv1.weight"]}
+    refused(tmp_path / "twice.pth", content, "layer0.0.weight")

@@ -1,5 +1,7 @@
 """MODEL.WEIGHTS of every kind through tools/train_net.py: the right network, or the cause."""
 
+import socket
+
 import pytest
 import torch
 
@@ -75,7 +77,7 @@ def test_a_file_that_stock_detectron2_leaves_out_is_loaded_whole(
     ("make", "opts", "message"),
     [
         (as_torchvision, ("MODEL.RESNETS.NORM", "GN"), "keeps no running statistics"),
-        (as_torchvision, ("INPUT.FORMAT", "BGR"), "INPUT.FORMAT is BGR, the file says RGB"),
+        (as_torchvision, ("INPUT.FORMAT", "BGR"), "INPUT.FORMAT is BGR, assumed is RGB"),
         (as_torchvision, ("MODEL.PIXEL_STD", "[1.0,1.0,1.0]"), "MODEL.PIXEL_STD is"),
         (as_torchvision, ("MODEL.PIXEL_MEAN", "[103.5,116.3,123.7]"), "MODEL.PIXEL_MEAN is"),
         (as_torchvision, ("MODEL.RESNETS.STRIDE_IN_1X1", "True"), "STRIDE_IN_1X1 is True"),
@@ -98,6 +100,27 @@ def test_two_networks_in_one_file_need_a_choice(resnet, tool, tmp_path, capsys):
     assert tool("MODEL.WEIGHTS", path, *BRIEF) == 2
     assert "fits several layouts" in capsys.readouterr().err
     assert tool("MODEL.WEIGHTS", path, "VIRTEX.LAYOUT", "moco", *BRIEF) == 0
+
+
+def test_a_prefix_that_the_error_offers_trains(resnet, tool, tmp_path, capsys):
+    both = {f"learner.{name}.": random_resnet(RESNET, seed=n) for n, name in enumerate("ab")}
+    state = {k: t for prefix, r in both.items() for k, t in with_prefix(r, prefix).items()}
+    path = write(tmp_path / "both.pth", {"state_dict": state})
+    assert tool("MODEL.WEIGHTS", path, *BRIEF) == 2
+    offered = capsys.readouterr().err.strip().partition("(VIRTEX.PREFIX): ")[2].split(", ")
+    assert offered == ["learner.a.", "learner.b."]
+    assert tool("MODEL.WEIGHTS", path, "VIRTEX.PREFIX", offered[1], *BRIEF) == 0
+    assert "layout   torchvision, state_dict/learner.b: resnet18" in tool.log()
+
+
+def test_an_address_out_of_reach_is_one_line(tool, capsys):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{unused.getsockname()[1]}/R-50.pkl"
+        for opts in ((), ("VIRTEX.PREPROCESSING", "config")):
+            assert tool("MODEL.WEIGHTS", address, *opts, *BRIEF) == 2
+            (line,) = [x for x in capsys.readouterr().err.splitlines() if "error: " in x]
+            assert line.startswith(f"error: {address}: cannot be fetched: ")
 
 
 OTHER_PIXELS = ("INPUT.FORMAT", "BGR", "MODEL.PIXEL_STD", "[1.0,1.0,1.0]")

@@ -13,6 +13,7 @@ import virtex_d2
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import atomic_path, write_safetensors
 
+from .addresses import local_path
 from .layouts import IMAGENET_RGB, SUFFIXES, Preprocessing
 from .naming import DETECTRON2, TORCHVISION, translate
 from .probe import TOLERANCE, ProbeResult, probe
@@ -25,6 +26,7 @@ def convert(
     to: str,
     layout: str = "",
     copy: str = "",
+    prefix: str = "",
     overwrite: bool = False,
 ) -> Backbone:
     """Read a checkpoint of any layout and write its ResNet alone; atomic.
@@ -34,7 +36,7 @@ def convert(
         dest: the file to write.
         to: "backbone" (this project's file, .safetensors), "detectron2" (.pkl, for stock
             detectron2), "torchvision" or "timm" (.pth or .safetensors; both use the same names).
-        layout, copy: as in `source.read_backbone`.
+        layout, copy, prefix: as in `source.read_backbone`.
         overwrite: whether `dest` may exist.
 
     Raises:
@@ -50,7 +52,7 @@ def convert(
         )
     if Path(dest).exists() and not overwrite:
         raise InputError(f"{dest}: exists already. Choose another name, or add --overwrite.")
-    backbone = read_backbone(source, layout, copy)
+    backbone = read_backbone(local_path(source), layout, copy, prefix)
     try:
         _WRITERS[to](Path(dest), backbone)
     except OSError as error:
@@ -64,10 +66,16 @@ def _notes(to: str, backbone: Backbone) -> list[str]:
         return []
     notes = []
     if backbone.preprocessing is None:
-        notes.append("the source does not say what its network was trained with")
+        notes.append("nobody says what its network was trained with")
     else:
         keys = backbone.preprocessing.config().items()
-        notes.append("feed it with " + ", ".join(f"{key} {value}" for key, value in keys))
+        notes.append(
+            "feed it with "
+            + ", ".join(
+                f"{key} {value}{' (assumed)' if key in backbone.assumed else ''}"
+                for key, value in keys
+            )
+        )
     if to == "detectron2":
         notes.append("detectron2's own defaults are others")
     else:
@@ -108,18 +116,19 @@ def verify(path: str, original: Backbone) -> ProbeResult:
     return result
 
 
-def inspect(path: str, layout: str = "", copy: str = "") -> dict[str, object]:
+def inspect(path: str, layout: str = "", copy: str = "", prefix: str = "") -> dict[str, object]:
     """What a file is, for people and programs; nothing is loaded into a model.
 
     Returns:
         "found" (every ResNet in it: place, prefix, layouts and copies), and of the one that would
         be taken: "layout", "copy", "architecture", "tensors", "preprocessing" (config keys, None
-        where the file does not say), "dropped", "beside", "notes", "metadata", "sha256".
+        where it is not known), "assumed" (those of the keys that the file does not say), "dropped",
+        "beside", "notes", "metadata", "sha256".
 
     Raises:
         InputError: the file cannot be read, or holds nothing that can be loaded.
     """
-    backbone = read_backbone(path, layout, copy)
+    backbone = read_backbone(path := local_path(path), layout, copy, prefix)
     return {
         "path": backbone.path,
         "sha256": backbone.sha256,
@@ -129,6 +138,7 @@ def inspect(path: str, layout: str = "", copy: str = "") -> dict[str, object]:
         "config": backbone.architecture.config(),
         "tensors": len(backbone.tensors),
         "preprocessing": backbone.preprocessing and backbone.preprocessing.config(),
+        "assumed": list(backbone.assumed) if backbone.preprocessing else [],
         "found": [
             {
                 "place": found.container,
@@ -174,16 +184,17 @@ def _metadata(backbone: Backbone) -> dict[str, str]:
         "virtex_d2_version": virtex_d2.__version__,
     }
     if backbone.preprocessing:
-        entries |= backbone.preprocessing.metadata()
+        entries |= backbone.preprocessing.metadata() | {"assumed": ",".join(backbone.assumed)}
     return entries
 
 
 def _write_backbone(dest: Path, backbone: Backbone) -> None:
     if backbone.preprocessing is None:
+        doubt = f": {backbone.doubts[0]}" if backbone.doubts else ""
         raise InputError(
             f"{backbone.path}: layout {backbone.layout} does not say what the network was trained "
-            "with, which a backbone file must. Convert with --to detectron2, and "
-            "set the four keys where it is used."
+            f"with, which a backbone file must{doubt}. Convert with --to detectron2, and set the "
+            "four keys where it is used."
         )
     own = {"format": FORMAT, "format_version": FORMAT_VERSION}
     write_safetensors(dest, backbone.tensors, {**_metadata(backbone), **own})

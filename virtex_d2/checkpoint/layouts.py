@@ -5,10 +5,24 @@ A layout is recognised by the keys in the file, never by the file's name. To add
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from .naming import CAFFE2, DETECTRON2, TORCHVISION, Naming
+from .naming import (
+    CAFFE2,
+    DETECTRON2,
+    NAMINGS,
+    SEQUENTIAL,
+    SEQUENTIAL_STEM,
+    TORCHVISION,
+    TRANSFORMERS,
+    Naming,
+    unwrapped,
+)
+
+ORDER, MEAN, STD = "INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"
+STRIDE = "MODEL.RESNETS.STRIDE_IN_1X1"
 
 
 @dataclass(frozen=True)
@@ -30,11 +44,16 @@ class Preprocessing:
     def config(self) -> dict[str, object]:
         """The four config keys that feed a detector so."""
         return {
-            "INPUT.FORMAT": self.channel_order,
-            "MODEL.PIXEL_MEAN": list(self.mean),
-            "MODEL.PIXEL_STD": list(self.std),
-            "MODEL.RESNETS.STRIDE_IN_1X1": self.stride_in_1x1,
+            ORDER: self.channel_order,
+            MEAN: list(self.mean),
+            STD: list(self.std),
+            STRIDE: self.stride_in_1x1,
         }
+
+    @classmethod
+    def of_config(cls, values: Mapping[str, Any]) -> "Preprocessing":
+        """The other way of `config`."""
+        return cls(values[ORDER], tuple(values[MEAN]), tuple(values[STD]), values[STRIDE])
 
     def metadata(self) -> dict[str, str]:
         """The same as strings, for files."""
@@ -59,7 +78,7 @@ class Copy:
     Attributes:
         name: for `--copy` and VIRTEX.COPY.
         prefix: regular expression of what stands before the ResNet's names, without the wrappers
-            of DDP and torch.compile.
+            of DDP, torch.compile and the like.
         container: regular expression of the path of dict keys to the state dict, joined by "/".
     """
 
@@ -79,7 +98,8 @@ class Layout:
         naming: of the ResNet behind the prefix.
         markers: regular expressions of names; one must begin a name beside the ResNet's, or, where
             there are none here, the prefix alone is enough.
-        preprocessing: what the network was trained with; None where the files do not say.
+        preprocessing: what such networks are trained with, which is assumed where the file itself
+            says nothing; None where there is no such custom.
         refusal: why this cannot be loaded, where it cannot.
         detector: whether the file is of a whole detector, which is loaded as detectron2 does.
     """
@@ -166,6 +186,24 @@ LAYOUTS = (
         ),
     ),
     Layout(
+        "transformers",
+        "ResNets of Hugging Face's transformers",
+        (Copy("model", r"(resnet\.)?"),),
+        naming=TRANSFORMERS,
+    ),
+    Layout(
+        "sequential",
+        "torchvision's ResNets in nn.Sequential, by number: lightly, fastai, many a script",
+        (Copy("backbone", r"(backbone\.|0\.)?"), Copy("momentum", r"backbone_momentum\.")),
+        naming=SEQUENTIAL,
+    ),
+    Layout(
+        "sequential-stem",
+        "the same with a stem that is a Sequential of its own",
+        (Copy("backbone", r"(backbone\.)?"),),
+        naming=SEQUENTIAL_STEM,
+    ),
+    Layout(
         "clip",
         "CLIP and its kin",
         (Copy("visual", r"(model\.)?visual\.(trunk\.)?"),),
@@ -199,13 +237,17 @@ LAYOUTS = (
     ),
 )
 
-# What DDP and torch.compile put before every name.
+# Wrappers that are left before names where a file has networks with and without one.
 _WRAPPERS = r"(?:module\.|_orig_mod\.)*"
-# The names by which a ResNet of each naming is found, whatever stands before them.
+# The names by which a ResNet of each naming is found, whatever stands before them. Numbers are in
+# many networks: there the stem must be beside them.
 _ANCHORS = {
-    "torchvision": ("conv1.weight", "layer1.0.conv1.weight"),
-    "detectron2": ("stem.conv1.weight", "res2.0.conv1.weight"),
-    "caffe2": ("conv1_w", "res2_0_branch2a_w"),
+    "torchvision": ("layer1.0.conv1.weight",),
+    "detectron2": ("res2.0.conv1.weight",),
+    "caffe2": ("res2_0_branch2a_w",),
+    "transformers": ("encoder.stages.0.layers.0.layer.0.convolution.weight",),
+    "sequential": ("4.0.conv1.weight", "0.weight"),
+    "sequential-stem": ("1.0.conv1.weight", "0.0.weight"),
 }
 
 
@@ -215,7 +257,7 @@ class Found:
 
     Attributes:
         container: path of dict keys to its state dict, joined by "/".
-        prefix: before its names, wrappers included.
+        prefix: before its names, without wrappers.
         naming: of its names.
         layouts: (layout, copy) that fit, the more specific layouts only.
     """
@@ -224,6 +266,11 @@ class Found:
     prefix: str
     naming: Naming
     layouts: tuple[tuple[Layout, Copy], ...]
+
+    @property
+    def place(self) -> str:
+        """Where it is, for messages and --prefix: "state_dict/encoder_q."; "/" is all of a file."""
+        return f"{self.container}/{self.prefix}" if self.container else self.prefix or "/"
 
 
 def find_resnets(containers: dict[str, Sequence[str]]) -> list[Found]:
@@ -234,17 +281,19 @@ def find_resnets(containers: dict[str, Sequence[str]]) -> list[Found]:
     """
     found = []
     for container, names in containers.items():
-        present = set(names)
-        for layout_naming in {layout.naming.name: layout.naming for layout in LAYOUTS}.values():
-            anchors = _ANCHORS[layout_naming.name]
+        present = set(unwrapped(names))
+        for naming in NAMINGS:
+            anchors = _ANCHORS[naming.name]
             prefixes = {
-                name.removesuffix(anchors[1])
+                name.removesuffix(anchors[0])
                 for name in present
-                if name.endswith(anchors[1]) and _boundary(name.removesuffix(anchors[1]))
+                if name.endswith(anchors[0]) and _boundary(name.removesuffix(anchors[0]))
             }
             for prefix in sorted(prefixes):
-                fits = _fitting(container, prefix, layout_naming, present)
-                found.append(Found(container, prefix, layout_naming, tuple(fits)))
+                if not all(prefix + anchor in present for anchor in anchors):
+                    continue
+                fits = _fitting(container, prefix, naming, present)
+                found.append(Found(container, prefix, naming, tuple(fits)))
     return found
 
 

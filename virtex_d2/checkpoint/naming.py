@@ -26,6 +26,7 @@ class Naming:
             its block, counted by `numbers`).
         convolution, norm: parameter -> what follows the module's name.
         numbers: the convolutions of a block in order.
+        also: further (role, module name) that are read, and not written.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Naming:
     convolution: dict[str, str]
     norm: dict[str, str]
     numbers: str = "123"
+    also: tuple[tuple[str, str], ...] = ()
 
     def parameters(self, role: str) -> dict[str, str]:
         """Parameter -> suffix of a role's module."""
@@ -55,7 +57,7 @@ class Naming:
                     )
                 ),
             )
-            for role, module in self.modules.items()
+            for role, module in (*self.modules.items(), *self.also)
             for parameter, suffix in self.parameters(role).items()
         ]
 
@@ -77,6 +79,46 @@ TORCHVISION = Naming(
     },
     convolution=_dotted(CONVOLUTION),
     norm=_dotted(NORM),
+    also=(
+        ("stem convolution", "layer0.0"),
+        ("stem norm", "layer0.1"),
+        ("stem convolution", "layer0.conv1"),
+        ("stem norm", "layer0.bn1"),
+        ("shortcut convolution", "layer{stage}.{block}.shortcut.0"),
+        ("shortcut norm", "layer{stage}.{block}.shortcut.1"),
+    ),
+)
+
+
+def _numbered(name: str, first_stage: int, stem: str, norm: str) -> Naming:
+    """torchvision's blocks in nn.Sequential, which counts its parts."""
+    modules = {
+        role: module.replace("layer{stage}", "{stage}")
+        for role, module in TORCHVISION.modules.items()
+    }
+    modules |= {"stem convolution": stem, "stem norm": norm}
+    return Naming(name, first_stage, modules, TORCHVISION.convolution, TORCHVISION.norm)
+
+
+# nn.Sequential(*resnet.children()), and one whose first part is the stem (convolution, norm, ReLU
+# and pooling).
+SEQUENTIAL = _numbered("sequential", 4, "0", "1")
+SEQUENTIAL_STEM = _numbered("sequential-stem", 1, "0.0", "0.1")
+
+TRANSFORMERS = Naming(
+    "transformers",
+    first_stage=0,
+    modules={
+        "stem convolution": "embedder.embedder.convolution",
+        "stem norm": "embedder.embedder.normalization",
+        "convolution": "encoder.stages.{stage}.layers.{block}.layer.{n}.convolution",
+        "norm": "encoder.stages.{stage}.layers.{block}.layer.{n}.normalization",
+        "shortcut convolution": "encoder.stages.{stage}.layers.{block}.shortcut.convolution",
+        "shortcut norm": "encoder.stages.{stage}.layers.{block}.shortcut.normalization",
+    },
+    convolution=_dotted(CONVOLUTION),
+    norm=_dotted(NORM),
+    numbers="012",
 )
 
 DETECTRON2 = Naming(
@@ -111,12 +153,18 @@ CAFFE2 = Naming(
     numbers="abc",
 )
 
-NAMINGS = {naming.name: naming for naming in (TORCHVISION, DETECTRON2, CAFFE2)}
+NAMINGS = (TORCHVISION, DETECTRON2, CAFFE2, TRANSFORMERS, SEQUENTIAL, SEQUENTIAL_STEM)
+
+# What wrappers put into names, at any depth: DDP and DataParallel, torch.compile, FSDP, activation
+# checkpointing, DeepSpeed.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_WRAPPERS |= {"_forward_module"}
 
 # Names that only a ResNet-like network has. One of them that is not in the tables belongs to
 # another architecture (a deep stem, squeeze and excitation, a convolution with a bias).
 _OF_A_RESNET = re.compile(
-    r"(stem\.|conv\d|bn\d|norm\d|layer\d|res\d|res_conv|attnpool|transformer|blocks?\.)"
+    r"(stem\.|conv\d|bn\d|norm\d|layer\d|res\d|res_conv|attnpool|transformer|blocks?\.|embedder\.|"
+    r"encoder\.stages\.|[0-7]\.(\d+\.|bias$))"
 )
 
 
@@ -140,6 +188,19 @@ def translate(name: str, source: Naming, target: Naming) -> str | None:
             suffix = target.parameters(role).get(parameter)
             return None if suffix is None else target.modules[role].format(**fields) + suffix
     return None
+
+
+def unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """Names without what wrappers put into them -> the names as they are.
+
+    Where two names would become one, all stay as they are: the file holds wrapped and unwrapped
+    networks.
+    """
+    names = list(names)
+    plain = {
+        ".".join(part for part in name.split(".") if part not in _WRAPPERS): name for name in names
+    }
+    return plain if len(plain) == len(names) else {name: name for name in names}
 
 
 def is_counter(name: str) -> bool:

@@ -325,11 +325,13 @@ def _device(machine: Unpickler, kind: Any, index: Any = None) -> str:
     return kind if index is None else f"{kind}:{index}"
 
 
-def _object(machine: Unpickler, cls: Any, *_: Any) -> Placeholder:
-    """copyreg._reconstructor: any object, in protocols 0 and 1."""
+def _object(machine: Unpickler, cls: Any, _base: Any = None, items: Any = None, *_: Any) -> Any:
+    """copyreg._reconstructor: any object, in protocols 0 and 1; of a dict's kind with its items."""
     if not isinstance(cls, Global):
         raise Damaged("an object without a class")
-    return machine.placeholder(cls)
+    placeholder = machine.placeholder(cls)
+    placeholder.note(items.items() if isinstance(items, dict) else ())
+    return placeholder
 
 
 _PYTHON_2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}

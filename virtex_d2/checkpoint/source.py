@@ -7,13 +7,23 @@ from typing import Any
 
 import torch
 
-from virtex_d2.runtime.errors import InputError, nearest
+from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import sha256
 
 from .architecture import ResNet, recognise_resnet
-from .layouts import LAYOUTS, Copy, Found, Layout, Preprocessing, find_resnets
-from .naming import CAFFE2, DETECTRON2, TORCHVISION, is_counter, looks_like_backbone, translate
+from .choice import choose
+from .layouts import STRIDE, Copy, Found, Layout, Preprocessing, find_resnets
+from .naming import (
+    CAFFE2,
+    DETECTRON2,
+    TORCHVISION,
+    is_counter,
+    looks_like_backbone,
+    translate,
+    unwrapped,
+)
 from .reading import StoredCheckpoint, read_tensors
+from .statements import PIXELS, Statement, hear, weigh
 
 FORMAT = "virtex_d2.backbone"
 FORMAT_VERSION = "1"
@@ -35,7 +45,10 @@ class Backbone:
         architecture: depth and widths.
         tensors: all of the ResNet's by torchvision name, float32 on the CPU.
         names: torchvision name -> name in the file; without those that the file did not hold.
-        preprocessing: what it was trained with; None where the file does not say.
+        preprocessing: what it was trained with; None where neither the file nor its layout says so,
+            or there are `doubts`.
+        assumed: the config keys of it that the file does not say.
+        doubts: sentences on what the file says or holds that contradicts itself or its layout.
         metadata: the file's, where it is a backbone file.
         dropped: the other names in the same state dict (heads, projectors, counters).
         beside: paths of what else the file holds (optimizer, other copies).
@@ -50,6 +63,8 @@ class Backbone:
     tensors: dict[str, torch.Tensor] = field(repr=False)
     names: dict[str, str] = field(repr=False)
     preprocessing: Preprocessing | None
+    assumed: tuple[str, ...]
+    doubts: tuple[str, ...]
     metadata: dict[str, str]
     dropped: tuple[str, ...]
     beside: tuple[str, ...]
@@ -60,7 +75,7 @@ class Backbone:
         return self.names.get(name, name)
 
 
-def read_backbone(path: str, layout: str = "", copy: str = "") -> Backbone:
+def read_backbone(path: str, layout: str = "", copy: str = "", prefix: str = "") -> Backbone:
     """Find the ResNet in a checkpoint, whatever project wrote it.
 
     Args:
@@ -68,6 +83,8 @@ def read_backbone(path: str, layout: str = "", copy: str = "") -> Backbone:
         layout: a name in `layouts.LAYOUTS`, where the keys alone do not decide; its prefix need not
             fit then.
         copy: the network to take where a file holds several, e.g. "student".
+        prefix: what stands before the names of the network to take, behind the place of its state
+            dict if need be: "online.net.", "state_dict/online.net.".
 
     Raises:
         InputError: the file cannot be read safely; it holds no ResNet, one that detectron2 cannot
@@ -75,22 +92,38 @@ def read_backbone(path: str, layout: str = "", copy: str = "") -> Backbone:
     """
     stored = read_tensors(path)
     containers = dict(_state_dicts(stored.content))
-    if stored.metadata.get("format") == FORMAT:
+    own = stored.metadata.get("format") == FORMAT
+    if own:
         found, chosen = Found("", "", TORCHVISION, ()), (OWN_LAYOUT, "model")
-        preprocessing = _own_preprocessing(path, stored.metadata)
+        usual = _own_preprocessing(path, stored.metadata)
     else:
-        found, (entry, one) = _choose(path, containers, layout, copy)
+        found, (entry, one) = choose(path, containers, layout, copy, prefix)
         if entry.refusal:
             raise InputError(f"{path}: cannot be loaded: {entry.refusal}.")
-        chosen, preprocessing = (entry.name, one.name), entry.preprocessing
-        preprocessing = _embedded_preprocessing(path, stored.content) or preprocessing
+        chosen, usual = (entry.name, one.name), entry.preprocessing
     raw, names, dropped = _collect(path, containers[found.container], found)
     tensors, notes = _as_float32(path, raw, names)
     architecture = recognise_resnet(tensors, path)
     if found.naming is CAFFE2:
         notes += _add_folded_statistics(tensors)
     _check(path, tensors, names, architecture)
-    notes += _notes(stored, tensors, names)
+    folded = found.naming is not CAFFE2 and _is_folded(tensors)
+    said, doubts = weigh(hear(stored.content, stored.metadata, containers), architecture)
+    preprocessing, assumed = _preprocessing(usual, said, architecture)
+    unsaid = not said.keys() >= set(PIXELS)
+    if unsaid and found.naming is CAFFE2 and architecture.groups > 1:
+        doubts.append(
+            "it is a ResNeXt in Caffe2's names; detectron2's were not trained as its ResNets: std "
+            "57.375, 57.12, 58.395, stride in the 3x3 convolutions"
+        )
+    if unsaid and folded:
+        doubts.append(
+            "all of its norms have running statistics of 0 and 1: they are folded into the norms' "
+            "weights, as in Caffe's networks (BGR, std 1, stride in the 1x1 convolutions), or they "
+            "were never trained"
+        )
+    notes += _notes(stored, tensors, names, folded)
+    notes += [f"{doubt}; VIRTEX.PREPROCESSING config vouches for it" for doubt in doubts]
     return Backbone(
         path=str(path),
         sha256=sha256(path),
@@ -99,7 +132,9 @@ def read_backbone(path: str, layout: str = "", copy: str = "") -> Backbone:
         architecture=architecture,
         tensors=tensors,
         names=names,
-        preprocessing=preprocessing,
+        preprocessing=None if doubts else preprocessing,
+        assumed=assumed,
+        doubts=tuple(doubts),
         metadata=stored.metadata,
         dropped=tuple(sorted(dropped)),
         beside=tuple(sorted(_beside(stored.content, found.container))),
@@ -141,87 +176,6 @@ def _state_dicts(
             yield from _state_dicts(value, f"{place}/{key}".removeprefix("/"), depth + 1)
 
 
-def _choose(
-    path: str, containers: Mapping[str, Mapping], layout: str, copy: str
-) -> tuple[Found, tuple[Layout, Copy]]:
-    known = {entry.name: entry for entry in LAYOUTS}
-    if layout and layout not in known:
-        raise InputError(
-            f"layout '{layout}': expected one of {', '.join(known)}.{nearest(layout, known)}"
-        )
-    resnets = find_resnets({place: list(state) for place, state in containers.items()})
-    if not resnets:
-        raise InputError(_no_resnet(path, containers))
-    options = [(found, fit) for found in resnets for fit in found.layouts]
-    if layout:
-        options = [option for option in options if option[1][0].name == layout]
-        if not options:
-            options = _forced(path, resnets, known[layout])
-    if not options:
-        places = "; ".join(_place(found) for found in resnets)
-        raise InputError(
-            f"{path}: a ResNet in {resnets[0].naming.name}'s names, but in a place that no known "
-            f"layout has: {places}. If it is the one you mean, say how to take it: layout "
-            f"'{resnets[0].naming.name}' (--layout, or VIRTEX.LAYOUT)."
-        )
-    projects = {fit[0].name for _, fit in options}
-    if len(projects) > 1:
-        places = "; ".join(f"{fit[0].name} in {_place(found)}" for found, fit in options)
-        raise InputError(
-            f"{path}: fits several layouts: {places}. Choose one with --layout or VIRTEX.LAYOUT."
-        )
-    entry = options[0][1][0]
-    copies = [one.name for one in entry.copies]
-    if copy and copy not in copies:
-        raise InputError(
-            f"copy '{copy}': layout {entry.name} has {', '.join(copies)}.{nearest(copy, copies)}"
-        )
-    wanted = copy or copies[0]
-    taken = [option for option in options if option[1][1].name == wanted]
-    if not taken:
-        there = sorted({fit[1].name for _, fit in options})
-        raise InputError(
-            f"{path}: layout {entry.name} without its copy '{wanted}'; it holds {', '.join(there)}."
-            f" Choose it with --copy or VIRTEX.COPY."
-        )
-    if len(taken) > 1:
-        places = "; ".join(_place(found) for found, _ in taken)
-        raise InputError(
-            f"{path}: the same network in several places: {places}. Save the one you mean alone: "
-            "torch.save({'model': state_dict}, path)."
-        )
-    return taken[0]
-
-
-def _forced(
-    path: str, resnets: list[Found], layout: Layout
-) -> list[tuple[Found, tuple[Layout, Copy]]]:
-    fitting = [found for found in resnets if found.naming is layout.naming]
-    if len(fitting) != 1:
-        places = "; ".join(_place(found) for found in resnets)
-        raise InputError(
-            f"{path}: layout {layout.name} fits {len(fitting)} of the ResNets in it ({places}); "
-            "expected one."
-        )
-    return [(fitting[0], (layout, layout.copies[0]))]
-
-
-def _place(found: Found) -> str:
-    return f"{found.container or 'the top level'}: {found.prefix or 'no prefix'}"
-
-
-def _no_resnet(path: str, containers: Mapping[str, Mapping]) -> str:
-    if not containers:
-        return f"{path}: holds no tensors by name. MODEL.WEIGHTS takes a checkpoint with a ResNet."
-    place, state = max(containers.items(), key=lambda item: len(item[1]))
-    first = ", ".join(list(state)[:3])
-    what = "It looks like a vision transformer; " if any("blocks." in n for n in state) else ""
-    return (
-        f"{path}: no ResNet found among the {len(state)} tensors of {place or 'the top level'}, "
-        f"which begin with {first}. {what}MODEL.WEIGHTS takes the layouts of docs/checkpoints.md."
-    )
-
-
 def _collect(
     path: str, state: Mapping[str, torch.Tensor], found: Found
 ) -> tuple[dict[str, torch.Tensor], dict[str, str], list[str]]:
@@ -230,18 +184,18 @@ def _collect(
     names: dict[str, str] = {}
     dropped: list[str] = []
     strange: list[str] = []
-    for name, tensor in state.items():
-        prefix = found.prefix
+    for name, original in unwrapped(state).items():
+        tensor, prefix = state[original], found.prefix
         if found.naming is DETECTRON2 and name.startswith("roi_heads.res5."):
             prefix = "roi_heads."  # where C4 detectors keep their last stage
         inside = name.removeprefix(prefix) if name.startswith(prefix) else None
         target = inside and translate(inside, found.naming, TORCHVISION)
-        if target:
-            raw[target], names[target] = tensor, name
+        if target and target not in raw:
+            raw[target], names[target] = tensor, original
             continue
-        dropped.append(name)
+        dropped.append(original)
         if inside and not _harmless(inside, tensor) and looks_like_backbone(inside):
-            strange.append(name)
+            strange.append(original)
     if strange:
         raise InputError(
             f"{path}: {len(strange)} tensors that detectron2's ResNet has no place for, the first: "
@@ -256,8 +210,9 @@ def _harmless(name: str, tensor: torch.Tensor) -> bool:
         return True
     if re.fullmatch(r"res5\.norm\.\w+", name):  # C4's extra norm, which is the detector's
         return True
-    # Caffe2's stem convolution has a bias that is never used.
-    return name == "conv1_b" and not tensor.any()
+    # A bias that is never used: of Caffe's stem, or of any convolution before a norm.
+    convolution = r"(.*\.)?(conv\d|convolution|shortcut|downsample\.0|0)\.bias|conv1_b"
+    return re.fullmatch(convolution, name) is not None and not tensor.any()
 
 
 def _as_float32(
@@ -281,6 +236,29 @@ def _add_folded_statistics(tensors: dict[str, torch.Tensor]) -> list[str]:
         tensors[base + "running_mean"] = torch.zeros_like(tensors[name])
         tensors[base + "running_var"] = torch.full_like(tensors[name], 1.0 - _EPSILON)
     return ["running statistics are folded into the norms' weights: mean 0 and variance 1 were set"]
+
+
+def _is_folded(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether no norm of a trained network has statistics: mean 0, variance 1, or what
+    `_add_folded_statistics` sets.
+    """
+    means = [tensor for name, tensor in tensors.items() if name.endswith("running_mean")]
+    variances = [tensor for name, tensor in tensors.items() if name.endswith("running_var")]
+    if any(mean.any() for mean in means) or any((v - 1).abs().max() > 2e-5 for v in variances):
+        return False
+    weights = [tensors[name] for name in tensors if _is_norm_weight(name, tensors)]
+    return any((weight != 1).any() and weight.any() for weight in weights)
+
+
+def _preprocessing(
+    usual: Preprocessing | None, said: Mapping[str, Statement], architecture: ResNet
+) -> tuple[Preprocessing | None, tuple[str, ...]]:
+    """What a file says, completed by what its layout assumes; and the keys that are assumed."""
+    assumed = tuple(key for key in PIXELS if key not in said or said[key].assumed)
+    values = {**(usual.config() if usual else {}), **{key: s.value for key, s in said.items()}}
+    if not architecture.bottleneck:  # basic blocks have no 1x1 convolutions
+        values.setdefault(STRIDE, False)
+    return (Preprocessing.of_config(values) if len(values) == len(PIXELS) else None), assumed
 
 
 def _is_norm_weight(name: str, tensors: Mapping[str, torch.Tensor]) -> bool:
@@ -319,7 +297,10 @@ def _check(
 
 
 def _notes(
-    stored: StoredCheckpoint, tensors: Mapping[str, torch.Tensor], names: Mapping[str, str]
+    stored: StoredCheckpoint,
+    tensors: Mapping[str, torch.Tensor],
+    names: Mapping[str, str],
+    folded: bool,
 ) -> list[str]:
     notes = []
     if stored.foreign:
@@ -333,7 +314,7 @@ def _notes(
         and not tensors[name].any()
         and (tensors[name.removesuffix("mean") + "var"] == 1).all()
     ]
-    if untrained:
+    if untrained and not folded:
         notes.append(
             f"{len(untrained)} norms have running statistics that were never trained (mean 0, "
             f"variance 1), the first: {untrained[0]}. Do not freeze them: use SyncBN or BN and "
@@ -349,22 +330,17 @@ def _beside(content: Any, container: str) -> list[str]:
     return [str(key) for key in content if key != top]
 
 
-def _embedded_preprocessing(path: str, content: Any) -> Preprocessing | None:
-    """What tools/convert_checkpoint.py or a detector's training wrote beside the tensors."""
-    entries = content.get("virtex_d2") if isinstance(content, Mapping) else None
-    if not isinstance(entries, Mapping) or "pixel_mean" not in entries:
-        return None
-    texts = {str(key): str(value) for key, value in entries.items()}
-    return _own_preprocessing(path, {"architecture": "", **texts, "format_version": FORMAT_VERSION})
-
-
-def detector_preprocessing(path: str) -> Preprocessing | None:
-    """What a detector's checkpoint was trained with; None where it does not say.
+def detector_says(path: str) -> tuple[dict[str, object], list[str]]:
+    """What a detector's checkpoint says of its pixels and stride, by config key, and what
+    contradicts itself.
 
     Raises:
         InputError: the file cannot be read safely.
     """
-    return _embedded_preprocessing(path, read_tensors(path).content)
+    stored = read_tensors(path)
+    states = dict(_state_dicts(stored.content))
+    said, doubts = weigh(hear(stored.content, stored.metadata, states), None)
+    return {key: statement.value for key, statement in said.items()}, doubts
 
 
 def _own_preprocessing(path: str, metadata: Mapping[str, str]) -> Preprocessing:

@@ -1,6 +1,7 @@
 """What a checkpoint file says is in it, before any of it is built or believed."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import torch
@@ -20,9 +21,23 @@ class Damaged(Exception):  # noqa: N818
 
 @dataclass(frozen=True, eq=False)
 class Placeholder:
-    """Stands where an object of another class was; says its name and nothing else."""
+    """Stands where an object of another class was.
+
+    Attributes:
+        name: of the class.
+        values: its attributes or items by name, as the pickle has them: unbuilt, and plain values
+            and containers only. May be cyclic.
+    """
 
     name: str
+    values: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def note(self, items: Iterable[tuple[Any, Any]]) -> None:
+        """Keep attributes or items that may be settings."""
+        plain = (str, int, float, type(None), list, tuple, dict, Placeholder)
+        for key, value in items:
+            if type(key) is str and isinstance(value, plain):
+                self.values[key] = value
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,6 @@ import detectron2
 import torch
 import yaml
 from detectron2.config import CfgNode
-from detectron2.utils.file_io import PathManager
 from torch import nn
 
 import virtex_d2
@@ -18,15 +17,21 @@ from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import atomic_path
 from virtex_d2.runtime.last_checkpoint import has_checkpoint, last_whole_checkpoint
 
+from .addresses import local_path
 from .layouts import IMAGENET_RGB, Preprocessing
 from .naming import DETECTRON2, TORCHVISION, is_counter, translate
 from .probe import TOLERANCE, ProbeResult, probe
-from .source import Backbone, detector_preprocessing, holds_detector, read_backbone
+from .source import Backbone, detector_says, holds_detector, read_backbone
+from .statements import PIXELS, same
 
 logger = logging.getLogger(__name__)
 
 REPORT_NAME = "transfer_report.json"
 MODES = ("check", "auto", "config")  # of VIRTEX.PREPROCESSING
+_VOUCH = (
+    "Find out how it was trained, set INPUT.FORMAT, MODEL.PIXEL_MEAN, MODEL.PIXEL_STD and "
+    "MODEL.RESNETS.STRIDE_IN_1X1 so, and vouch for them with VIRTEX.PREPROCESSING config."
+)
 _OTHER_WAYS = "(VIRTEX.PREPROCESSING auto sets them; config believes the config.)"
 
 # Where detectors keep their ResNet: FPN; C4 and others without FPN; res5 of C4's ROI heads.
@@ -47,6 +52,7 @@ class TransferReport:
         beside: what else the file holds.
         new: the detector's tensors that no backbone has (FPN, RPN, heads).
         preprocessing: the config keys that the backbone wants.
+        assumed: those of them that the file does not say.
         vouched: whether the config is believed instead of the file (VIRTEX.PREPROCESSING config).
         probe: relative error by stage; empty where the probe is off.
         notes: of the file.
@@ -64,6 +70,7 @@ class TransferReport:
     beside: tuple[str, ...]
     new: tuple[str, ...]
     preprocessing: dict[str, object]
+    assumed: tuple[str, ...]
     vouched: bool
     probe: dict[str, float]
     notes: tuple[str, ...]
@@ -84,13 +91,6 @@ class TransferReport:
         return path
 
 
-def local_path(weights: str) -> str:
-    """MODEL.WEIGHTS as a file of this machine; what has a scheme (https://, detectron2://) is
-    fetched by detectron2 into its cache.
-    """
-    return PathManager.get_local_path(weights) if "://" in weights else weights
-
-
 def is_backbone(weights: str) -> bool:
     """Whether MODEL.WEIGHTS is a backbone to be loaded strictly, not a detector's checkpoint.
 
@@ -108,11 +108,12 @@ def apply_preprocessing(cfg: CfgNode, resume: bool = False) -> list[str]:
     With VIRTEX.PREPROCESSING "auto", the config's keys are set to those of the backbone or the
     whole detector in MODEL.WEIGHTS, in place. With "check", a whole detector's are compared
     (a backbone's at its load). A run that is resumed goes by its last checkpoint, so that the file
-    that it started from may be gone by then. Checkpoints of other programs do not say what they
-    were trained with, and are left to the config.
+    that it started from may be gone by then. What a detector's checkpoint does not say is left to
+    the config.
 
     Returns:
-        A line for the log about each key that was changed; there is no log yet at that time.
+        A line for the log about each key that was changed, and one about what was not checked;
+        there is no log yet at that time.
 
     Raises:
         InputError: VIRTEX.PREPROCESSING is none of `MODES`; the file cannot be used; with "check",
@@ -130,16 +131,24 @@ def apply_preprocessing(cfg: CfgNode, resume: bool = False) -> list[str]:
     if mode == "config" or not weights:
         return []
     path = local_path(weights)
+    lines, assumed = [], ()
     if holds_detector(path):
-        trained = detector_preprocessing(path)
+        trained, doubts = detector_says(path)
+        if doubts:
+            raise InputError(f"{path}: {doubts[0]}. {_VOUCH}")
+        unsaid = [key for key in PIXELS if key not in trained]
+        if unsaid:
+            lines = [
+                f"{path}: this detector's file does not say what it was trained with as "
+                f"{', '.join(unsaid)}: not checked, the config is believed"
+            ]
     elif mode == "auto":
-        trained = _known_preprocessing(_read(cfg, path))
+        backbone = _read(cfg, path)
+        trained, assumed = _known_preprocessing(backbone).config(), backbone.assumed
     else:
-        trained = None
-    if trained is None:
         return []
-    found = {key: _get(cfg, key) for key in trained.config()}
-    other = {key: v for key, v in trained.config().items() if not _same(v, found[key])}
+    found = {key: _get(cfg, key) for key in trained}
+    other = {key: value for key, value in trained.items() if not same(value, found[key])}
     if mode == "check" and other:
         told = "; ".join(f"{key} is {found[key]}, not {value}" for key, value in other.items())
         raise InputError(
@@ -148,7 +157,9 @@ def apply_preprocessing(cfg: CfgNode, resume: bool = False) -> list[str]:
         )
     for key, value in other.items():
         _set(cfg, key, value)
-    return [f"{key}: {found[key]} -> {value}, as {path} says" for key, value in other.items()]
+        reason = f"assumed: {path} does not say" if key in assumed else f"as {path} says"
+        lines.append(f"{key}: {found[key]} -> {value}, {reason}")
+    return lines
 
 
 def load_backbone(model: nn.Module, path: str, cfg: CfgNode) -> TransferReport:
@@ -207,6 +218,7 @@ def load_backbone(model: nn.Module, path: str, cfg: CfgNode) -> TransferReport:
         beside=backbone.beside,
         new=tuple(sorted(n for n in state if n not in set(wanted.values()) and not is_counter(n))),
         preprocessing=used.config(),
+        assumed=backbone.assumed,
         vouched=vouched,
         probe=result.errors,
         notes=backbone.notes,
@@ -247,7 +259,9 @@ def extract_backbone(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _read(cfg: CfgNode, path: str = "") -> Backbone:
-    return read_backbone(local_path(path or cfg.MODEL.WEIGHTS), cfg.VIRTEX.LAYOUT, cfg.VIRTEX.COPY)
+    virtex = cfg.VIRTEX
+    path = local_path(path or cfg.MODEL.WEIGHTS)
+    return read_backbone(path, virtex.LAYOUT, virtex.COPY, virtex.PREFIX)
 
 
 def _original(backbone: Backbone, detectron2_name: str) -> str:
@@ -255,6 +269,8 @@ def _original(backbone: Backbone, detectron2_name: str) -> str:
 
 
 def _known_preprocessing(backbone: Backbone) -> Preprocessing:
+    if backbone.doubts:
+        raise InputError(f"{backbone.path}: {backbone.doubts[0]}. Nothing was loaded. {_VOUCH}")
     if backbone.preprocessing is None:
         lines = _yaml(IMAGENET_RGB.config())
         raise InputError(
@@ -278,9 +294,13 @@ def config_preprocessing(cfg: CfgNode) -> Preprocessing:
 def _check_config(backbone: Backbone, expected: dict[str, object], cfg: CfgNode) -> None:
     """Refuse a config that feeds the backbone other pixels, or builds another ResNet."""
     found = {key: _get(cfg, key) for key in expected}
-    wrong = [key for key in expected if not _same(expected[key], found[key])]
+    wrong = [key for key in expected if not same(expected[key], found[key])]
     if wrong:
-        told = "; ".join(f"{key} is {found[key]}, the file says {expected[key]}" for key in wrong)
+        told = "; ".join(
+            f"{key} is {found[key]}, "
+            f"{'assumed is' if key in backbone.assumed else 'the file says'} {expected[key]}"
+            for key in wrong
+        )
         raise InputError(
             f"{backbone.path} ({backbone.architecture.name}, layout {backbone.layout}): the config "
             f"does not fit this backbone, and nothing was loaded: {told}. {_OTHER_WAYS} Use:\n"
@@ -320,11 +340,15 @@ def _log(report: TransferReport, backbone: Backbone, cfg: CfgNode, unused: list[
         "set": f"{len(report.loaded)} of {len(report.loaded)} backbone tensors set, 0 missing",
         "dropped": f"{len(report.dropped)}{_some(report.dropped)}",
         "new": f"{len(report.new)} tensors start at their initialisation: {', '.join(modules)}",
-        "pixels": ("believed from the config: " if report.vouched else "as the file says: ")
+        "pixels": ("believed from the config: " if report.vouched else "")
         + ", ".join(f"{key} {value}" for key, value in report.preprocessing.items()),
         "probe": ", ".join(f"{stage} {error:.1e}" for stage, error in report.probe.items())
         or "off",
     }
+    if not report.vouched:
+        assumed = ", ".join(report.assumed)
+        rows["pixels"] += f"; the file does not say, assumed: {assumed}" if assumed else ""
+        rows["pixels"] += "" if assumed else ", as the file says"
     for key in ("source", "iteration"):
         if key in report.metadata:
             rows["layout"] += f"; {key} {report.metadata[key]}"
@@ -344,7 +368,8 @@ def _log(report: TransferReport, backbone: Backbone, cfg: CfgNode, unused: list[
     if frozen and any("never trained" in note for note in report.notes):
         logger.warning(
             "%s: norms are frozen (MODEL.RESNETS.NORM %s, MODEL.BACKBONE.FREEZE_AT %d) at "
-            "statistics that were never trained; the features behind them are on no useful scale",
+            "statistics of 0 and 1; where these were never trained, and are not folded into the "
+            "norms' weights, the features behind them are on no useful scale",
             report.source,
             cfg.MODEL.RESNETS.NORM,
             cfg.MODEL.BACKBONE.FREEZE_AT,
@@ -390,11 +415,3 @@ def _yaml(values: dict[str, object]) -> str:
             node = node.setdefault(group, {})
         node[key] = value
     return yaml.safe_dump(tree, sort_keys=False).rstrip()
-
-
-def _same(expected: object, found: object) -> bool:
-    if isinstance(expected, list):
-        return len(expected) == len(found) and all(
-            abs(a - b) <= 1e-3 * max(1.0, abs(a)) for a, b in zip(expected, found)
-        )
-    return expected == found

@@ -103,8 +103,9 @@ class Unpickler:
         return Placeholder(cls.label)
 
     def fill_dict(self, target: Any, items: list) -> None:
-        """Set keys and values, which alternate in `items`; a placeholder stays as it is."""
+        """Set keys and values, which alternate in `items`; a placeholder notes them."""
         if isinstance(target, Placeholder):
+            target.note(zip(items[::2], items[1::2]))
             return
         if not isinstance(target, dict) or len(items) % 2:
             raise Damaged(f"keys and values for a {type(target).__name__}")
@@ -263,7 +264,7 @@ class Unpickler:
         self.stack.append(self.call(cls, tuple(arguments)))
 
     def _do_build(self, _: None) -> None:
-        """Give an array or a dtype its state; the state of all else, dicts too, is dropped."""
+        """Give an array or a dtype its state; a placeholder notes it, all else drops it."""
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, StoredArray):
             if not isinstance(state, tuple) or len(state) != 5:
@@ -275,6 +276,11 @@ class Unpickler:
                 raise Damaged("the state of a dtype in an unknown version")
             target.order = state[1]
             target.is_structured = state[2] is not None or state[3] is not None
+        elif isinstance(target, Placeholder):
+            if isinstance(state, tuple) and state:  # with slots behind it
+                state = state[0]
+            if isinstance(state, dict):
+                target.note(state.items())
 
     def _do_binpersid(self, _: None) -> None:
         self._do_persid(self.stack.pop())

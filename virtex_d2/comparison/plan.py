@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from virtex_d2.checkpoint.addresses import local_path
 from virtex_d2.checkpoint.source import read_backbone
-from virtex_d2.checkpoint.transfer import local_path
 from virtex_d2.config import get_virtex_cfg
 from virtex_d2.pipeline.stage import Stage, read_config
 from virtex_d2.runtime.config import load_config
@@ -253,8 +253,8 @@ def check_plan(plan: Plan, root: Path) -> None:
         options = dict(zip(init.overrides[::2], init.overrides[1::2]))
         for weights in dict.fromkeys(init.weights_for(seed) for seed in plan.seeds):
             if weights:
-                layout, copy = options.get("VIRTEX.LAYOUT", ""), options.get("VIRTEX.COPY", "")
-                read_backbone(local_path(weights), layout, copy)
+                keys = ("VIRTEX.LAYOUT", "VIRTEX.COPY", "VIRTEX.PREFIX")
+                read_backbone(local_path(weights), *(options.get(key, "") for key in keys))
 
 
 def _own_fraction(config: Path) -> float:

@@ -14,6 +14,7 @@ MAY_CHANGE = (
     "VIRTEX.PREPROCESSING",
     "VIRTEX.LAYOUT",
     "VIRTEX.COPY",
+    "VIRTEX.PREFIX",
     "VIRTEX.PROBE",
     # What is evaluated, saved and shown, and how often; PreciseBN is among it where it has no part
     # in training, but its statistics are in the weights: these keys stay.

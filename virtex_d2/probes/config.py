@@ -43,6 +43,7 @@ def get_probe_cfg() -> CN:
     cfg.VIRTEX.PREPROCESSING = "auto"
     cfg.VIRTEX.LAYOUT = ""
     cfg.VIRTEX.COPY = ""
+    cfg.VIRTEX.PREFIX = ""
     cfg.VIRTEX.PROBE = True
 
     cfg.INPUT = CN()

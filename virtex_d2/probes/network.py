@@ -12,8 +12,9 @@ from detectron2.modeling.backbone.resnet import ResNet, build_resnet_backbone
 from torch import nn
 from torch.nn import functional as F
 
+from virtex_d2.checkpoint.addresses import local_path
 from virtex_d2.checkpoint.source import read_backbone
-from virtex_d2.checkpoint.transfer import apply_preprocessing, load_backbone, local_path
+from virtex_d2.checkpoint.transfer import apply_preprocessing, load_backbone
 from virtex_d2.runtime.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -111,8 +112,9 @@ def complete_config(cfg: CfgNode) -> list[str]:
     if cfg.MODEL.WEIGHTS == RANDOM:
         return []
     path = local_path(cfg.MODEL.WEIGHTS)
-    architecture = read_backbone(path, cfg.VIRTEX.LAYOUT, cfg.VIRTEX.COPY).architecture
-    for key, value in architecture.config().items():
+    virtex = cfg.VIRTEX
+    backbone = read_backbone(path, virtex.LAYOUT, virtex.COPY, virtex.PREFIX)
+    for key, value in backbone.architecture.config().items():
         cfg.MODEL.RESNETS[key.rpartition(".")[2]] = value
     return apply_preprocessing(cfg)
 
