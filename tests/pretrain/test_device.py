@@ -163,7 +163,7 @@ def test_nan_reaches_no_weight_and_no_checkpoint_and_is_told_by_its_iteration(
 ):
     trainer = build(images, tmp_path / "run", *more)
     Broken(trainer, what)
-    with pytest.raises(InputError, match=r"not finite at iteration 3: .*nan.*is from before"):
+    with pytest.raises(InputError, match=r"not finite at iteration 3: .*nan"):
         trainer.train()
     tensors = [*trainer.objective.state_dict().values()]
     for key in ("optimizer", "lookahead"):
