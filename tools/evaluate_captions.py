@@ -44,7 +44,8 @@ def main() -> None:
         candidates = read_predictions(args.predictions, references, names)
         result = score_captions(candidates, references, args.java_timeout)
         if args.format == "json":
-            print(json.dumps({"images": len(candidates), **dataclasses.asdict(result)}))
+            about = {"images": len(candidates), **dataclasses.asdict(result)}
+            print(json.dumps({key: about[key] for key in about if key != "note" or about[key]}))
             return
         print(f"{len(candidates)} images; tokenizer: {result.tokenizer}")
         if result.note:

@@ -58,7 +58,8 @@ def load_csv_captions(
             has the line.
     """
     advice = (
-        "A caption with commas must be in double quotes; columns parted by tabs are the format tsv."
+        "A caption with commas must be in double quotes, right behind the comma before it; columns "
+        "parted by tabs are the format tsv."
     )
     return _records(path, comma_rows(path), advice, image_root, caption_key)
 
