@@ -34,3 +34,26 @@ def test_losses_rate_times_and_throughput_are_reported_once_an_iteration(detecti
     events.Reload()
     assert expected <= set(events.Tags()["scalars"])
     assert {event.step for event in events.Scalars("total_loss")} == {5}
+
+
+def test_a_finished_run_evaluates_and_records_nothing_again(detection_cfg, caplog, monkeypatch):
+    cfg = detection_cfg
+    cfg.DATASETS.TEST, cfg.SOLVER.MAX_ITER, cfg.TEST.PRECISE_BN.ENABLED = ("unit_test",), 2, False
+    cfg.VIRTEX.LOG_PERIOD = 1
+
+    def train():
+        trainer = DetectionTrainer(cfg)
+        trainer.resume_or_load(resume=True)
+        return trainer.train()
+
+    train()
+    folder = Path(cfg.OUTPUT_DIR)
+    before = {path.name: path.stat().st_size for path in folder.iterdir()}
+    records = (folder / "metrics.json").read_text()
+    monkeypatch.setattr(DetectionTrainer, "test", lambda *_: pytest.fail("evaluated again"))
+    with caplog.at_level(logging.INFO):
+        assert train() is None
+    assert "All 2 iterations are done and evaluated" in caplog.text
+    assert "iter: " not in caplog.text.split("All 2 iterations")[1]
+    assert (folder / "metrics.json").read_text() == records
+    assert {path.name: path.stat().st_size for path in folder.iterdir()} == before

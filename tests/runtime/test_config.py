@@ -170,3 +170,60 @@ def test_detectron2s_own_config_is_merged_as_detectron2_does(tmp_path):
     theirs.merge_from_file(file)
     theirs.merge_from_list(["INPUT.MIN_SIZE_TRAIN", "(640,)", "MODEL.MASK_ON", "True"])
     assert ours == theirs
+
+
+class TestUnreadPaths:
+    """No shell has read them: of YAML, of TOML, or quoted."""
+
+    @pytest.fixture(autouse=True)
+    def _environment(self, monkeypatch):
+        monkeypatch.setenv("HOME", "/home/me")
+        monkeypatch.setenv("SCRATCH", "/scratch")
+        monkeypatch.delenv("NOWHERE", raising=False)
+
+    @pytest.fixture
+    def paths(self):
+        return CfgNode(
+            {
+                "OUTPUT_DIR": "",
+                "DATA": {"IMAGES": "", "SHARDS": ""},
+                "SETS": [],
+                "_BASE_": "",
+            }
+        )
+
+    @pytest.mark.parametrize(
+        ("written", "meant"),
+        [
+            ("~/detector", "/home/me/detector"),
+            ("$SCRATCH/detector", "/scratch/detector"),
+            ("${SCRATCH}/a", "/scratch/a"),
+            ("~", "/home/me"),
+            ("plain/~x/5$", "plain/~x/5$"),
+        ],
+    )
+    def test_variables_and_home_are_replaced_wherever_a_path_stands(
+        self, paths, tmp_path, written, meant
+    ):
+        file = tmp_path / "a.yaml"
+        file.write_text(f"OUTPUT_DIR: '{written}'\nDATA: {{IMAGES: '{written}'}}\n")
+        cfg = load_config(paths, str(file), ["SETS", f"[['a', '{written}'], ['b']]"])
+        assert (cfg.OUTPUT_DIR, cfg.DATA.IMAGES) == (meant, meant)
+        assert cfg.SETS == [["a", meant], ["b"]]
+
+    def test_a_variable_that_is_not_set_is_refused_by_key(self, paths):
+        with pytest.raises(InputError, match=r"DATA.IMAGES: \$NOWHERE/x holds \$NOWHERE"):
+            load_config(paths, None, ["DATA.IMAGES", "$NOWHERE/x"])
+        with pytest.raises(InputError, match=r"SETS: \$\{NOWHERE\} holds"):
+            load_config(paths, None, ["SETS", "['${NOWHERE}']"])
+
+    def test_a_config_for_another_machine_and_commands_are_left_alone(self, paths):
+        opts = ["OUTPUT_DIR", "$NOWHERE/x", "DATA.SHARDS", "pipe:cat $NOWHERE/x"]
+        assert load_config(paths.clone(), None, opts, expand=False).OUTPUT_DIR == "$NOWHERE/x"
+        assert load_config(paths, None, opts[2:]).DATA.SHARDS == "pipe:cat $NOWHERE/x"
+
+    def test_files_are_found_by_them(self, paths, tmp_path, monkeypatch):
+        monkeypatch.setenv("SCRATCH", str(tmp_path))
+        (tmp_path / "base.yaml").write_text("OUTPUT_DIR: x\n")
+        (tmp_path / "a.yaml").write_text("_BASE_: $SCRATCH/base.yaml\n")
+        assert load_config(paths, "${SCRATCH}/a.yaml", []).OUTPUT_DIR == "x"

@@ -355,3 +355,34 @@ def test_a_wrong_environment_is_found_before_anything_starts(args, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(InputError, match="expected a number in WORLD_SIZE, found 'two'"):
         launch(pytest.fail, args)
+
+
+@pytest.mark.parametrize(("place", "device_ids"), [("cuda:0", [0]), ("cuda:3", [3]), ("cpu", None)])
+def test_a_model_is_wrapped_on_its_own_device_whatever_its_local_rank(
+    monkeypatch, place, device_ids
+):
+    """A task that sees one GPU alone has it as the first: local rank 1 has no cuda:1."""
+    from detectron2.engine import defaults
+
+    given = {}
+    monkeypatch.setattr(defaults.comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(defaults.comm, "get_local_rank", lambda: 1)
+    monkeypatch.setattr(
+        defaults, "DistributedDataParallel", lambda model, **options: given.update(options)
+    )
+    model = torch.nn.Linear(1, 1)
+    parameter = type("P", (), {"device": torch.device(place)})
+    monkeypatch.setattr(model, "parameters", lambda: iter([parameter]))
+    wrap_ddp(model)
+    assert given["device_ids"] == device_ids
+
+
+def test_one_gpu_for_several_processes_is_refused(monkeypatch, args, tmp_path):
+    from virtex_d2.runtime import setup
+
+    monkeypatch.setattr(setup.comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(setup.dist, "get_backend", lambda: "nccl")
+    for device in ("cuda:0", "cuda:1"):
+        with pytest.raises(InputError, match=f"MODEL.DEVICE {device}: all 2 processes would"):
+            setup._check_backend(device)
+    setup._check_backend("cuda")

@@ -69,6 +69,19 @@ def test_a_slurm_job_is_left_before_it_ends(length, left, stops, tmp_path, monke
     assert Watch(str(tmp_path), 3600.0).reason() == ""  # the user's own budget counts instead
 
 
+@pytest.mark.parametrize("ago", [1, 3600, 10**7])
+@pytest.mark.parametrize("start", [True, False])
+def test_the_end_of_a_job_that_is_over_is_no_limit(ago, start, tmp_path, monkeypatch, caplog):
+    """A shell of tmux or Jupyter keeps the variables of the job that it was started in."""
+    end = int(time.time()) - ago
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(end))
+    if start:
+        monkeypatch.setenv("SLURM_JOB_START_TIME", str(end - 3600))
+    caplog.set_level("INFO")
+    assert Watch(str(tmp_path), None).reason() == ""
+    assert [r.message for r in caplog.records if "It is no limit" in r.message]
+
+
 def test_a_file_stop_asks_for_one_stop(tmp_path, monkeypatch):
     monkeypatch.setattr(preemption, "STOP_FILE_PERIOD", 0.0)
     preemption.watch(str(tmp_path))

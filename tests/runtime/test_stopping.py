@@ -10,6 +10,7 @@ import pytest
 import torch
 from detectron2.engine import HookBase, hooks
 from detectron2.utils.events import CommonMetricPrinter
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from virtex_d2.engine.hooks import Evaluation
 from virtex_d2.runtime import preemption, signals
@@ -219,3 +220,41 @@ def test_a_finished_run_leaves_no_marker_and_a_new_one_removes_an_old_one(tmp_pa
     remove_stale_marker()
     Trainer(tmp_path / "run").run()
     assert not (tmp_path / "marker").exists()
+
+
+def recorded(folder):
+    return [json.loads(line)["iteration"] for line in open(folder / "metrics.json")]
+
+
+@pytest.mark.parametrize("back", ["model_0000001.pth", "model_0000003.pth"])
+def test_what_was_recorded_after_the_checkpoint_is_taken_back(tmp_path, back):
+    folder = tmp_path / "run"
+    with pytest.raises(preemption.Unfinished):
+        Trainer(folder, ("update", 4)).run()
+    (folder / "last_checkpoint").write_text(back)
+    with open(folder / "metrics.json", "a") as file:
+        file.write('{"iteration": 4, "loss": 1.0}\n{"iterat')  # killed while it wrote
+    Trainer(folder).run()
+    assert sorted(set(recorded(folder))) == recorded(folder)
+    assert evaluations(folder) == {1: 2.0, 3: 4.0, 5: 6.0}
+    events = EventAccumulator(str(folder)).Reload()
+    assert [event.step for event in events.Scalars("bbox/AP")] == [1, 3, 5]
+
+
+def test_without_a_checkpoint_all_is_taken_back(tmp_path):
+    folder = tmp_path / "run"
+    (folder / "metrics.json").write_text('{"iteration": 0}\n{"iteration": 1, "bbox/AP": 9}\n')
+    Trainer(folder).run()
+    assert evaluations(folder) == {1: 2.0, 3: 4.0, 5: 6.0}
+
+
+def test_a_finished_run_is_known_by_its_records(tmp_path):
+    folder = tmp_path / "run"
+    finished = Trainer(folder).run()
+    finished.start_iter = LAST
+    assert finished.is_finished()
+    before = (folder / "metrics.json").read_text()
+    (folder / "metrics.json").write_text(
+        before.replace(f'"iteration": {LAST - 1}', '"iteration": 0')
+    )
+    assert not finished.is_finished()  # its last evaluation is owed

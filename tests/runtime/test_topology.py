@@ -2,7 +2,7 @@ import pytest
 
 from virtex_d2.runtime.arguments import argument_parser
 from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.slurm_step import PORTS, expand_brackets, find_step
+from virtex_d2.runtime.slurm_step import PORTS, expand_brackets, expand_hosts, find_step
 from virtex_d2.runtime.topology import Machine, resolve
 
 TORCHRUN = {
@@ -288,3 +288,85 @@ class TestSlurm:
 )
 def test_slurms_lists_of_hosts_are_understood_without_its_programs(nodelist, names):
     assert expand_brackets(nodelist) == names
+
+
+LEFT_OVER = {
+    "RANK": "0",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "otherhost",
+    "MASTER_PORT": "29711",
+}
+
+
+class TestContradictions:
+    @pytest.mark.parametrize(
+        "left",
+        [LEFT_OVER, {**LEFT_OVER, "RANK": "7", "WORLD_SIZE": "8"}, {"WORLD_SIZE": "2"}],
+    )
+    @pytest.mark.parametrize("step", [STEP, PER_NODE, {**STEP, "SLURM_NTASKS": "1"}])
+    def test_in_a_step_slurms_numbers_win_over_leftovers(self, left, step):
+        found = place(environment={**left, **step})
+        alone = place(environment=step)
+        assert "RANK and WORLD_SIZE are left over" in found.note
+        assert (found.launcher, found.rank, found.world_size) == (
+            *(alone.launcher, alone.rank, alone.world_size),
+        )
+        assert (found.address, found.port) == (alone.address, alone.port)
+
+    def test_outside_of_steps_ranks_by_hand_count(self):
+        for shell in ({}, {**STEP, "SLURM_STEP_ID": "4294967290"}):
+            assert place(environment={**LEFT_OVER, **shell}).launcher == "RANK and WORLD_SIZE"
+        typed = {**STEP, "SLURM_NTASKS": "1", "SLURM_PTY_PORT": "39999"}
+        assert place(environment={**LEFT_OVER, **typed}).world_size == 2
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            ("--num-gpus 3", "--num-gpus 3: torchrun has started an unknown number"),
+            ("--num-processes 2", "--num-processes 2: torchrun"),
+            ("--num-machines 2", "--num-machines 2: torchrun has started an unknown number"),
+            ("--dist-url tcp://node9:1", "--dist-url tcp://node9:1: .*MASTER_ADDR"),
+            ("--machine-rank 1", "--machine-rank 1 of --num-machines 1"),
+        ],
+    )
+    def test_no_flag_is_passed_over_where_ranks_are_set_by_hand(self, flags, message):
+        with pytest.raises(InputError, match=message):
+            place(*flags.split(), gpus=8, environment=LEFT_OVER)
+
+    def test_the_port_of_a_meeting_place_on_one_machine_is_taken(self):
+        found = place("--num-processes", "2", "--dist-url", "tcp://127.0.0.1:29555")
+        assert (found.address, found.port) == ("127.0.0.1", 29555)
+
+
+class TestShellOfSrun:
+    TYPED = {**PER_NODE, "SLURM_PTY_PORT": "39999", "SLURM_TASK_PID": "17"}
+
+    def place(self, *flags, pid=18, **more):
+        machine = Machine("here", 0, expand=expand_brackets, pid=pid)
+        return resolve(argument_parser().parse_args([*flags]), {**self.TYPED, **more}, machine)
+
+    @pytest.mark.parametrize("step", [{}, STEP, {"SLURM_PROCID": "0", "SLURM_NODEID": "0"}])
+    def test_what_is_typed_there_is_one_task_of_several(self, step):
+        with pytest.raises(InputError, match="srun --pty.*salloc.*torchrun or --num-processes"):
+            self.place(**step)
+
+    def test_it_may_start_processes_of_its_own(self):
+        found = self.place("--num-processes", "2")
+        assert (found.launcher, found.spawn, found.nodes) == ("--num-processes 2", 2, 1)
+        assert self.place(**TORCHRUN).launcher == "torchrun"
+
+    def test_what_srun_starts_in_it_is_a_task(self):
+        assert self.place(pid=17).launcher == "srun, one task per node"
+
+    def test_a_shell_of_one_task_is_one_process(self):
+        assert self.place(SLURM_NTASKS="1").launcher == "one process"
+
+
+@pytest.mark.parametrize("banner", ["Welcome to cluster Delta3\n", "", "--> account: ok\n\n"])
+def test_hosts_are_told_from_what_else_a_site_lets_scontrol_print(banner, tmp_path, monkeypatch):
+    program = tmp_path / "scontrol"
+    program.write_text(f"#!/bin/sh\nprintf '{banner}gpu07\\ngpu08\\n'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert expand_hosts("gpu[07-08]") == ["gpu07", "gpu08"]

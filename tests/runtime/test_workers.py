@@ -37,7 +37,7 @@ def loader(samples, collate=list):
 
 @pytest.fixture
 def temporary_folder(monkeypatch, tmp_path):
-    """`use(length)` makes TMPDIR a folder with a name of that length, before workers are started."""
+    """`use(length)` makes TMPDIR a folder with a name of that length, before workers start."""
 
     def use(length):
         folder = str(tmp_path) + "/" + "j" * max(1, length - len(str(tmp_path)) - 1)

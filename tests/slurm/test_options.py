@@ -246,3 +246,29 @@ def test_a_pipeline_without_stages_is_refused(write):
 
 def test_toml_is_read_as_it_is(write):
     assert read_toml(write('a = "é"')) == {"a": "é"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "count"),
+    [
+        ("a100:1", 1),
+        ("nvidia_h100_nvl_1g.12gb:1", 1),
+        ("1g.10gb:2", 2),
+        ("v100-32g:4", 4),
+        ("a100_3g.39gb:1,1g.5gb:4", 5),
+        ("H200+:8", 8),
+    ],
+)
+def test_gpu_types_are_as_slurms_configuration_has_them(asked, count):
+    assert JobOptions(gpus_per_node=asked).num_gpus == count
+
+
+@pytest.mark.parametrize("asked", ["a100", "a100:", ":2", "a100:two", "a b:2", "a=b:1", "1,"])
+def test_what_is_no_number_of_gpus_is_refused(asked):
+    with pytest.raises(InputError, match="--gpus-per-node: expected a number"):
+        JobOptions(gpus_per_node=asked)
+
+
+@pytest.mark.parametrize("limit", ["unlimited", "Infinite", "-1", "1:100:00", "100:30", "1-100"])
+def test_time_limits_are_what_sbatch_takes(limit):
+    assert JobOptions(gpus_per_node="0", time=limit, stop_before=1).time == limit

@@ -201,6 +201,147 @@ def test_a_folder_that_slurm_cannot_name_is_refused():
         make(folder='/my "logs"/x')
 
 
+HOOK = """
+conda() {
+    [ "$1" = shell.bash ] && return
+    export PATH="$HOME/envs/$2/bin:$PATH" CONDA_PREFIX="$HOME/envs/$2"
+    . "$HOME/activate.sh"
+}
+module() {
+    [ "$2" = absent ] && { echo "module: no such module"; return 1; }
+    [ "$2" = old ] || export LOADEDMODULES="${LOADEDMODULES:+$LOADEDMODULES:}$2/1.2"
+    . "$HOME/activate.sh"
+}
+"""
+# What activation scripts of compilers and of vendors do.
+ODD = (
+    "diff /dev/null /etc/passwd > /dev/null",
+    'if [ -n "$NOBODY_SETS_THIS" ]; then echo verbose; fi; false; true',
+    "ls /no-such-folder 2> /dev/null | grep -q x",
+    "return 3",
+)
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """`run_script(job, odd)` -> exit code and log of its script, run by bash without Slurm."""
+
+    def run(job: Job, odd: str = "true") -> tuple[int, str]:
+        programs = tmp_path / "bin"
+        programs.mkdir(exist_ok=True)
+        srun = '#!/bin/bash\nwhile [[ $1 == -* ]]; do shift; done; exec "$@"\n'
+        for name, text in {"srun": srun, "squeue": "#!/bin/sh\n"}.items():
+            (programs / name).write_text(text)
+            (programs / name).chmod(0o755)
+        (tmp_path / "activate.sh").write_text(odd + "\n")
+        (tmp_path / "env" / "bin").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "env" / "bin" / "activate").write_text(
+            f'export VIRTUAL_ENV="{tmp_path}/env"; . "$HOME/activate.sh"\n'
+        )
+        slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n1"}
+        slurm |= {"SLURM_NTASKS": "1", "SLURM_NNODES": "1", "SCRATCH": str(tmp_path / "scratch")}
+        done = subprocess.run(
+            ["bash", "-c", HOOK + "export -f conda module\nexec bash /dev/stdin"],
+            input=job.text(),
+            env={"PATH": f"{programs}:/usr/bin:/bin", "HOME": str(tmp_path), **slurm},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize(
+    "options",
+    [{"conda": "virtex"}, {"modules": ["gcc"]}, {"venv": "~/env"}],
+    ids=str,
+)
+def test_others_scripts_may_fail_in_passing(run_script, tmp_path, options, odd):
+    job = make(["echo", "the run"], folder=tmp_path / "logs", cwd=tmp_path, **options)
+    code, log = run_script(job, odd)
+    assert (code, "\nthe run\n" in log) == (0, True), log
+    assert ("which has done its work: going on" in log) == (not odd.endswith("true"))
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"modules": ["gcc", "absent"]}, "module load absent"),
+        ({"venv": "/no such/env"}, "source '/no such/env'/bin/activate"),
+        ({"setup": ["true", "ls /no-such-folder"]}, "ls /no-such-folder"),
+        ({"setup": [". ~/activate.sh"]}, ". ~/activate.sh"),
+        ({"setup": ["no_such_program --now"]}, "no_such_program --now"),
+    ],
+    ids=str,
+)
+def test_a_line_that_has_not_done_its_work_is_named(run_script, tmp_path, options, line):
+    job = make(["echo", "the run"], folder=tmp_path / "logs", cwd=tmp_path, **options)
+    code, log = run_script(job, "false")
+    assert code != 0
+    assert "the run\n" not in log
+    said = next(text for text in log.splitlines() if "failed with exit code" in text)
+    assert said.startswith("== [")
+    assert said.endswith(line)
+
+
+def test_an_environment_that_is_not_active_in_the_end_is_named(run_script, tmp_path):
+    job = make(["echo", "the run"], folder=tmp_path / "logs", cwd=tmp_path, conda="virtex")
+    code, log = run_script(job, "unset CONDA_PREFIX")
+    assert (code, "before the run: conda activate virtex" in log) == (1, True), log
+
+
+def test_a_module_that_sets_no_list_is_believed(run_script, tmp_path):
+    job = make(["echo", "the run"], folder=tmp_path / "logs", cwd=tmp_path, modules=["old"])
+    assert run_script(job)[0] == 0
+
+
+def test_what_no_shell_has_read_is_replaced_where_the_job_runs(run_script, tmp_path):
+    words = ["echo", "$SCRATCH/a b", "${SCRATCH}", "~/x", "--output=~/y", "it's 5$", "$1", "~x"]
+    command = read_command(words, tmp_path, ROOT, unread=True)
+    options = JobOptions(gpus_per_node="0", env={"DATA": "~/data/$SCRATCH"}, setup=["true"])
+    _, log = run_script(Job(options, command, tmp_path / "logs", tmp_path, ROOT))
+    home, scratch = str(tmp_path), str(tmp_path / "scratch")
+    said = f"{scratch}/a b {scratch} {home}/x --output={home}/y it's 5$ $1 ~x"
+    assert f"\n{said}\n" in log, log
+    exported = make(env={"DATA": "~/data/$SCRATCH"}).text()
+    assert 'export DATA="$HOME"/data/"$SCRATCH"' in exported
+
+
+def test_a_variable_that_is_not_set_where_the_job_runs_ends_it_with_its_name(run_script, tmp_path):
+    command = read_command(["echo", "$NOT_SET/x"], tmp_path, ROOT, unread=True)
+    job = Job(JobOptions(gpus_per_node="0"), command, tmp_path / "logs", tmp_path, ROOT)
+    code, log = run_script(job)
+    assert code != 0
+    assert "NOT_SET: unbound variable" in log
+
+
+def test_directives_are_replaced_where_the_job_is_submitted(monkeypatch):
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    assert "--error=/scratch/me/err.txt" in directives(make(sbatch=["error=$SCRATCH/err.txt"]))
+    monkeypatch.delenv("SCRATCH")
+    with pytest.raises(InputError, match=r"--sbatch: error=\$SCRATCH/err.txt holds \$SCRATCH"):
+        make(sbatch=["error=$SCRATCH/err.txt"]).text()
+
+
+def test_ranks_of_another_run_do_not_reach_the_job(run_script, tmp_path):
+    left = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+    job = make(["env"], folder=tmp_path / "logs", cwd=tmp_path, env={"MASTER_PORT": "1234"})
+    text = job.text()
+    exports = "".join(f"export {name}=5\n" for name in left)
+    part = text[text.index("# ---- environment") : text.index("trap - EXIT")]
+    done = subprocess.run(
+        ["bash", "-c", f"{exports}{part}env"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = [line for line in done.stdout.splitlines() if line.split("=")[0] in left]
+    assert found == ["MASTER_PORT=1234"]  # what the job's own options say stays
+
+
 DEFAULTS = {
     "pretrain_net.py": get_pretrain_cfg,
     "train_net.py": get_virtex_cfg,

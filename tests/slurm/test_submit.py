@@ -1,5 +1,6 @@
 """The tool and sbatch, without a cluster: what is said, and what is left behind."""
 
+import json
 import os
 import re
 import signal
@@ -11,9 +12,10 @@ import pytest
 
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.slurm.command import read_command
+from virtex_d2.slurm.follow import job_states
 from virtex_d2.slurm.options import JobOptions
 from virtex_d2.slurm.script import Job
-from virtex_d2.slurm.submit import submit
+from virtex_d2.slurm.submit import SlurmError, Submitted, find_submitted, submit
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "launch_slurm.py"
@@ -36,10 +38,11 @@ def job(tmp_path, monkeypatch) -> Job:
 def sbatch(tmp_path):
     """`sbatch(text)`: a program of that name that says so and fails."""
 
-    def write(text: str) -> None:
+    def write(text: str, code: int = 1) -> None:
         (tmp_path / "bin").mkdir()
         path = tmp_path / "bin" / "sbatch"
-        path.write_text(f"#!/bin/sh\necho '{text}' >&2\nexit 1\n")
+        stream = "" if code == 0 else ">&2"
+        path.write_text(f"#!/bin/sh\necho '{text}' {stream}\nexit {code}\n")
         path.chmod(0o755)
 
     return write
@@ -79,6 +82,56 @@ def test_of_a_job_that_may_have_been_submitted_the_script_stays(job, sbatch):
     script = job.folder / "job.sbatch"
     assert script.is_file()
     assert str(script) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("answer", "number"),
+    [
+        ("4711", "4711"),
+        ("4711;delta", "4711"),
+        ("Welcome to cluster Delta3\n--> account: ok\n4711", "4711"),
+        ("2026\nYou have 3 jobs\n4711;delta\nGood luck", "4711"),
+        ("  4711  \n", "4711"),
+    ],
+)
+def test_the_jobs_number_is_told_from_what_else_sbatch_prints(job, sbatch, answer, number):
+    sbatch(answer, code=0)
+    submitted = submit(job)
+    assert submitted.job_id == number
+    assert find_submitted(job.folder.parent, []) == [submitted]
+
+
+@pytest.mark.parametrize("answer", ["", "Submitted batch job 4711", "Welcome", "4711.delta"])
+def test_an_answer_without_a_number_may_be_of_a_job(job, sbatch, answer):
+    sbatch(answer, code=0)
+    with pytest.raises(
+        InputError, match="(?s)without a job.s number:.*may have been submitted"
+    ) as e:
+        submit(job)
+    assert answer in str(e.value)
+    assert (job.folder / "job.sbatch").is_file()
+
+
+@pytest.mark.parametrize("job_id", ["Welcome\n4711", "", None, [1], "4711;delta"])
+def test_a_record_of_another_kind_is_named(tmp_path, job_id):
+    (tmp_path / "x").mkdir()
+    record = {"job_id": job_id, "name": "x", "log": "log.txt"}
+    (tmp_path / "x" / "job.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="job.json: no record of a job"):
+        find_submitted(tmp_path, [])
+
+
+SHOWN = "JobId=4711 JobName=x JobState=RUNNING Restarts=0 RunTime=1 TimeLimit=2 NodeList=n1"
+
+
+@pytest.mark.parametrize("banner", ["", "Welcome\n", "--> ok\nx=y\n\n"])
+def test_states_are_told_from_what_else_scontrol_prints(tmp_path, monkeypatch, banner):
+    monkeypatch.setattr("virtex_d2.slurm.follow.slurm", lambda *_: f"{banner}{SHOWN}\nBye\n")
+    (state,) = job_states(Submitted("4711", "x", tmp_path, "log.txt"))
+    assert (state.job_id, state.name) == ("4711", "RUNNING")
+    monkeypatch.setattr("virtex_d2.slurm.follow.slurm", lambda *_: banner)
+    with pytest.raises(SlurmError, match="does not tell the state of job 4711"):
+        job_states(Submitted("4711", "x", tmp_path, "log.txt"))
 
 
 def _start(cwd: Path, *words: str) -> subprocess.Popen:
