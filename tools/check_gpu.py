@@ -20,8 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.gpu.plan import LAST, STEPS  # noqa: E402
-from virtex_d2.runtime.errors import InputError, exit_on_input_error  # noqa: E402
+from benchmarks.gpu.plan import LAST, STEPS
+from virtex_d2.runtime.errors import InputError, exit_on_input_error
 
 
 def parse_args() -> argparse.Namespace:
@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _chosen(args: argparse.Namespace) -> list[str]:
     given = bool(args.captions), bool(args.voc)
-    if args.only and LAST in args.only and not all(given) or any(given) != all(given):
+    if (args.only and LAST in args.only and not all(given)) or any(given) != all(given):
         raise InputError(f"{LAST}: expected both --captions and --voc, found one or none of them.")
     if not 0 < args.minutes < 10_000:
         raise InputError(f"--minutes {args.minutes}: expected a number above 0.")
