@@ -43,8 +43,10 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main(args: argparse.Namespace) -> int:
+def main() -> int:
     """Returns the exit code."""
+    args = parse_args()
+    # after parsing: --help need not wait for it
     from benchmarks.gpu.runner import run_steps
 
     names = _chosen(args)
@@ -104,6 +106,5 @@ def _check_processes(args: argparse.Namespace) -> dict:
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
     with exit_on_input_error():
-        sys.exit(main(arguments))
+        sys.exit(main())
