@@ -36,11 +36,12 @@ lint: environment
 environment:
 	@tools/setup_env.sh $(VENV)
 
-# On a machine with internet: fills WHEELS for one without.
+# On a machine with internet: fills WHEELS for one without; with FOR=3.12 INSTALLED=pip-freeze.txt
+# for one that has that Python and torch.
 wheels:
 	@test -n "$(WHEELS)" || { echo "error: say where to: make wheels WHEELS=folder" >&2; exit 2; }
 	@WHEELS= tools/setup_env.sh $(VENV)
-	tools/fetch_wheels.sh $(WHEELS) $(VENV)/bin/python
+	tools/fetch_wheels.sh $(WHEELS) $(VENV)/bin/python $(FOR) $(INSTALLED)
 
 # Removes what make built; a virtual environment of another origin and runs' outputs stay.
 clean:

@@ -20,8 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.gpu.plan import LAST, STEPS  # noqa: E402
-from virtex_d2.runtime.errors import InputError, exit_on_input_error  # noqa: E402
+from benchmarks.gpu.plan import LAST, STEPS
+from virtex_d2.runtime.errors import InputError, exit_on_input_error
 
 
 def parse_args() -> argparse.Namespace:
@@ -43,8 +43,10 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main(args: argparse.Namespace) -> int:
+def main() -> int:
     """Returns the exit code."""
+    args = parse_args()
+    # after parsing: --help need not wait for it
     from benchmarks.gpu.runner import run_steps
 
     names = _chosen(args)
@@ -70,7 +72,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _chosen(args: argparse.Namespace) -> list[str]:
     given = bool(args.captions), bool(args.voc)
-    if args.only and LAST in args.only and not all(given) or any(given) != all(given):
+    if (args.only and LAST in args.only and not all(given)) or any(given) != all(given):
         raise InputError(f"{LAST}: expected both --captions and --voc, found one or none of them.")
     if not 0 < args.minutes < 10_000:
         raise InputError(f"--minutes {args.minutes}: expected a number above 0.")
@@ -104,6 +106,5 @@ def _check_processes(args: argparse.Namespace) -> dict:
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
     with exit_on_input_error():
-        sys.exit(main(arguments))
+        sys.exit(main())

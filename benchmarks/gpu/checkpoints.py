@@ -2,7 +2,6 @@
 
 import os
 import resource
-import shutil
 import signal
 import statistics
 import subprocess
@@ -31,9 +30,7 @@ def run(step: Step) -> None:
 
 def _background(step: Step) -> None:
     every = 10 if step.cuda else 2
-    folder = step.folder / "checkpoints"
-    shutil.rmtree(folder, ignore_errors=True)
-    trainer = runs.build_trainer(step, folder.name, "SOLVER.CHECKPOINT_PERIOD", every)
+    trainer = runs.trainer(step, "SOLVER.CHECKPOINT_PERIOD", every)
     count = 4 * every
     clock = runs.Clock(count, warm_up=every - 1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -68,7 +65,7 @@ def _background(step: Step) -> None:
     step.limit("against in place", (max(saving[1:]) - usual) / in_place, "of its time", most=0.7)
     step.limit("while it is written", statistics.mean(others) / usual, "times as long", most=1.5)
     step.limit("memory", grown / size, "checkpoints more in the CPU's", most=4)
-    last = sorted(folder.glob("model_*.pth"))[-1]
+    last = sorted((step.folder / "trainer").glob("model_*.pth"))[-1]
     model = torch.load(last, map_location="cpu", weights_only=True)["model"]
     finite = all(bool(v.isfinite().all()) for v in model.values() if v.is_floating_point())
     step.check("what is written is whole", finite and len(model) > 0, f"{last.name} of {size:,} B")
@@ -78,9 +75,8 @@ def _background(step: Step) -> None:
 
 def _stop(step: Step) -> None:
     """USR1 in the middle of a run: a checkpoint, exit code 75, and --resume ends it."""
-    folder = step.folder / "stop"
-    shutil.rmtree(folder, ignore_errors=True)
-    options = runs.pretrain_options(step, folder, "SOLVER.WARMUP_ITERS", 1)
+    folder = step.fresh("stop")
+    options = runs.options(step, folder, *["SOLVER.WARMUP_ITERS", "1", "LOG_PERIOD", "1"])
     command = [sys.executable, str(runs.ROOT / "tools" / "pretrain_net.py"), *options]
     process = subprocess.Popen([*command, "SOLVER.MAX_ITER", "100000"], cwd=runs.ROOT)
     try:

@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
         str(size): found["gb_per_s"] for size, found in table.items()
     }
     wrong = [size for size, found in table.items() if not found["right"]]
-    _check(record, "sums are right", not wrong, f"of {len(table)} sizes" if not wrong else wrong)
+    _check(record, "sums are right", not wrong, wrong if wrong else f"of {len(table)} sizes")
     largest = table[max(table)]["gb_per_s"]
     told = f"{largest:.3g} GB/s"
     if gpu:

@@ -1,6 +1,5 @@
 """Step 2: pretraining by the tool, its checkpoint, --resume; and the variants of the config."""
 
-import math
 import shutil
 from pathlib import Path
 
@@ -9,10 +8,11 @@ import torch
 from benchmarks.measuring import peak_memory
 
 from . import runs
+from .numbers import relative
 from .step import Step
 
-# On a GPU sums differ from run to run, and 20 iterations enlarge that. Relative: of the loss, a
-# median over 20 iterations, and of the way that the weights have gone since the checkpoint.
+# On a GPU sums differ from run to run, and 20 iterations enlarge that. Relative: of the validation
+# loss, and of the way that the weights have gone since the checkpoint.
 LOSS, WEIGHTS = 1e-2, 0.3
 SAME = 2e-2  # relative, of first losses of equal weights in another precision or layout
 
@@ -23,47 +23,36 @@ def run(step: Step) -> None:
 
 
 def _resume(step: Step) -> None:
-    count = step.scale.iterations
-    half = count // 2
-    schedule = ("SOLVER.MAX_ITER", count, "SOLVER.WARMUP_ITERS", count // 4)
-    schedule += ("SOLVER.CNN_LR", 0.02, "SOLVER.BASE_LR", 0.005 if step.cuda else 0.1)
-    schedule += ("SOLVER.CHECKPOINT_PERIOD", half)
-    whole, stopped = step.folder / "whole", step.folder / "stopped"
-    for folder in (whole, stopped):
-        shutil.rmtree(folder, ignore_errors=True)
-    code = runs.run_tool("pretrain_net.py", *runs.pretrain_options(step, whole, *schedule))
-    step.check(f"{count} iterations", code == 0, f"exit code {code}")
-    if code:
+    count, half = step.scale.iterations, step.scale.iterations // 2
+    words = f"SOLVER.MAX_ITER {count} SOLVER.WARMUP_ITERS {count // 4} SOLVER.CNN_LR 0.02 "
+    words += f"SOLVER.BASE_LR {0.005 if step.cuda else 0.1} SOLVER.CHECKPOINT_PERIOD {half} "
+    words += "TEST.EVAL_PERIOD 0 TEST.NUM_CAPTIONS 0 LOG_PERIOD 1"
+    val = ["DATA.VAL_CAPTIONS", runs.world(step) / "annotations" / "captions_val.json"]
+    val += ["DATA.VAL_IMAGES", runs.world(step) / "images" / "val"]
+    whole, stopped = step.fresh("whole"), step.fresh("stopped")
+    if not runs.tool(step, "pretrain_net.py", *runs.options(step, whole, *words.split(), *val)):
         return
-    shutil.copy(whole / "tokenizer.model", step.folder / "tokenizer.model")
-    losses = [runs.loss_of(record) for _, record in sorted(runs.metrics(whole).items())]
-    step.check("losses are finite", all(map(math.isfinite, losses)), f"{len(losses)} of them")
+    records = [record for _, record in sorted(runs.metrics(whole).items())]
+    losses = step.finite("losses", [runs.loss_of(record) for record in records])
     step.check("the loss falls", losses[-1] < losses[0], f"{losses[0]:.3f} to {losses[-1]:.3f}")
-    for name in ("model_final.pth", "backbone.safetensors"):
-        step.check(f"{name} is written", (whole / name).is_file())
-    stopped.mkdir()
     checkpoint = f"model_{half - 1:07d}.pth"
-    for name in ("config.yaml", "tokenizer.model", checkpoint):
+    for name in ("config.yaml", checkpoint):
         shutil.copy(whole / name, stopped / name)
     (stopped / "last_checkpoint").write_text(checkpoint)
-    options = runs.pretrain_options(step, stopped, *schedule)
-    code = runs.run_tool("pretrain_net.py", "--resume", *options)
-    step.check("--resume", code == 0, f"exit code {code}")
-    if code:
+    words = runs.options(step, stopped, *words.split(), *val)
+    if not runs.tool(step, "pretrain_net.py", "--resume", *words):
         return
     found = runs.metrics(stopped)
     step.check("it goes on where the checkpoint is", min(found) == half, f"at {min(found)}")
-    last = runs.loss_of(found[max(found)])
-    apart = abs(last / losses[-1] - 1)
+    there, here = records[-1]["val/loss"], found[max(found)]["val/loss"]
+    apart = abs(here / there - 1)
     step.check("resumed against unstopped, loss", apart <= LOSS, f"{apart:.2g} apart")
-    before, there, here = (
-        _weights(path)
-        for path in (stopped / checkpoint, whole / "model_final.pth", stopped / "model_final.pth")
-    )
-    apart = ((here - there).norm() / (there - before).norm()).item()
-    within = apart <= (WEIGHTS if step.cuda else 0)
-    step.check("resumed against unstopped, weights", within, f"{apart:.2g} of the way apart")
-    step.headline(f"loss {losses[-1]:.3f} after {count} iterations, resumed {last:.3f}")
+    files = (stopped / checkpoint, whole / "model_final.pth", stopped / "model_final.pth")
+    before, unstopped, resumed = map(_weights, files)
+    apart = relative(resumed - before, unstopped - before)
+    told = f"{apart:.2g} of the way apart"
+    step.check("resumed against unstopped, weights", apart <= (WEIGHTS if step.cuda else 0), told)
+    step.headline(f"validation loss {there:.4f} after {count} iterations, resumed {here:.4f}")
 
 
 def _weights(path: Path) -> torch.Tensor:
@@ -72,48 +61,33 @@ def _weights(path: Path) -> torch.Tensor:
 
 
 def _variants(step: Step) -> None:
-    norms = ("MODEL.VISUAL.RECOMPUTE", "norms")
     ways = {
-        "as configured": (),
-        "RECOMPUTE norms": norms,
-        "float16": ("SOLVER.AMP.DTYPE", "float16"),
-        "AdamW": ("SOLVER.OPTIMIZER", "adamw", "SOLVER.CNN_LR", 1e-3),
-        "CHANNELS_LAST False": ("MODEL.VISUAL.CHANNELS_LAST", False),
+        "as configured": "",
+        "RECOMPUTE norms": "MODEL.VISUAL.RECOMPUTE norms",
+        "float16": "SOLVER.AMP.DTYPE float16",
+        "AdamW": "SOLVER.OPTIMIZER adamw SOLVER.CNN_LR 0.001",
+        "CHANNELS_LAST False": "MODEL.VISUAL.CHANNELS_LAST False",
     }
     if not step.cuda:
         step.instead("float16", "float32")
-        ways["float32"] = ("SOLVER.AMP.ENABLED", False)
         del ways["float16"]
-    first, table = math.nan, {}
-    for name, options in ways.items():
+        ways["float32"] = "SOLVER.AMP.ENABLED False"
+    first, table = 0.0, {}
+    for name, words in ways.items():
         if step.late(name, 15):
             continue
-        clock, memory = _train(step, step.folder / "variant", options)
-        table[name] = {
-            "ms": 1000 * clock.seconds / step.scale.rounds,
-            "mib": memory / 2**20,
-            "loss": clock.losses[-1],
-        }
-        finite = all(map(math.isfinite, clock.losses))
-        step.check(f"{name}: finite", finite, f"{clock.losses[0]:.4f} to {clock.losses[-1]:.4f}")
-        if not options:
-            first = clock.losses[0]
+        trainer, clock = runs.trainer(step, *words.split()), runs.Clock(step.scale.rounds)
+        with runs.same_batch(trainer):
+            memory = peak_memory(lambda t=trainer, c=clock: runs.train(t, c), step.device)
+        ms = 1000 * clock.seconds / step.scale.rounds
+        table[name] = {"ms": ms, "mib": memory / 2**20, "loss": clock.losses[-1]}
+        step.figure("variants", table)
+        step.finite(name, clock.losses)
+        first = first or clock.losses[0]
         apart = abs(clock.losses[0] / first - 1)
         step.check(f"{name}: the same first loss", apart < SAME, f"{apart:.2g} apart")
-    step.figure("variants", table)
+        step.free(trainer)
     if {"as configured", "RECOMPUTE norms"} <= set(table):
         ours, plain = table["RECOMPUTE norms"], table["as configured"]
         step.limit("RECOMPUTE norms, memory", ours["mib"] / plain["mib"], "of none's", most=0.99)
         step.figure("RECOMPUTE norms, seconds against none's", ours["ms"] / plain["ms"])
-
-
-def _train(step: Step, folder: Path, options: tuple) -> tuple[runs.Clock, int]:
-    shutil.rmtree(folder, ignore_errors=True)
-    trainer = runs.build_trainer(step, folder.name, *options)
-    clock = runs.Clock(step.scale.rounds)
-    with runs.same_batch(trainer):
-        memory = peak_memory(lambda: runs.train(trainer, clock), step.device)
-    del trainer
-    if step.cuda:
-        torch.cuda.empty_cache()
-    return clock, memory

@@ -14,6 +14,7 @@ import torch
 from detectron2.engine import HookBase
 
 from pretrain.config import get_pretrain_cfg
+from pretrain.tokenizer import train_tokenizer
 from pretrain.trainer import PretrainTrainer
 from virtex_d2.data.shapes_write import write_dataset
 from virtex_d2.runtime.atomic import atomic_path
@@ -45,37 +46,34 @@ def world(step: Step) -> Path:
     for annotation in content["annotations"] if step.cuda else []:
         said = annotation["caption"].split()[: rng.randint(3, 8)]
         annotation["caption"] = " ".join(said + rng.choices(words, k=rng.randint(1, 4)))
+    texts = (annotation["caption"] for annotation in content["annotations"])
+    train_tokenizer(texts, step.scale.vocabulary, folder / "tokenizer.model")
     with atomic_path(captions) as temporary:
         temporary.write_text(json.dumps(content), encoding="utf-8")
     return folder
 
 
-def pretrain_options(step: Step, folder: Path, *options: object) -> list[str]:
-    """KEY VALUE of the largest of the paper's models, at the step's scale."""
+def options(step: Step, folder: Path, *words: object) -> list[str]:
+    """KEY VALUE of the largest of the paper's models at the step's scale; `words` are more."""
     scale, data = step.scale, world(step)
-    keys = {
-        "OUTPUT_DIR": folder,
-        "MODEL.DEVICE": step.device.type,
-        "MODEL.VISUAL.NAME": scale.network,
-        "MODEL.TEXTUAL.HIDDEN_SIZE": scale.width,
-        "DATA.TRAIN_CAPTIONS": data / "annotations" / "captions.json",
-        "DATA.TRAIN_IMAGES": data / "images" / "train",
-        "DATA.IMAGE_SIZE": scale.crop,
-        "DATA.VOCAB_SIZE": scale.vocabulary,
-        "DATA.NUM_WORKERS": min(12, os.cpu_count() or 1) if step.cuda else 0,
-        "SOLVER.IMS_PER_BATCH": scale.batch,
-        "SOLVER.CHECKPOINT_PERIOD": 1_000_000,
-        "LOG_PERIOD": 1,
-    }
-    if (tokenizer := step.folder / "tokenizer.model").is_file():  # training one takes seconds
-        keys["DATA.TOKENIZER"] = tokenizer
-    return [str(word) for pair in keys.items() for word in pair] + [str(o) for o in options]
+    workers = min(12, os.cpu_count() or 1) if step.cuda else 0
+    keys = f"MODEL.DEVICE {step.device.type} MODEL.VISUAL.NAME {scale.network}"
+    keys += f" MODEL.TEXTUAL.HIDDEN_SIZE {scale.width} DATA.IMAGE_SIZE {scale.crop}"
+    keys += f" DATA.VOCAB_SIZE {scale.vocabulary} DATA.NUM_WORKERS {workers}"
+    keys += f" SOLVER.IMS_PER_BATCH {scale.batch} SOLVER.CHECKPOINT_PERIOD 1000000"
+    paths = ["OUTPUT_DIR", folder, "DATA.TRAIN_CAPTIONS", data / "annotations" / "captions.json"]
+    paths += ["DATA.TRAIN_IMAGES", data / "images" / "train"]
+    paths += ["DATA.TOKENIZER", data / "tokenizer.model"]
+    return [*keys.split(), *map(str, [*paths, *words])]
 
 
-def run_tool(name: str, *arguments: object) -> int:
-    """Run a tool as typed; its output goes to the step's log. Returns the exit code."""
-    command = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, check=False).returncode
+def tool(step: Step, name: str, *words: object) -> bool:
+    """Run a tool as typed, and record whether it ends well; its output goes to the log."""
+    command = [sys.executable, str(ROOT / "tools" / name), *map(str, words)]
+    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    flags = " --resume" if "--resume" in words else ""
+    step.check(f"{name}{flags} ends well", code == 0, f"exit code {code}")
+    return code == 0
 
 
 def metrics(folder: Path) -> dict[int, dict[str, float]]:
@@ -89,15 +87,14 @@ def loss_of(record: dict[str, float]) -> float:
     return sum(value for key, value in record.items() if key.startswith("loss_"))
 
 
-def build_trainer(step: Step, name: str, *options: object) -> PretrainTrainer:
-    """A trainer in this process, in a folder of that name, which writes no metrics."""
-    folder = step.folder / name
-    cfg = load_config(get_pretrain_cfg(), "", pretrain_options(step, folder, *options))
-    folder.mkdir(parents=True, exist_ok=True)
-    trainer = PretrainTrainer(cfg)
+def trainer(step: Step, *words: object, config_file: str = "", given: list[str] | None = None):
+    """A trainer in this process, which writes no metrics; `given` stands in for `options`."""
+    folder = step.fresh("trainer")
+    given = options(step, folder, *words) if given is None else [*given, "OUTPUT_DIR", str(folder)]
+    built = PretrainTrainer(load_config(get_pretrain_cfg(), config_file, given))
     # training ends and goes on several times, writers once
-    trainer._hooks = [hook for hook in trainer._hooks if not isinstance(hook, MetricsWriter)]
-    return trainer
+    built._hooks = [hook for hook in built._hooks if not isinstance(hook, MetricsWriter)]
+    return built
 
 
 class _Enough(BaseException):
@@ -163,6 +160,7 @@ class Clock(HookBase):
         return time.perf_counter()
 
     def _read(self) -> None:
+        self.trainer.before_checkpoint()  # looks at what has not been read yet
         histories = self.trainer.storage.histories()
         named = [name for name in histories if name.startswith("loss_")]
         columns = [[value for value, _ in histories[name].values()] for name in named]

@@ -6,9 +6,12 @@ Every check goes to disk at once, so that a step that is ended by its time limit
 """
 
 import argparse
+import gc
 import importlib
 import json
+import math
 import os
+import shutil
 import signal
 import time
 import traceback
@@ -80,6 +83,28 @@ class Step:
         self.found["checks"].append({"name": name, "passed": bool(passed), "told": told})
         print(f"{'pass' if passed else 'FAIL'}: {name}: {told}", flush=True)
         self.write()
+
+    def finite(self, name: str, losses: list[float]) -> list[float]:
+        """Record whether losses, of which there are some, are finite numbers; returns them."""
+        right = bool(losses) and all(map(math.isfinite, losses))
+        self.check(
+            f"{name}: finite", right, f"{losses[0]:.4f} to {losses[-1]:.4f}" if right else ""
+        )
+        return losses
+
+    def fresh(self, name: str) -> Path:
+        """An empty folder of that name."""
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+        (self.folder / name).mkdir(parents=True)
+        return self.folder / name
+
+    def free(self, *trainers: object) -> None:
+        """Give the device's memory of trainers back that nobody else has."""
+        for trainer in trainers:
+            trainer.__dict__.clear()  # hooks and trainers refer to each other
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
 
     def limit(self, name: str, value: float, unit: str, **bounds: float) -> None:
         """A figure that has to be `least` or `most` on a GPU; on a CPU it is no more than noted.

@@ -31,7 +31,7 @@ def run(step: Step) -> None:
 
 def _measure(step: Step, batch: int) -> float:
     """Images a second; the whole table of a batch size is recorded."""
-    trainer = runs.build_trainer(step, "timing", "SOLVER.IMS_PER_BATCH", batch)
+    trainer = runs.trainer(step, "SOLVER.IMS_PER_BATCH", batch)
     rounds = step.scale.rounds * (4 if step.cuda else 1)
     clock = runs.Clock(rounds, warm_up=5 if step.cuda else 1)
     with runs.same_batch(trainer):
@@ -54,17 +54,14 @@ def _measure(step: Step, batch: int) -> float:
         **used,
     }
     step.figure(at, found)
-    finite = all(map(torch.isfinite, map(torch.tensor, clock.losses)))
-    step.check(f"{at}: finite", finite, f"loss {clock.losses[-1]:.3f}")
+    step.finite(at, clock.losses)
     step.check(f"{at}: waits for the device", waits <= WAITS, f"{waits:g} a step, of {WAITS}")
     step.limit(f"{at}: the clock against events", seconds / events, "times", least=0.9, most=1.15)
     if batch == step.scale.batch:
         step.limit(f"{at}: busy share", used["busy"], "of the time", least=0.85, most=1.05)
         share = found["share_of_matmul"]
         step.limit(f"{at}: arithmetic", share, "of a product's rate", least=0.1, most=1)
-    del trainer
-    if step.cuda:
-        torch.cuda.empty_cache()
+    step.free(trainer)
     return batch / seconds
 
 
