@@ -117,7 +117,7 @@ def dino(r: Tensors, other: Tensors) -> Any:
         "student": {**with_prefix(other, "module.backbone."), **head("module.head.mlp.0.weight")},
         "teacher": {**with_prefix(r, "backbone."), **head("head.mlp.0.weight")},
         "optimizer": _optimizer(r),
-        "args": argparse.Namespace(arch="resnet50", lr=0.1),
+        "args": argparse.Namespace(arch=f"resnet{50 if 'layer1.0.conv3.weight' in r else 18}"),
         "dino_loss": {"center": torch.zeros(1, 4)},
     }
 

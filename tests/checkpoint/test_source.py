@@ -311,7 +311,7 @@ def test_a_layouts_copies_are_found_behind_any_prefix_where_it_is_given(resnet, 
     ("options", "match"),
     [
         ({"prefix": "learner."}, "prefix 'learner.' is of none of the ResNets"),
-        ({"prefix": "learner.online_encoder.net", "copy": "online"}, "Leave --copy"),
+        ({"prefix": "learner.online_encoder.net", "copy": "online"}, "leave one out"),
         ({"prefix": "learner.online_encoder.net", "layout": "msra"}, "Leave --layout"),
     ],
 )

@@ -8,26 +8,13 @@ from virtex_d2.runtime.errors import InputError, nearest
 from .layouts import LAYOUTS, Copy, Found, Layout, find_resnets
 
 _Option = tuple[Found, tuple[Layout, Copy]]
-# Whose files have a naming alone, behind a prefix of their own.
-_PLAIN = {
-    "torchvision": "torchvision",
-    "detectron2": "detectron2",
-    "caffe2": "msra",
-    "transformers": "transformers",
-    "sequential": "sequential",
-    "sequential-stem": "sequential-stem",
-}
 
 
 def choose(
     path: str, containers: Mapping[str, Mapping], layout: str = "", copy: str = "", prefix: str = ""
 ) -> _Option:
-    """The ResNet to take, and its layout and copy.
-
-    Args:
-        path: the file, for messages.
-        containers: its state dicts by place.
-        layout, copy, prefix: as in `source.read_backbone`.
+    """The ResNet to take of a file's state dicts (by place), and its layout and copy; arguments as
+    in `source.read_backbone`.
 
     Raises:
         InputError: there is none, or several, and how each can be chosen.
@@ -88,21 +75,22 @@ def _by_prefix(
         how = "is of several ResNets" if taken else "is of none of the ResNets"
         raise InputError(f"{path}: prefix '{prefix}' {how}. {_say(resnets, taken or resnets)}")
     found = taken[0]
-    plain = next(entry for entry in LAYOUTS if entry.name == _PLAIN[found.naming.name])
-    fits = list(found.layouts) or [(plain, Copy(ends(found.place), ""))]
+    if copy:
+        raise InputError(
+            f"{path}: --copy (VIRTEX.COPY) and --prefix (VIRTEX.PREFIX) both say which network; "
+            "leave one out."
+        )
     if layout and layout.naming is not found.naming:
         raise InputError(
             f"{path}: layout {layout.name} has {layout.naming.name}'s names, the ResNet of prefix "
             f"'{prefix}' has {found.naming.name}'s. Leave --layout (VIRTEX.LAYOUT) out."
         )
-    if layout:
-        fits = [fit for fit in fits if fit[0] is layout] or [(layout, fits[0][1])]
-    if copy and copy not in [fit[1].name for fit in fits]:
-        raise InputError(
-            f"{path}: copy '{copy}' is not the ResNet of prefix '{prefix}', which names it already."
-            " Leave --copy (VIRTEX.COPY) out."
-        )
-    return found, next(fit for fit in fits if not copy or fit[1].name == copy)
+    fits = [fit for fit in found.layouts if layout in (None, fit[0])]
+    if fits:
+        return found, fits[0]
+    named = [entry for entry in LAYOUTS if entry.naming is found.naming]
+    plain = next((entry for entry in named if entry.name == found.naming.name), named[-1])
+    return found, (layout or plain, Copy(ends(found.place), ""))
 
 
 def _forced(path: str, resnets: list[Found], layout: Layout) -> list[_Option]:

@@ -143,9 +143,9 @@ def inspect(path: str, layout: str = "", copy: str = "", prefix: str = "") -> di
             {
                 "place": found.container,
                 "prefix": found.prefix,
-                "layouts": [f"{entry.name}: {one.name}" for entry, one in fits],
+                "layouts": [f"{entry.name}: {one.name}" for entry, one in found.layouts],
             }
-            for found, fits in find_layouts(path)
+            for found in find_layouts(path)
         ],
         "dropped": list(backbone.dropped),
         "beside": list(backbone.beside),

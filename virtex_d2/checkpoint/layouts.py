@@ -284,21 +284,14 @@ def find_resnets(containers: dict[str, Sequence[str]]) -> list[Found]:
         present = set(unwrapped(names))
         for naming in NAMINGS:
             anchors = _ANCHORS[naming.name]
-            prefixes = {
-                name.removesuffix(anchors[0])
-                for name in present
-                if name.endswith(anchors[0]) and _boundary(name.removesuffix(anchors[0]))
-            }
+            prefixes = {n.removesuffix(anchors[0]) for n in present if n.endswith(anchors[0])}
             for prefix in sorted(prefixes):
-                if not all(prefix + anchor in present for anchor in anchors):
+                whole_words = not prefix or prefix.endswith(".")
+                if not whole_words or not all(prefix + anchor in present for anchor in anchors):
                     continue
                 fits = _fitting(container, prefix, naming, present)
                 found.append(Found(container, prefix, naming, tuple(fits)))
     return found
-
-
-def _boundary(prefix: str) -> bool:
-    return not prefix or prefix.endswith(".")
 
 
 def _fitting(

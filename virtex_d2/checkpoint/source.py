@@ -12,7 +12,7 @@ from virtex_d2.runtime.files import sha256
 
 from .architecture import ResNet, recognise_resnet
 from .choice import choose
-from .layouts import STRIDE, Copy, Found, Layout, Preprocessing, find_resnets
+from .layouts import STRIDE, Found, Preprocessing, find_resnets
 from .naming import (
     CAFFE2,
     DETECTRON2,
@@ -142,20 +142,19 @@ def read_backbone(path: str, layout: str = "", copy: str = "", prefix: str = "")
     )
 
 
-def find_layouts(path: str) -> list[tuple[Found, tuple[tuple[Layout, Copy], ...]]]:
+def find_layouts(path: str) -> list[Found]:
     """Every ResNet in a file with the layouts that fit it; empty where there is none.
 
     Raises:
         InputError: the file cannot be read safely.
     """
     containers = dict(_state_dicts(read_tensors(path).content))
-    names = {place: list(state) for place, state in containers.items()}
-    return [(found, found.layouts) for found in find_resnets(names)]
+    return find_resnets({place: list(state) for place, state in containers.items()})
 
 
 def holds_detector(path: str) -> bool:
     """Whether a file is of a whole detector, which is loaded as detectron2 does."""
-    return any(layout.detector for _, fits in find_layouts(path) for layout, _ in fits)
+    return any(fit[0].detector for found in find_layouts(path) for fit in found.layouts)
 
 
 def _state_dicts(

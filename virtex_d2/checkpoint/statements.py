@@ -29,6 +29,7 @@ _SETTINGS = {
     **dict.fromkeys(("STRIDE_IN_1X1", "stride_in_1x1", "downsample_in_bottleneck"), STRIDE),
     **dict.fromkeys(("FORMAT", "channel_order", "input_format", "color_space"), ORDER),
 }
+_KNOWN = {ORDER: {"rgb": "RGB", "bgr": "BGR"}, STRIDE: {"true": True, "false": False}}
 # Beside a mean: what the name of a setting that is True, and one that is False, say of the order.
 # OpenMMLab's programs read images as BGR.
 _ORDERS = {
@@ -52,20 +53,8 @@ _OF_BACKBONES = {
     **dict.fromkeys(("groups", "NUM_GROUPS"), "groups"),
     **dict.fromkeys(("base_width", "WIDTH_PER_GROUP"), "group_width"),
 }
-_STYLES = {"caffe": True, "pytorch": False}
 # Settings that change what is computed and no tensor: the values of a plain ResNet.
-_PLAIN_BACKBONE = {
-    "deep_stem": (False,),
-    "avg_down": (False,),
-    "strides": ([1, 2, 2, 2], [1, 2, 2], [1, 2, 2, 2, 2]),
-    "dilations": ([1, 1, 1, 1], [1, 1, 1]),
-}
-_PLAIN = {
-    "output_stride": (None, 32),
-    "bn_eps": (None, 1e-5),
-    "maxpool1": (True,),
-    "replace_stride_with_dilation": (None, [False] * 3),
-}
+_PLAIN = {"output_stride": (None, 32), "bn_eps": (None, 1e-5), "maxpool1": (True,)}
 _TEXTS = re.compile(r"config|cfg|config_text|yaml", re.IGNORECASE)
 _OF_OTHERS = re.compile(r"teacher|distill|(^|_)ema|momentum|target|optim|schedul", re.IGNORECASE)
 # "wide_", "tv_", "se" or nothing; ResNet, ResNeXt or ResNeSt; "blur"; the depth; all else.
@@ -78,13 +67,9 @@ _OTHER_BEHIND = re.compile(r"[a-z](_|$)|_?v1[a-z]*[cdest](_|$)|.*_(ibn|clip|gn|d
 class Statement:
     """One thing that a file says.
 
-    Attributes:
-        key: a config key of `PIXELS`, an attribute of `ResNet`, or `_OTHER`.
-        value: as the config would have it; for `_OTHER` a text.
-        place: where it says so: "meta.config: img_norm_cfg.mean".
-        found: what stands there, where that is not the value.
-        inferred: whether it follows from something else, and counts where nobody says it.
-        assumed: whether the file was converted from one that did not say it.
+    A config key of `PIXELS`, an attribute of `ResNet` or `_OTHER`; its value; where it stands, and
+    as what. What is inferred counts where nobody says it; what is assumed was so in the file that
+    this one was converted from.
     """
 
     key: str
@@ -183,7 +168,7 @@ def _nodes(content: Mapping) -> Iterator[tuple[str, Mapping[str, Any]]]:
         place, node, depth = queue.popleft()
         left -= 1
         if isinstance(node, str):
-            node = _ConfigText(node[:_LONGEST_TEXT]).read()
+            node = _read_config(node[:_LONGEST_TEXT])
             place += ":"
         if isinstance(node, (list, tuple)) and len(node) <= _LONGEST_LIST:
             node = {str(number): item for number, item in enumerate(node)}
@@ -194,8 +179,7 @@ def _nodes(content: Mapping) -> Iterator[tuple[str, Mapping[str, Any]]]:
         node = {key: _value(item) for key, item in node.items() if isinstance(key, str)}
         yield place, node
         for key, item in node.items():
-            below = f"{place} {key}" if place.endswith(":") else f"{place}.{key}".lstrip(".")
-            below = below.removesuffix("._content")  # of OmegaConf
+            below = _at(place, key).removesuffix("._content")  # of OmegaConf
             is_text = isinstance(item, str) and _TEXTS.fullmatch(key)
             nested = is_text or isinstance(item, (Mapping, list, tuple, Placeholder))
             if nested and not _OF_OTHERS.search(key):
@@ -207,103 +191,84 @@ def _value(item: Any) -> Any:
     return item.values["_val"] if isinstance(item, Placeholder) and "_val" in item.values else item
 
 
-class _ConfigText:
-    """Reads the literals of a config's text: Python's `a = dict(b=[1, 2])`, or JSON.
+_TOKEN = re.compile(
+    r"#[^\n]*|(\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)*'|[A-Za-z_][\w.]*"
+    r"|[-+]?\.?\d[\w.]*(?:(?<=e)[-+]\d+)?|[^\s\w])"
+)
+_WORDS = {"True": True, "true": True, "False": False, "false": False}
+
+
+def _read_config(text: str) -> Any:
+    """The literals of a config's text: Python's `a = dict(b=[1, 2])`, or JSON.
 
     What is no literal is None. Nothing is run, and nothing compiled: a text that is made to be
     costly costs no more than its length.
     """
+    tokens = [token for token in _TOKEN.findall(text) if token][::-1]
 
-    _TOKEN = re.compile(
-        r"#[^\n]*|(\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)*'|[A-Za-z_][\w.]*"
-        r"|[-+]?\.?\d[\w.]*(?:(?<=e)[-+]\d+)?|[^\s\w])"
-    )
-    _WORDS = {"True": True, "true": True, "False": False, "false": False}
+    def inside(depth: int) -> dict[str, Any] | list:
+        named: dict[str, Any] = {}
+        items: list = []
+        while tokens and (depth == 0 or tokens[-1] not in ")]}"):
+            if len(tokens) > 2 and tokens[-2] in "=:":
+                name, _ = tokens.pop(), tokens.pop()
+                named[name.strip("'\"")] = value(depth)
+            elif tokens[-1] == ",":
+                tokens.pop()
+            else:
+                items.append(value(depth))
+        tokens[-1:] = []
+        return named or items
 
-    def __init__(self, text: str):
-        self.tokens = [token for token in self._TOKEN.findall(text) if token][::-1]
-
-    def _peek(self) -> str:
-        return self.tokens[-1] if self.tokens else ""
-
-    def read(self) -> Any:
-        return self._value(0) if self._peek() == "{" else self._settings()
-
-    def _settings(self, end: str = "", depth: int = 0) -> dict[str, Any]:
-        """`name = value` or `"name": value`, up to a bracket."""
-        found = {}
-        while self.tokens and self._peek() != end:
-            if self._peek() in "([{":
-                self._value(depth)
-                continue
-            name = self.tokens.pop()
-            if self._peek() in ("=", ":"):
-                self.tokens.pop()
-                found[name.strip("'\"")] = self._value(depth)
-        self.tokens[-1:] = []
-        return found
-
-    def _value(self, depth: int) -> Any:
-        if not self.tokens or depth > _DEEPEST:
-            self.tokens.clear()
-            return None
-        token = self.tokens.pop()
-        if token in "[(":
-            value: Any = []
-            while self.tokens and self._peek() not in "])":
-                if self._peek() == ",":
-                    self.tokens.pop()
-                else:
-                    value.append(self._value(depth + 1))
-            self.tokens[-1:] = []
-        elif token == "{":
-            value = self._settings("}", depth + 1)
-        elif self._peek() == "(":
-            self.tokens.pop()
-            value = self._settings(")", depth + 1)
+    def value(depth: int) -> Any:
+        token = tokens.pop()
+        if token in "[({" or tokens[-1:] == ["("]:
+            tokens[-1:] = tokens[-1:] if token in "[({" else []
+            if depth > _DEEPEST:
+                tokens.clear()
+            found = inside(depth + 1)
         elif token[0] in "'\"":
-            value = token[1:-1]
-        elif token in self._WORDS:
-            value = self._WORDS[token]
+            found = token[1:-1]
         else:
-            try:
-                value = float(token) if re.search(r"[.e]", token) else int(token)
-            except ValueError:
-                value = None
-        return None if self._peek() and self._peek() in "+-*/%|&[(." else value
+            found = _WORDS[token] if token in _WORDS else _number(token)
+        return None if tokens and tokens[-1] in "+-*/%|&[(." else found
+
+    return inside(0)
+
+
+def _number(token: str) -> int | float | None:
+    try:
+        return int(token) if token.lstrip("+-").isdecimal() else float(token)
+    except ValueError:
+        return None
+
+
+def _at(place: str, name: str) -> str:
+    return f"{place} {name}" if place.endswith(":") else f"{place}.{name}".lstrip(".")
 
 
 def _of_settings(place: str, node: Mapping[str, Any]) -> Iterator[Statement]:
-    def at(name: str) -> str:
-        return f"{place} {name}" if place.endswith(":") else f"{place}.{name}".lstrip(".")
-
+    of_backbone = re.search(r"(^|[. ])(backbone|RESNETS)$", place)
     for name, value in node.items():
-        value = list(value) if isinstance(value, tuple) else value
+        at = _at(place, name)
         if name in _PAIRS:
-            yield from _of_mean(at(name), name, value, node.get(_PAIRS[name]), place)
+            yield from _of_mean(at, name, value, node.get(_PAIRS[name]), place)
             for flag, orders in _ORDERS.items():
                 order = orders[not node[flag]] if isinstance(node.get(flag), bool) else None
                 if order and _three(value):
-                    yield Statement(ORDER, order, at(flag), node[flag])
+                    yield Statement(ORDER, order, _at(place, flag), node[flag])
         elif name in _SETTINGS:
-            key = _SETTINGS[name]
-            meant = str(value).lower()
-            known = {"rgb": "RGB", "bgr": "BGR"} if key == ORDER else {"true": True, "false": False}
-            if meant in known:
-                yield Statement(key, known[meant], at(name))
+            known = _KNOWN[_SETTINGS[name]].get(str(value).lower())
+            if known is not None:
+                yield Statement(_SETTINGS[name], known, at)
         elif name in _ARCHITECTURES and isinstance(value, str):
-            yield from _of_name(at(name), value)
+            yield from _of_name(at, value)
         elif name in _PLAIN and value not in _PLAIN[name]:
-            yield Statement(_OTHER, "no plain ResNet's", at(name), value)
-    if re.search(r"(^|[. ])(backbone|RESNETS)$", place):
-        for name, value in node.items():
-            value = list(value) if isinstance(value, tuple) else value
-            if name in _OF_BACKBONES and type(value) is int:
-                yield Statement(_OF_BACKBONES[name], value, at(name))
-            elif name == "style" and value in _STYLES:
-                yield Statement(STRIDE, _STYLES[value], at(name), value)
-            elif name in _PLAIN_BACKBONE and value not in _PLAIN_BACKBONE[name]:
-                yield Statement(_OTHER, "no plain ResNet's", at(name), value)
+            yield Statement(_OTHER, "no plain ResNet's", at, value)
+        elif of_backbone and name in _OF_BACKBONES and type(value) is int:
+            yield Statement(_OF_BACKBONES[name], value, at)
+        elif of_backbone and name == "style" and value in ("caffe", "pytorch"):
+            yield Statement(STRIDE, value == "caffe", at, value)
 
 
 def _of_mean(place: str, name: str, mean: Any, std: Any, where: str) -> Iterator[Statement]:
