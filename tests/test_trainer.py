@@ -8,8 +8,9 @@ import pytest
 from detectron2.data import MetadataCatalog
 from detectron2.data.common import DatasetFromList
 from detectron2.utils.events import EventStorage
+from PIL import Image
 
-from virtex_d2.data.loader import ReplacingMapper, build_train_loader
+from virtex_d2.data.loader import ReplacingMapper, TestLoader, build_train_loader
 from virtex_d2.engine.hooks import SkippedImages
 from virtex_d2.evaluation import CocoEvaluator, VocEvaluator, build_evaluator
 from virtex_d2.evaluation.lvis import LvisEvaluator
@@ -51,6 +52,23 @@ def test_an_image_of_another_size_than_annotated_is_unusable_not_a_crash(cfg):
     (unusable,) = sample["unusable"]
     assert unusable[0] == records[0]["file_name"]
     assert "Mismatched image shape" in unusable[1]
+
+
+def test_an_image_that_pillow_refuses_for_its_size_is_named_like_any_other(cfg, monkeypatch):
+    """More than 178 956 970 pixels in a file of 20 kB; here of a lower limit."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64)
+    path = Path(cfg.VIRTEX.DATASETS[0][2])
+    content = json.loads(path.read_text())
+    content["images"][0].update(width=64, height=129)
+    path.write_text(json.dumps(content))
+    Image.new("1", (64, 129)).save(_images(cfg)[0], "PNG")
+    records = build_train_loader(cfg).training_set.records
+    ((file, why),) = ReplacingMapper(cfg, records)(dict(records[0]))["unusable"]
+    assert file == records[0]["file_name"] == str(_images(cfg)[0])
+    assert "DecompressionBombError: Image size (8256 pixels) exceeds limit" in why
+    cfg.DATASETS.TEST = ("unit_train",)
+    with pytest.raises(InputError, match=f"{file}: this test image is unusable .Decompression"):
+        list(TestLoader(cfg, "unit_train"))
 
 
 def _hook(skipped, max_share, total=10):

@@ -59,6 +59,7 @@ def test_what_training_would_refuse_is_no_sound_data_set(
     told = capsys.readouterr().out
     assert "tools/train_net.py would not start on this" in told
     assert message in told
+    assert told.count("no problems") == 1  # of the sound set before
 
 
 def test_sets_of_other_classes_do_not_go_together(check, world, capsys):
@@ -100,3 +101,29 @@ def test_data_sets_of_a_config_are_found_by_their_names(check, data, world, caps
 def test_detectron2s_own_names_need_no_entry(check, capsys):
     assert check("--no-images", "DATASETS.TEST", "('coco_2017_val',)") == 2
     assert "coco/annotations/instances_val2017.json: cannot be read" in capsys.readouterr().err
+
+
+def test_no_problems_are_told_only_where_nothing_was_found(check, world, capsys):
+    """A BOM and whole floats are nothing; an area that is not given is a note."""
+    kind, file, images = _set(world, "test")
+    content = json.loads(file.read_text())
+    for image in content["images"]:
+        image.update(width=float(image["width"]))
+    file.write_text(json.dumps(content), encoding="utf-8-sig")
+    assert check("--val", kind, file, images) == 0
+    assert "no problems" in capsys.readouterr().out
+    content["annotations"][0]["area"] = None
+    file.write_text(json.dumps(content))
+    assert check("--val", kind, file, images) == 0
+    told = capsys.readouterr().out
+    assert "notes (1)" in told
+    assert "no problems" not in told
+
+
+def test_a_file_without_annotations_is_checked_as_one_to_predict_on(check, world, capsys):
+    kind, file, images = _set(world, "test")
+    content = json.loads(file.read_text())
+    del content["annotations"]
+    file.write_text(json.dumps(content))
+    assert check("--val", kind, file, images) == 0
+    assert "no `annotations`: it is to predict on" in capsys.readouterr().out

@@ -21,7 +21,7 @@ from virtex_d2.runtime.files import read_json
 from .masks import mask_fault
 from .table import is_box, is_number
 
-_WRONG = object()
+_WRONG, _ABSENT = object(), object()
 _LARGEST_SIDE = 2**24  # pixels; beyond, pycocotools' arithmetic does not end well
 _SINGULAR = {"images": "image", "annotations": "annotation", "categories": "category"}
 
@@ -144,19 +144,19 @@ def read_sound(kind: str, path: str) -> dict[str, Any]:
 
 
 def _normalised(kind: str, part: str, records: list[dict], faults: list[Fault]) -> list[dict]:
-    required, essential = _REQUIRED[part], _ESSENTIAL[part]
+    required, essential, fields = _REQUIRED[part], _ESSENTIAL[part], list(_FIELDS[part].items())
     kept = []
     for index, record in enumerate(records):
         place = f"{part}[{index}]"
         if kind == "lvis" and type(record.get("coco_url")) is str:
             record["file_name"] = "/".join(record["coco_url"].split("/")[-2:])
-        missing = [field for field in required if field not in record]
-        if missing:
+        if not required <= record.keys():
+            missing = [field for field in _FIELDS[part] if field in required - record.keys()]
             faults.append(Fault(part, missing[0], place, f"lacks {', '.join(missing)}", record))
-        for field, (read, expected) in _FIELDS[part].items():
-            if field not in record:
+        for field, (read, expected) in fields:
+            value = record.get(field, _ABSENT)
+            if value is _ABSENT:
                 continue
-            value = record[field]
             normal = _WRONG if value is None else read(value)
             if normal is value:
                 continue
@@ -170,7 +170,7 @@ def _normalised(kind: str, part: str, records: list[dict], faults: list[Fault]) 
             name = f"{_SINGULAR[part]} {record['id']}" if by_id else place
             why = f"has {field} {shown(value)}, expected {expected}"
             faults.append(Fault(part, field, name, why, record))
-        if all(field in record for field in essential):
+        if essential <= record.keys():
             kept.append(record)
     types = Counter(type(record["id"]) for record in kept)
     if len(types) > 1:
@@ -201,6 +201,8 @@ def _whole(value: Any) -> Any:
 
 
 def _id(value: Any) -> Any:
+    if type(value) is int and -(2**63) < value < 2**63:  # the usual: a file has millions of them
+        return value
     return value if type(value) is str else _whole(value)
 
 
@@ -223,16 +225,13 @@ def _flag(value: Any) -> Any:
     return value if value in (0, 1) else _WRONG
 
 
-def _is_finite(value: Any) -> bool:
-    return is_number(value) and math.isfinite(value)
-
-
 def _area(value: Any) -> Any:
-    return value if _is_finite(value) and value >= 0 else _WRONG
+    return value if is_number(value) and 0 <= value < math.inf else _WRONG
 
 
 def _box(value: Any) -> Any:
-    return value if is_box(value) and math.isfinite(sum(value)) else _WRONG
+    usual = type(value) is list and len(value) == 4 and set(map(type, value)) == {float}
+    return value if (usual or is_box(value)) and math.isfinite(sum(value)) else _WRONG
 
 
 def _ignore(value: Any) -> Any:
@@ -240,13 +239,13 @@ def _ignore(value: Any) -> Any:
 
 
 def _keypoints(values: Any) -> Any:
-    sound = type(values) is list and len(values) % 3 == 0 and all(map(_is_finite, values))
-    return values if sound else _WRONG
+    sound = type(values) is list and len(values) % 3 == 0 and all(map(is_number, values))
+    return values if sound and math.isfinite(sum(values)) else _WRONG
 
 
 def _mask(mask: Any) -> Any:
     """Run lengths as whole numbers; what is wrong with a mask is told by `mask_fault`."""
-    if mask in ([], {}):
+    if not mask and type(mask) in (list, dict):
         return _WRONG
     if type(mask) is dict:
         whole = {
@@ -286,15 +285,15 @@ _FIELDS: dict[str, dict[str, tuple[Callable[[Any], Any], str]]] = {
     "categories": {"id": _ID, "name": (_text, "a text")},
 }
 _REQUIRED = {
-    "images": ("id", "file_name", "height", "width"),
-    "annotations": ("id", "image_id", "category_id", "bbox"),
-    "categories": ("id", "name"),
+    "images": {"id", "file_name", "height", "width"},
+    "annotations": {"id", "image_id", "category_id", "bbox"},
+    "categories": {"id", "name"},
 }
 # Without these a record cannot be spoken of.
 _ESSENTIAL = {
-    "images": ("id",),
-    "annotations": ("id", "image_id", "category_id"),
-    "categories": ("id", "name"),
+    "images": {"id"},
+    "annotations": {"id", "image_id", "category_id"},
+    "categories": {"id", "name"},
 }
 
 
