@@ -16,7 +16,8 @@ from virtex_d2.runtime.config import load_config
 from virtex_d2.runtime.device import resolve_device
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import read_checkpoint, require_file
-from virtex_d2.runtime.images import images_in, read_image
+from virtex_d2.runtime.folders import images_in
+from virtex_d2.runtime.images import read_image
 
 from .augment import EvalTransform
 from .colors import normalize

@@ -13,7 +13,8 @@ from PIL import Image
 
 from virtex_d2.runtime.atomic import atomic_path
 from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.images import image_suffix, read_image
+from virtex_d2.runtime.folders import image_suffix
+from virtex_d2.runtime.images import read_image
 from virtex_d2.runtime.parent import end_with_parent
 
 _JPEG_SUFFIXES = ("jpg", "jpeg", "jfif", "jpe")

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from virtex_d2.runtime.atomic import TEMPORARY_PREFIX, atomic_path
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import read_json
-from virtex_d2.runtime.images import images_in
+from virtex_d2.runtime.folders import images_in
 from virtex_d2.runtime.lock import NAME as LOCK
 from virtex_d2.runtime.lock import RunLock
 

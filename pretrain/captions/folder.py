@@ -3,7 +3,7 @@
 import os
 
 from virtex_d2.runtime.files import read_text
-from virtex_d2.runtime.images import files_in, images_in
+from virtex_d2.runtime.folders import files_in, images_in
 
 from .checks import refuse, require_folder
 from .records import Records

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from virtex_d2.runtime.errors import InputError
 from virtex_d2.runtime.files import read_text
-from virtex_d2.runtime.images import image_suffix
+from virtex_d2.runtime.folders import image_suffix
 
 from .checks import near_name, refuse_absent
 from .records import Records

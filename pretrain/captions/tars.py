@@ -18,7 +18,8 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
 from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.images import IMAGE_SUFFIXES, image_suffix
+from virtex_d2.runtime.folders import image_suffix
+from virtex_d2.runtime.images import IMAGE_SUFFIXES
 
 from .folder import captions_in_text
 from .tables import text_lines

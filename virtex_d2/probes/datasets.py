@@ -10,7 +10,8 @@ from detectron2.config import CfgNode
 
 from virtex_d2.runtime.errors import InputError, nearest
 from virtex_d2.runtime.files import read_json
-from virtex_d2.runtime.images import IMAGE_SUFFIXES, images_in
+from virtex_d2.runtime.folders import images_in
+from virtex_d2.runtime.images import IMAGE_SUFFIXES
 
 logger = logging.getLogger(__name__)
 

@@ -150,6 +150,11 @@ def _let_polygons_begin_where_they_began() -> None:
     crop.apply_polygons = apply_polygons
 
 
+def _in_its_package() -> bool:
+    """Whether the project's other files can be imported: this one may have been loaded alone."""
+    return bool(__package__)
+
+
 def _coordinates(name: str) -> Callable[[], None]:
     """Of `virtex_d2.runtime.coordinates`, which imports torch."""
     return lambda: getattr(importlib.import_module("virtex_d2.runtime.coordinates"), name)()
@@ -358,7 +363,7 @@ BRIDGES = (
         module="detectron2.data.detection_utils",
         reason="detectron2's reader clips 16-bit grey to white and turns TIFFs twice; no version "
         "of it differs",
-        needed=lambda: True,
+        needed=_in_its_package,
         apply=_read_images_in_one_way,
     ),
     Bridge(
@@ -373,7 +378,7 @@ BRIDGES = (
         module="detectron2.engine.defaults",
         reason="create_ddp_model gives device_ids, which DistributedDataParallel refuses on a CPU; "
         "no version of detectron2 differs",
-        needed=lambda: True,
+        needed=_in_its_package,
         apply=_let_cpu_models_be_distributed,
     ),
     *(
@@ -382,7 +387,7 @@ BRIDGES = (
             module=f"detectron2.{module}",
             reason="under autocast coordinates are rounded to the features' 8 bits; no version of "
             "detectron2 differs",
-            needed=lambda: True,
+            needed=_in_its_package,
             apply=_coordinates(function),
         )
         for name, module, function in (
