@@ -16,7 +16,6 @@ from types import FrameType
 from typing import TypeVar
 
 STOPPING = (signal.SIGUSR1, signal.SIGTERM)
-PATIENCE = 20  # seconds that `impatient` gives a wait; schedulers give 30 and more
 # A terminal sends INT to all processes of a run; helpers leave the answer to the training process.
 _IGNORED_BY_HELPERS = (signal.SIGUSR1, signal.SIGINT)
 
@@ -24,12 +23,12 @@ Result = TypeVar("Result")
 
 
 class Interrupted(BaseException):
-    """A signal has come to a process that computes alone (`interruptible`)."""
+    """A signal has come to a process that computes or waits alone (`interruptible`)."""
 
 
 _received: list[int] = []
-_interruptible = False
-_waiting = False
+_RUNNING_OUT = -1
+_patience: int | None = None  # seconds until a signal ends what runs; None: it does not
 _started = time.monotonic()
 _listening = False
 
@@ -77,44 +76,25 @@ def seconds_since_start() -> float:
 
 
 def _note(number: int, frame: FrameType | None) -> None:
-    global _interruptible
     _received.append(number)
-    if _waiting:
-        signal.alarm(PATIENCE)
-    if _interruptible:
-        _interruptible = False  # a second one finds the first on its way
-        raise Interrupted
+    _interrupt(number)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    if _waiting:
+def _interrupt(number: int, frame: FrameType | None = None) -> None:
+    global _patience
+    if _patience == 0 or (_patience == _RUNNING_OUT and number == signal.SIGALRM):
+        _patience = None  # a second one finds the first on its way
         raise Interrupted
+    if _patience is not None and _patience > 0:
+        signal.alarm(_patience)
+        _patience = _RUNNING_OUT  # schedulers repeat their signals
 
 
 @contextlib.contextmanager
-def impatient() -> Iterator[None]:
-    """A signal that comes, or has come, ends the body if that takes `PATIENCE` seconds more.
-
-    For a wait that may have no end. In the main thread.
-
-    Raises:
-        Interrupted: there was a signal. Not where this process does not listen.
-    """
-    global _waiting
-    _waiting = _listening
-    if _waiting and _received:
-        signal.alarm(PATIENCE)
-    try:
-        yield
-    finally:
-        _waiting = False
-        if _received:
-            signal.alarm(0)
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
+def interruptible(patience: int = 0) -> Iterator[None]:
     """A signal that comes, or has come, ends the body: for what one process computes alone.
+
+    With `patience`, if the body takes that many seconds more: for a wait that may have no end.
 
     As Ctrl-C would, anywhere in it: nothing in the body may take part in a collective, or leave
     something behind that matters.
@@ -122,14 +102,16 @@ def interruptible() -> Iterator[None]:
     Raises:
         Interrupted: there was a signal. Not where this process does not listen.
     """
-    global _interruptible
-    if _listening and _received:
-        raise Interrupted
-    _interruptible = _listening
+    global _patience
+    _patience = patience if _listening else None
+    if _received:
+        _interrupt(_received[0])
     try:
         yield
     finally:
-        _interruptible = False
+        _patience = None
+        if _received and patience:
+            signal.alarm(0)
 
 
 def held_back(call: Callable[[], Result]) -> Result:

@@ -167,21 +167,10 @@ def resolve(args: argparse.Namespace, environment: Mapping[str, str], machine: M
     typed = "SLURM_PTY_PORT" in environment and task != str(machine.pid)
     if ranked and typed and step is None:
         return _torchrun(flags, environment, machine)
-    found = _by_flags_or_srun(flags, step, typed, environment, machine)
-    if not ranked:
-        return found
-    note = "RANK and WORLD_SIZE are left over from elsewhere: srun says who is who."
-    return replace(found, note=note)
-
-
-def _by_flags_or_srun(
-    flags: _Flags,
-    step: SlurmStep | None,
-    typed: bool,
-    environment: Mapping[str, str],
-    machine: Machine,
-) -> Topology:
-    """What applies where RANK and WORLD_SIZE do not; `typed`: in the shell of srun --pty."""
+    if ranked:
+        others = {key: value for key, value in environment.items() if key != "WORLD_SIZE"}
+        note = "RANK and WORLD_SIZE are left over from elsewhere: srun says who is who."
+        return replace(resolve(args, others, machine), note=note)
     if flags.machines > 1:
         return _several_machines(flags, step, machine)
     if step is not None and typed and not flags.per_machine:

@@ -20,51 +20,40 @@ from .errors import InputError
 
 Batch = TypeVar("Batch")
 
+PATIENCE = 20  # seconds that a batch may take once a signal has come; schedulers give 30 and more
+
 # Bytes that the name of a Unix socket may have (unix(7)), less "/pymp-xxxxxxxx/listener-xxxxxxxx".
 _LONGEST_FOLDER = 107 - 32
 _SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 def batches_of(start: Callable[[], Iterator[Batch]]) -> Iterator[Batch]:
-    """The batches of a loader that is to start its workers.
+    """The batches of a loader, whose workers `start` starts; it makes the loader's iterator.
 
-    USR1 and TERM leave a note (`signals`), to be read between two iterations; while a batch is
-    awaited and does not come, they end the run.
-
-    Args:
-        start: makes the loader's iterator.
+    Signals are noted, to be read between two iterations; while no batch comes, they end the run.
 
     Raises:
         InputError: a worker cannot hand a batch over, or a signal has come and no batch after it.
     """
     _require_short_sockets()
     iterator = signals.held_back(start)
+    # Signals come to the main thread alone.
+    main = threading.current_thread() is threading.main_thread()
     try:
         while True:
-            with _no_endless_wait():
-                try:
-                    batch = next(iterator)
-                except StopIteration:
-                    return
+            with signals.interruptible(PATIENCE) if main else contextlib.nullcontext():
+                batch = next(iterator, None)
+            if batch is None:
+                return
             yield batch
-    finally:
-        del iterator  # a traceback that is kept would keep its workers
-
-
-@contextlib.contextmanager
-def _no_endless_wait() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # signals come to that one
-        yield
-        return
-    try:
-        with signals.impatient():
-            yield
     except signals.Interrupted:
         raise InputError(
-            f"{signals.received()} has come while the next batch was awaited, and in "
-            f"{signals.PATIENCE} s no batch: the run ends. Is the file system of the data gone? "
-            "--resume goes on from the last checkpoint."
+            f"{signals.received()} has come while the next batch was awaited, and in {PATIENCE} s "
+            "no batch: the run ends. Is the file system of the data gone? --resume goes on from "
+            "the last checkpoint."
         ) from None
+    finally:
+        del iterator  # a traceback that is kept would keep its workers
 
 
 def start_worker(_: int = 0) -> None:

@@ -188,7 +188,7 @@ _IN_CONDA = '[[ "${{CONDA_PREFIX:-}}" == *{} || "${{CONDA_DEFAULT_ENV:-}}" == {}
 _IN_VENV = '[[ "${{VIRTUAL_ENV:-}}" -ef {0} || "${{CONDA_PREFIX:-}}" -ef {0} ]]'
 
 _RENDEZVOUS = """\
-mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -x "[[:alnum:]_.-]*")
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -xE "[[:alnum:]_.-]+")
 rendezvous="${hosts[0]}:$((10000 + SLURM_JOB_ID % 20000))"  # jobs that share a node differ"""
 
 _PROLOGUE = r"""
