@@ -78,7 +78,7 @@ CASES: dict[str, tuple[int, Callable[[int, Path], Work]]] = {
 
 
 def _new_captions() -> Work:
-    options = {"batch": 32, "size": 64, "width": 512}
+    options = {"batch": 32, "size": 32, "width": 512, "vocab": 1000}
     args = _arguments(pretrain_step, **options)
     setting, seeds = pretrain_step.Setting(args, ("ours",)), itertools.count()
 
