@@ -32,12 +32,12 @@ def _alternate(step: Step, name: str, words: str) -> dict[str, float]:
     losses: dict[str, list[float]] = {way: [] for way in trainers}
 
     def turn(way: str) -> dict[str, float]:
-        with runs.same_batch(trainers[way]):
-            clock = runs.train(trainers[way], runs.Clock(count, warm_up=2))
+        clock = runs.train(trainers[way], runs.Clock(count, warm_up=2))
         losses[way] += clock.losses
         return {"all": clock.seconds / count}
 
-    turns = take_turns({way: lambda w=way: turn(w) for way in trainers}, step.scale.rounds)
+    with runs.same_batch(trainers[eager]), runs.same_batch(trainers[name]):
+        turns = take_turns({way: lambda w=way: turn(w) for way in trainers}, step.scale.rounds)
     seconds = {way: [part["all"] for part in turns[way]] for way in turns}
     step.figure(name, {f"ms, {way}": [1000 * s for s in rows] for way, rows in seconds.items()})
     step.finite(name, losses[name])
