@@ -270,3 +270,24 @@ def test_all_steps_run_on_a_cpu_after_two_processes_have_met(run_python, tmp_pat
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         *("check_gpu.json", "log.txt", "nodes.json", "summary.md")
     ]
+
+
+def test_a_job_asks_once_to_be_requeued(tmp_path, monkeypatch):
+    from benchmarks.gpu import nodes
+
+    marker = tmp_path / "unfinished.json"
+    without, first, second = ({"checks": [], "notes": []} for _ in range(3))
+    monkeypatch.delenv("VIRTEX_REQUEUE_MARKER", raising=False)
+    assert nodes._requeue(without, tmp_path) is None
+    assert "not without a job" in without["notes"][0]
+    monkeypatch.setenv("VIRTEX_REQUEUE_MARKER", str(marker))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    assert nodes._requeue(first, tmp_path) == 0
+    assert not first["checks"][0]["passed"]
+    assert json.loads(marker.read_text())["requeue"] is True
+    marker.unlink()
+    (tmp_path / nodes.FILE).write_text(json.dumps(first))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert nodes._requeue(second, tmp_path) == 1
+    assert second["checks"][0]["passed"]
+    assert not marker.exists()
