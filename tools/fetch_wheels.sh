@@ -64,7 +64,7 @@ for package in $missing; do
         --platform manylinux2014_x86_64 "$package" 2>"$work/said" ||
         "$python" -m pip wheel -q --wheel-dir "$work" --no-deps "$package" # exists as source only
 done
-if ! grep -qiE '^(pb1-)?detectron2[ =@]' "$installed"; then
+if ! grep -qiE '^(pb1[-_])?detectron2[ =@]' "$installed"; then
     build_detectron2 "$work"
     built=$(echo "$work"/pb1_detectron2-*.whl)
     # named after this Python, though nothing in it is compiled

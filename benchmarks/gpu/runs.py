@@ -183,7 +183,10 @@ def train(trainer: PretrainTrainer, clock: Clock) -> Clock:
 @contextlib.contextmanager
 def same_batch(trainer: PretrainTrainer) -> Iterator[None]:
     """Within, each iteration gets the first batch: what is timed is the step, not the loader."""
-    batch = next(iter(trainer.data.train_loader(trainer.cfg, 0)))
+    cfg = trainer.cfg.clone()
+    cfg.defrost()
+    cfg.DATA.NUM_WORKERS = 0  # they would make many more
+    batch = next(iter(trainer.data.train_loader(cfg, 0)))
 
     def repeated(*_: object) -> Iterator[dict]:
         while True:

@@ -36,7 +36,7 @@ def _measure(step: Step, batch: int) -> float:
     clock = runs.Clock(rounds, warm_up=5 if step.cuda else 1)
     with runs.same_batch(trainer):
         memory = peak_memory(lambda: runs.train(trainer, clock), step.device)
-        used = _profile(step, trainer)
+        used = _profile(step, trainer, clock.seconds / rounds)
         waits = _waits(step, trainer)
         flops = _flops(trainer)
     seconds = clock.seconds / rounds
@@ -65,8 +65,12 @@ def _measure(step: Step, batch: int) -> float:
     return batch / seconds
 
 
-def _profile(step: Step, trainer: runs.PretrainTrainer) -> dict:
-    """The share of the time in which the device computes, launches a step, and the top kernels."""
+def _profile(step: Step, trainer: runs.PretrainTrainer, seconds: float) -> dict:
+    """The share of the time in which the device computes, launches a step, and the top kernels.
+
+    Args:
+        seconds: of a step without the profiler, which takes time itself.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if step.cuda:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -82,7 +86,7 @@ def _profile(step: Step, trainer: runs.PretrainTrainer) -> dict:
             start.append((time.perf_counter(), time.process_time()))
         yield
 
-    clock = runs.train(trainer, runs.Clock(PROFILED, warm_up=1, around=around))
+    runs.train(trainer, runs.Clock(PROFILED, warm_up=1, around=around))
     wall, cpu = time.perf_counter() - start[0][0], time.process_time() - start[0][1]
     profile.__exit__(None, None, None)
     kind = torch.autograd.DeviceType.CUDA if step.cuda else torch.autograd.DeviceType.CPU
@@ -94,7 +98,7 @@ def _profile(step: Step, trainer: runs.PretrainTrainer) -> dict:
     if not step.cuda:
         step.instead("the GPU's busy share", "the share of one core that the process takes")
     return {
-        "busy": total / 1e6 / clock.seconds if step.cuda else cpu / wall,
+        "busy": total / 1e6 / PROFILED / seconds if step.cuda else cpu / wall,
         "launches": sum(event.count for event in ran) / PROFILED,
         "top": {
             event.key[:60]: round(getattr(event, name) / total, 3) for event in ran[:8] if total

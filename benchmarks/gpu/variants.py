@@ -27,17 +27,17 @@ def run(step: Step) -> None:
 
 def _alternate(step: Step, name: str, words: str) -> dict[str, float]:
     """How many times as fast as the plain way, by round."""
-    count, eager = 10 if step.cuda else 2, "bfloat16, eager"
+    (count, warm_up), eager = (10, 2) if step.cuda else (1, 1), "bfloat16, eager"
     trainers = {eager: runs.trainer(step), name: runs.trainer(step, *words.split())}
     losses: dict[str, list[float]] = {way: [] for way in trainers}
 
     def turn(way: str) -> dict[str, float]:
-        with runs.same_batch(trainers[way]):
-            clock = runs.train(trainers[way], runs.Clock(count, warm_up=2))
+        clock = runs.train(trainers[way], runs.Clock(count, warm_up))
         losses[way] += clock.losses
         return {"all": clock.seconds / count}
 
-    turns = take_turns({way: lambda w=way: turn(w) for way in trainers}, step.scale.rounds)
+    with runs.same_batch(trainers[eager]), runs.same_batch(trainers[name]):
+        turns = take_turns({way: lambda w=way: turn(w) for way in trainers}, step.scale.rounds)
     seconds = {way: [part["all"] for part in turns[way]] for way in turns}
     step.figure(name, {f"ms, {way}": [1000 * s for s in rows] for way, rows in seconds.items()})
     step.finite(name, losses[name])

@@ -187,8 +187,9 @@ def test_a_tool_that_runs_once_is_one_task_with_all_gpus_of_the_node(tool, launc
 
 def test_all_other_programs_are_one_task_for_each_gpu(tmp_path):
     (tmp_path / "own.py").touch()
-    for command in (["tools/linear_probe.py"], [str(tmp_path / "own.py")], ["nvidia-smi"]):
-        assert "--ntasks-per-node=8" in directives(make(command, gpus_per_node="8"))
+    own = str(tmp_path / "own.py")
+    for program in ("tools/linear_probe.py", "tools/check_gpu.py", own, "nvidia-smi"):
+        assert "--ntasks-per-node=8" in directives(make([program], gpus_per_node="8"))
 
 
 def test_one_task_a_node_may_start_the_nodes_processes_itself():

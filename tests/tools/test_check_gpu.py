@@ -168,6 +168,72 @@ def test_a_line_says_what_failed_in_one_line():
     assert told.endswith("x: a b / c")
 
 
+@pytest.fixture
+def step(tmp_path):
+    """`step(device)` -> a `Step`, as of that device; a CPU is what computes."""
+    from benchmarks.gpu.step import Step
+
+    return lambda device="cpu", seconds=100: Step("numbers", tmp_path, device, seconds)
+
+
+def failed(step):
+    """Names of the checks on disk that have failed."""
+    found = json.loads((step.folder / f"{step.name}.json").read_text())
+    return [check["name"] for check in found["checks"] if not check["passed"]]
+
+
+def test_a_limit_of_seconds_is_a_check_on_a_gpu_and_a_note_on_a_cpu(step):
+    gpu, cpu = step("cuda"), step()
+    for value in (0.5, 1.0, 2.1, float("nan")):
+        gpu.limit(f"ratio {value}", value, "times", least=0.9, most=2)
+    assert failed(gpu) == ["ratio 0.5", "ratio 2.1", "ratio nan"]
+    cpu.limit("ratio", 0.5, "times", least=0.9)
+    assert not cpu.found["checks"]
+    assert (
+        "ratio: 0.5 times; its limit (at least 0.9) is for GPUs, not on a CPU"
+        in (cpu.found["notes"])
+    )
+
+
+@pytest.mark.parametrize("losses", [[], [1.0, float("nan")], [float("inf"), 1.0]])
+def test_losses_that_are_missing_or_not_finite_fail(step, losses):
+    found = step()
+    found.finite("training", losses)
+    assert failed(found) == ["training: finite"]
+
+
+def test_a_part_without_time_fails_on_a_gpu(step):
+    short = step("cuda", seconds=10)
+    assert short.late("COMPILE", 60)
+    assert failed(short) == ["COMPILE"]
+    assert not step("cuda").late("COMPILE", 60)
+    assert not step(seconds=10).late("COMPILE", 60)
+
+
+def test_wrong_numbers_fail(step, monkeypatch):
+    """Products, colours and pooled features that are a little off, as of a broken kernel."""
+    import torch
+
+    from benchmarks.gpu import ceilings, numbers
+
+    found = step()
+    product, pooled = torch.Tensor.__matmul__, numbers.ROIPooler.forward
+
+    def off(a, b):
+        return product(a, b) * (1 if a.dtype == torch.float64 else 1.02)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", off)
+    ceilings._right(found)
+    assert failed(found) == ["a product in float32", "a product in bfloat16"]
+
+    def off_under_autocast(pooler, maps, boxes):
+        return pooled(pooler, maps, boxes) * (1.01 if torch.is_autocast_enabled("cpu") else 1)
+
+    monkeypatch.setattr(numbers.ROIPooler, "forward", off_under_autocast)
+    numbers._roi_features(found)
+    assert failed(found)[2:] == ["RoI features in bfloat16"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -204,3 +270,24 @@ def test_all_steps_run_on_a_cpu_after_two_processes_have_met(run_python, tmp_pat
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         *("check_gpu.json", "log.txt", "nodes.json", "summary.md")
     ]
+
+
+def test_a_job_asks_once_to_be_requeued(tmp_path, monkeypatch):
+    from benchmarks.gpu import nodes
+
+    marker = tmp_path / "unfinished.json"
+    without, first, second = ({"checks": [], "notes": []} for _ in range(3))
+    monkeypatch.delenv("VIRTEX_REQUEUE_MARKER", raising=False)
+    assert nodes._requeue(without, tmp_path) is None
+    assert "not without a job" in without["notes"][0]
+    monkeypatch.setenv("VIRTEX_REQUEUE_MARKER", str(marker))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    assert nodes._requeue(first, tmp_path) == 0
+    assert not first["checks"][0]["passed"]
+    assert json.loads(marker.read_text())["requeue"] is True
+    marker.unlink()
+    (tmp_path / nodes.FILE).write_text(json.dumps(first))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert nodes._requeue(second, tmp_path) == 1
+    assert second["checks"][0]["passed"]
+    assert not marker.exists()
