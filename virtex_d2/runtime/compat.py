@@ -378,7 +378,7 @@ BRIDGES = (
         module="detectron2.engine.defaults",
         reason="create_ddp_model gives device_ids, which DistributedDataParallel refuses on a CPU; "
         "no version of detectron2 differs",
-        needed=_in_its_package,
+        needed=lambda: True,
         apply=_let_cpu_models_be_distributed,
     ),
     *(
