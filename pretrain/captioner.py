@@ -127,7 +127,7 @@ def load_captioner(
             forward; the vocabulary or the sizes are not those of the checkpoint; there is no such
             device.
     """
-    device = resolve_device(device)
+    device = resolve_device(device, name="Device")
     checkpoint = _checkpoint_in(model) if os.path.isdir(model) else model
     require_file(checkpoint)
     folder = os.path.dirname(checkpoint)

@@ -15,7 +15,7 @@ AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _NAMES_GPUS = re.compile(r"\s*(\d|GPU-|MIG-)")
 
 
-def resolve_device(device: str, num_gpus: int | None = None) -> str:
+def resolve_device(device: str, num_gpus: int | None = None, name: str = "MODEL.DEVICE") -> str:
     """MODEL.DEVICE with "auto" resolved to "cuda" where there is a device, else to "cpu".
 
     Where GPUs were asked for, or a scheduler has given them, "auto" means CUDA.
@@ -23,11 +23,12 @@ def resolve_device(device: str, num_gpus: int | None = None) -> str:
     Args:
         device: of the config.
         num_gpus: of the flag; None where it was not given.
+        name: what said `device`, for messages.
 
     Raises:
         InputError: it is CUDA, and there is none that can be used; the message says why.
     """
-    asked = f"MODEL.DEVICE {device}"
+    asked = f"{name} {device}"
     if device == "auto":
         if num_gpus == 0:
             return "cpu"
