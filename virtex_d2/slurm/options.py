@@ -22,7 +22,8 @@ else:
 LOGS = "output/slurm"
 LAUNCHERS = ("srun", "torchrun")
 _TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|-1|UNLIMITED|INFINITE", re.IGNORECASE)
-_GPUS = re.compile(r"([^\s,:=]+:)?\d+(,([^\s,:=]+:)?\d+)*")  # types as in any gres.conf
+_TYPE = r"[^\s,:=]+"  # as in any gres.conf
+_GPUS = re.compile(rf"({_TYPE}:\d+|\d+|{_TYPE})(,({_TYPE}:\d+|\d+|{_TYPE}))*")
 _MEMORY = re.compile(r"\d+([KMGT]i?B?)?", re.IGNORECASE)
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -150,8 +151,9 @@ class JobOptions:
 
     @property
     def num_gpus(self) -> int:
-        """GPUs of a node."""
-        return sum(int(part.rpartition(":")[2]) for part in self.gpus_per_node.split(","))
+        """GPUs of a node; a type alone is one of it, as Slurm has it."""
+        counts = (part.rpartition(":")[2] for part in self.gpus_per_node.split(","))
+        return sum(int(count) if count.isdecimal() else 1 for count in counts)
 
 
 FIELDS = {item.name: item for item in dataclasses.fields(JobOptions)}
