@@ -131,7 +131,7 @@ def test_a_site_file_that_is_absent_or_no_text_is_named(tmp_path, content):
     ("change", "message"),
     [
         ({"gpus_per_node": ""}, "--gpus-per-node: expected a number such as 8 .* found ''"),
-        ({"gpus_per_node": "eight"}, "--gpus-per-node"),
+        ({"gpus_per_node": "8 of them"}, "--gpus-per-node"),
         ({"time": "1 day"}, "--time: expected .* found '1 day'"),
         ({"time": "2"}, "--stop-before 120: the time limit 2 is 120 seconds"),
         ({"time": "1-0", "stop_before": 90000}, "the time limit 1-0 is 86400 seconds"),
