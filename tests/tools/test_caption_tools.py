@@ -75,7 +75,6 @@ def test_paths_from_standard_input_give_json_lines_and_pictures(
         *(run_folder / "model_final.pth", "-", "--format", "json", "--decode", "nucleus"),
         *("--seed", 3, "--attention", tmp_path / "looks", "--max-words", 6, "--batch-size", 1),
         input="\n".join(files),
-        errors="surrogateescape",
     )
     assert (result.returncode, result.stderr) == (0, "")
     entries = [json.loads(line) for line in result.stdout.splitlines()]
