@@ -217,7 +217,7 @@ def test_every_checkpoint_of_the_adapter_can_be_probed(make_cfg, tmp_path, name)
         ("SVM.COSTS", [0.0, 1.0], "SVM.COSTS"),
         ("INPUT.RESIZE", 16, "INPUT.RESIZE 16 is smaller than INPUT.CROP 32"),
         ("DATA.ROOT", "nowhere", "DATA.ROOT 'nowhere': there is no such folder"),
-        ("DATA.ROOT", "$NOWHERE/VOC", "DATA.ROOT: .NOWHERE/VOC: the environment has no such"),
+        ("DATA.ROOT", "$NOWHERE/VOC", "DATA.ROOT: .NOWHERE/VOC holds .NOWHERE, and"),
         ("SVM.FOLDS", 1, "SVM.FOLDS is 1"),
     ],
 )
