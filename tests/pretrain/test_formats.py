@@ -371,7 +371,7 @@ def test_a_folder_is_read_through_links_without_hidden_names_and_says_what_is_le
         (tmp_path / name).write_text("A\n")
     records = load_records(Source("folder", str(tmp_path / "pairs")))
     assert [record.image_id for record in records] == ["a.JPG", "link/d.jpg"]
-    assert "1 files are left out" in caplog.text
+    assert "1 file is left out" in caplog.text
     assert caplog.text.endswith("suffix: notes.md\n")
 
 

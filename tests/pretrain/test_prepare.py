@@ -368,5 +368,5 @@ def test_the_exit_code_and_the_last_line_say_what_happened(images, tmp_path, run
     assert run_python(*command).returncode == 0
     result = run_python(*command, "--quality", "50")
     assert result.returncode == 2
-    assert result.stderr.startswith("error: ")
+    assert result.stderr.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in result.stderr

@@ -131,7 +131,7 @@ def test_linked_folders_inside_a_class_are_read_and_what_is_left_out_is_named(
     (folders / "train" / "blue" / "y.jfif").touch()
     train, _ = load_datasets(make_cfg("DATA.ROOT", folders, *FOLDERS))
     assert [int((train.labels == label).sum()) for label in range(3)] == [9, 8, 16]
-    assert "1 files are left out" in caplog.text
+    assert "1 file is left out" in caplog.text
     assert "blue/x.heic" in caplog.text
 
 

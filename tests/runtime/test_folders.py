@@ -38,7 +38,7 @@ def test_a_name_says_whether_it_is_an_images(name, suffix):
 
 def test_folders_without_images_and_none_at_all_are_refused_by_name(tmp_path):
     (tmp_path / "a.dat").touch()
-    with pytest.raises(InputError, match=r"has no image.*1 files are left out.*: a\.dat"):
+    with pytest.raises(InputError, match=r"has no image.*1 file is left out.*: a\.dat"):
         images_in(str(tmp_path))
     for name in ("a.dat", "none"):
         with pytest.raises(InputError, match=f"{name}: the folder cannot be read"):

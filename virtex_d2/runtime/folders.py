@@ -61,7 +61,8 @@ def images_in(folder: str, beside: Collection[str] = ()) -> list[str]:
     images = [name for name in names if image_suffix(name)]
     others = [name for name in names if not image_suffix(name)]
     others = [name for name in others if name.rpartition(".")[2].lower() not in beside]
-    left_out = f"{len(others)} files are left out for their suffix: {', '.join(others[:10])}"
+    are = "1 file is" if len(others) == 1 else f"{len(others)} files are"
+    left_out = f"{are} left out for the suffix: {', '.join(others[:10])}"
     if not images:
         raise InputError(
             f"{folder}: it has no image: expected files that end in {', '.join(IMAGE_SUFFIXES)}, "
