@@ -76,6 +76,14 @@ def test_a_run_may_be_longer_where_its_learning_rate_does_not_depend_on_that(cfg
         check_resumed(cfg, may_change(cfg))
 
 
+def test_a_run_from_before_retinanets_classes_came_from_the_data_goes_on(cfg):
+    """detectron2's default stands in its config.yaml."""
+    change(cfg, "MODEL.RETINANET.NUM_CLASSES", 80)
+    check_resumed(cfg, may_change(cfg))
+    change(cfg, "MODEL.META_ARCHITECTURE", "RetinaNet")
+    assert not matches("MODEL.RETINANET.NUM_CLASSES", may_change(cfg))
+
+
 def test_every_pattern_is_of_a_key_that_there_is(cfg):
     keys = dict(flat(cfg))
     assert [one for one in MAY_CHANGE if not any(matches(key, [one]) for key in keys)] == []

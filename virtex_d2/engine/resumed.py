@@ -47,6 +47,9 @@ def may_change(cfg: CfgNode) -> tuple[str, ...]:
     The number of iterations is among them where the learning rate does not depend on it: the run is
     then the one that would have been that long from the start.
     """
+    keys = MAY_CHANGE
     if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
-        return (*MAY_CHANGE, "SOLVER.MAX_ITER")
-    return MAY_CHANGE
+        keys += ("SOLVER.MAX_ITER",)
+    if cfg.MODEL.META_ARCHITECTURE != "RetinaNet":  # without a part in it; its default has changed
+        keys += ("MODEL.RETINANET.NUM_CLASSES",)
+    return keys
