@@ -14,14 +14,14 @@ def resnet50(weights: str = "", layout: str = "", copy: str = "", prefix: str = 
         layout, copy, prefix: where its keys do not decide, and which of several networks to take.
 
     Raises:
-        virtex_d2.runtime.errors.InputError: the file holds no ResNet-50 that computes what
+        virtex_d2.engine.errors.InputError: the file holds no ResNet-50 that computes what
             torchvision's does.
     """
     import torch
     import torchvision
 
     from virtex_d2.checkpoint.source import read_backbone
-    from virtex_d2.runtime.errors import InputError
+    from virtex_d2.engine.errors import InputError
 
     model = torchvision.models.resnet50()
     model.fc = torch.nn.Identity()

@@ -17,11 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pretrain.captioner import load_captioner  # noqa: E402
-from pretrain.decoding import build_decode  # noqa: E402
-from virtex_d2.data.shapes import CLASSES, render  # noqa: E402
-from virtex_d2.data.shapes_draw import COLORS  # noqa: E402
-from virtex_d2.data.shapes_write import write_dataset  # noqa: E402
+from pretrain.methods.captioning.captioner import load_captioner  # noqa: E402
+from pretrain.methods.captioning.decoding import build_decode  # noqa: E402
+from virtex_d2.studies.shapes.draw import COLORS  # noqa: E402
+from virtex_d2.studies.shapes.world import CLASSES, render  # noqa: E402
+from virtex_d2.studies.shapes.write import write_dataset  # noqa: E402
 
 SIZE = 96  # pixels
 SEEDS = {"train": 1, "val": 2, "test": 3}

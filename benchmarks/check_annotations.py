@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from virtex_d2.data.annotations.sources import read_annotations
-from virtex_d2.data.checking.check import check
+from virtex_d2.annotations.checks.check import check
+from virtex_d2.detection.sources import read_annotations
 
 IMAGES, OBJECTS, CLASSES, CORNERS = 118_287, 860_001, 80, 20
 WIDTH, HEIGHT = 640, 480

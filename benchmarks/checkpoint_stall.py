@@ -20,12 +20,12 @@ from fvcore.common.checkpoint import Checkpointer
 
 from benchmarks.measuring import machine
 from benchmarks.rounds import count, spread
-from virtex_d2.config import get_virtex_cfg
-from virtex_d2.runtime.background import StateWriter
-from virtex_d2.runtime.checkpointer import AtomicCheckpointer
-from virtex_d2.runtime.config import load_config
-from virtex_d2.runtime.snapshot import num_bytes
-from virtex_d2.trainer import DetectionTrainer
+from virtex_d2.detection.config import get_virtex_cfg
+from virtex_d2.detection.trainer import DetectionTrainer
+from virtex_d2.engine.background import StateWriter
+from virtex_d2.engine.checkpointer import AtomicCheckpointer
+from virtex_d2.engine.config import load_config
+from virtex_d2.engine.snapshot import num_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "coco" / "mask_rcnn_R_50_FPN_2x.yaml"

@@ -17,7 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from virtex_d2.demo.plan import (  # noqa: E402
+from virtex_d2.engine.errors import exit_on_input_error  # noqa: E402
+from virtex_d2.studies.demo.plan import (  # noqa: E402
     CAPTION_IMAGES,
     DETECT_CONFIG,
     IMAGE_SIZE,
@@ -27,9 +28,8 @@ from virtex_d2.demo.plan import (  # noqa: E402
     SPLIT_SEEDS,
     TEST_IMAGES,
 )
-from virtex_d2.pipeline.runner import claim_output, exit_on_stop, run_stages  # noqa: E402
-from virtex_d2.pipeline.stage import Stage, read_config  # noqa: E402
-from virtex_d2.runtime.errors import exit_on_input_error  # noqa: E402
+from virtex_d2.studies.pipeline.runner import claim_output, exit_on_stop, run_stages  # noqa: E402
+from virtex_d2.studies.pipeline.stage import Stage, read_config  # noqa: E402
 
 SPLITS = {"captions": CAPTION_IMAGES, "train": LABELLED_IMAGES, "test": TEST_IMAGES}
 TASKS = ("bicaptioning", "token_classification", "multilabel_classification")

@@ -13,8 +13,8 @@ import torch
 
 from benchmarks.measuring import Clock, machine
 from benchmarks.rounds import count, ratios, spread, take_turns
-from pretrain.decoding import beam_search
-from pretrain.textual_head import TextualHead
+from pretrain.methods.captioning.decoding import beam_search
+from pretrain.methods.captioning.textual_head import TextualHead
 from tests.pretrain import recompute
 
 WORDS, BEAMS, FEATURES = 30, 5, 2048

@@ -19,10 +19,10 @@ from detectron2.utils.events import EventStorage
 
 from benchmarks.measuring import Clock, machine
 from benchmarks.rounds import count, ratios, spread, take_turns
-from virtex_d2.config import get_virtex_cfg
+from virtex_d2.detection.config import get_virtex_cfg
+from virtex_d2.detection.trainer import DetectionTrainer
+from virtex_d2.engine.config import load_config
 from virtex_d2.engine.loop import build_loop
-from virtex_d2.runtime.config import load_config
-from virtex_d2.trainer import DetectionTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "coco" / "mask_rcnn_R_50_FPN_2x.yaml"

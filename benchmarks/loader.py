@@ -34,16 +34,16 @@ from PIL import Image, ImageOps
 
 from benchmarks.measuring import machine
 from benchmarks.rounds import count
-from pretrain.augment import TrainTransform
-from pretrain.captions import load_coco_captions
-from pretrain.captions.records import Records
 from pretrain.colors import PIXEL_MEAN, PIXEL_STD, normalize
 from pretrain.crops import open_picture
+from pretrain.data import load_coco_captions
+from pretrain.data.loader import CaptionDataset, build_train_loader, collate, stack_images
+from pretrain.data.prepare import Settings, prepare_image
+from pretrain.data.records import Records
 from pretrain.jpeg import Box
-from pretrain.loader import CaptionDataset, build_train_loader, collate, stack_images
-from pretrain.prepare import Settings, prepare_image
-from pretrain.tokenizer import Tokenizer, train_tokenizer
-from virtex_d2.runtime.images import read_image
+from pretrain.methods.captioning.tokenizer import Tokenizer, train_tokenizer
+from pretrain.transforms import TrainTransform
+from virtex_d2.engine.images import read_image
 
 SIZE, BATCH = 224, 32
 LONGER, SHORTER = 640, 480  # of an original, pixels

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from pretrain.objectives import Captioning, reverse_captions
+from pretrain.methods.captioning.model import Captioning, reverse_captions
 
 PADDING = 0
 

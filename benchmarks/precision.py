@@ -24,10 +24,10 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.rounds import count  # noqa: E402
 from pretrain.config import get_pretrain_cfg  # noqa: E402
-from virtex_d2.pipeline.runner import claim_output, exit_on_stop, run_stages  # noqa: E402
-from virtex_d2.pipeline.stage import Stage  # noqa: E402
-from virtex_d2.runtime.config import load_config  # noqa: E402
-from virtex_d2.runtime.errors import InputError, exit_on_input_error  # noqa: E402
+from virtex_d2.engine.config import load_config  # noqa: E402
+from virtex_d2.engine.errors import InputError, exit_on_input_error  # noqa: E402
+from virtex_d2.studies.pipeline.runner import claim_output, exit_on_stop, run_stages  # noqa: E402
+from virtex_d2.studies.pipeline.stage import Stage  # noqa: E402
 
 CONFIG = ROOT / "configs" / "pretrain" / "small_R_50.yaml"
 PRECISIONS = {

@@ -24,7 +24,7 @@ from benchmarks.rounds import count, ratios, split, spread, take_turns
 from pretrain.colors import PIXEL_MEAN, PIXEL_STD, draw_jitter, normalize
 from pretrain.config import get_pretrain_cfg
 from pretrain.device import upload
-from pretrain.objectives import build_objective
+from pretrain.methods.captioning.model import build_objective
 from pretrain.optim import Lookahead, build_optimizer, step_where_finite
 from pretrain.recomputation import BLOCKS, NORMS
 
@@ -35,7 +35,7 @@ SHORTEST_CAPTION = 9
 CAPTIONS = (28, 285, 988, 1341, 1410, 1062, 739, 524, 294, 165, 122)
 CAPTIONS += (81, 56, 33, 19, 15, 17, 6, 4, 5, 4, 17)
 WAYS = ("ours", "plain", "plain_same_precision")
-JITTER = (0.4, 0.4, 0.4, 0.1)  # as `pretrain.augment.TrainTransform`
+JITTER = (0.4, 0.4, 0.4, 0.1)  # as `pretrain.transforms.TrainTransform`
 UPDATES = 10  # in a turn on a GPU
 PAPER_IMAGES = 500_000 * 256  # iterations and batch of the paper's runs (section 3)
 

@@ -36,9 +36,9 @@ import torch.distributed as dist  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
 
 from pretrain.config import get_pretrain_cfg  # noqa: E402
-from pretrain.objectives import build_objective  # noqa: E402
-from virtex_d2.runtime.config import load_config  # noqa: E402
-from virtex_d2.runtime.launch import wrap_ddp  # noqa: E402
+from pretrain.methods.captioning.model import build_objective  # noqa: E402
+from virtex_d2.engine.config import load_config  # noqa: E402
+from virtex_d2.engine.distributed import wrap_ddp  # noqa: E402
 
 IMAGES, SIDE, WORDS, VOCAB = 16, 64, 20, 1000  # of a process
 WARM_UP, ITERATIONS = 3, 10

@@ -8,9 +8,8 @@ import torchvision
 from torch import nn
 from torchvision.models import ResNet
 
-from virtex_d2.runtime.errors import InputError, nearest
-
-from .recomputation import BLOCKS, NORMS, run_resnet
+from pretrain.recomputation import BLOCKS, NORMS, run_resnet
+from virtex_d2.engine.errors import InputError, nearest
 
 ARCHITECTURES = (
     "resnet18",

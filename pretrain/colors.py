@@ -11,7 +11,7 @@ import functools
 import numpy as np
 import torch
 
-from .device import upload
+from pretrain.device import upload
 
 # ImageNet's, RGB, on the scale 0-255: what torchvision's ResNets expect.
 PIXEL_MEAN = (123.675, 116.28, 103.53)

@@ -2,7 +2,7 @@
 
 import torch
 
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.engine.errors import InputError
 
 
 def require_compiler(device: torch.device) -> None:

@@ -17,7 +17,7 @@ _C.CUDNN_BENCHMARK = True
 _C.MODEL = CN()
 # "auto" is CUDA where there is a device, else the CPU; the choice is logged.
 _C.MODEL.DEVICE = "auto"
-# Whose forward() gives the losses: a name in `pretrain.objectives.OBJECTIVES`.
+# Whose forward() gives the losses: a name in `pretrain.methods.captioning.model.OBJECTIVES`.
 _C.MODEL.OBJECTIVE = "bicaptioning"
 # A pretraining checkpoint whose weights to start from or to evaluate; "" is random initialisation.
 _C.MODEL.WEIGHTS = ""
@@ -67,7 +67,7 @@ _C.MODEL.MASKED_LM.MASK_PROB = 0.85
 _C.MODEL.MASKED_LM.RANDOM_PROB = 0.1
 
 _C.DATA = CN()
-# Annotation format: a name in `pretrain.captions.FORMATS`; docs/pretraining-data.md has examples.
+# Annotation format: a name in `pretrain.data.FORMATS`; docs/pretraining-data.md has examples.
 _C.DATA.FORMAT = "coco"
 # The annotation file; for "folder" the folder of texts; for "webdataset" tar shards: a pattern as
 # shards/{00000..00099}.tar, a folder, a .txt list, or pipes as "pipe:curl -s URL/{0..9}.tar".

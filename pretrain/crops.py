@@ -9,9 +9,8 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from virtex_d2.runtime.images import read_image
-
-from .jpeg import Box, Jpeg, NotPlainError
+from pretrain.jpeg import Box, Jpeg, NotPlainError
+from virtex_d2.engine.images import read_image
 
 
 class Picture(Protocol):

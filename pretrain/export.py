@@ -8,10 +8,9 @@ import torchvision
 from detectron2.config import CfgNode
 
 import virtex_d2
-from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.files import write_safetensors
-
-from .colors import PIXEL_MEAN, PIXEL_STD
+from pretrain.colors import PIXEL_MEAN, PIXEL_STD
+from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.files import write_safetensors
 
 FORMAT = "virtex_d2.backbone"
 FORMAT_VERSION = "1"

@@ -13,10 +13,9 @@ from detectron2.engine import HookBase, TrainerBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, get_event_storage
 
-from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.evaluations import RECORD
-
-from .stream import CaptionStream
+from pretrain.data.stream import CaptionStream
+from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.evaluations import RECORD
 
 logger = logging.getLogger(__name__)
 

@@ -2,12 +2,11 @@
 
 from detectron2.config import CfgNode
 
-from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.same_config import differences, matches, texts
-
-from .captions import caption_counts
-from .data import PretrainData
-from .weights import TOKENIZER_KEY
+from pretrain.data import caption_counts
+from pretrain.methods.captioning.samples import PretrainData
+from pretrain.weights import TOKENIZER_KEY
+from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.same_config import differences, matches, texts
 
 # What may differ between a run's parts: where things are, and what is watched how often. All other
 # keys change the weights that the run ends with.

@@ -9,7 +9,7 @@ T.81, B.2 and F.1.1.5). Files of `tools/prepare_images.py` have a marker after e
 or 16 x 16 pixels.
 
 Pixels are those of decoding the whole file, bit for bit. What is not a plain, whole JPEG (EXIF
-orientation, CMYK, damage, ...) is left to `virtex_d2.runtime.images`, which says what it is.
+orientation, CMYK, damage, ...) is left to `virtex_d2.engine.images`, which says what it is.
 """
 
 import functools

@@ -7,7 +7,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
-from virtex_d2.runtime.errors import InputError, nearest
+from virtex_d2.engine.errors import InputError, nearest
 
 OPTIMIZERS = ("sgd", "adamw")
 

@@ -21,27 +21,12 @@ from detectron2.engine import hooks
 from detectron2.utils import comm
 from torch import nn
 
-from virtex_d2.runtime.background import StateWriter
-from virtex_d2.runtime.checkpointer import AtomicCheckpointer
-from virtex_d2.runtime.device import AMP_DTYPES, check_amp
-from virtex_d2.runtime.disk import stop_where_disk_is_full
-from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.evaluations import MetricsWriter
-from virtex_d2.runtime.hooks import PeriodicCheckpointer
-from virtex_d2.runtime.last_checkpoint import has_checkpoint
-from virtex_d2.runtime.launch import wrap_ddp
-from virtex_d2.runtime.randomness import place_seed
-from virtex_d2.runtime.retention import Retention
-from virtex_d2.runtime.setup import write_config
-from virtex_d2.runtime.stopping import StopHook, StoppableTrainer
-
-from .captioner import can_caption
-from .colors import normalize
-from .compilation import require_compiler
-from .data import PretrainData, build_data
-from .device import Readings, upload
-from .export import export_backbone
-from .hooks import (
+from pretrain.colors import normalize
+from pretrain.compilation import require_compiler
+from pretrain.data.loader import EveryCaption
+from pretrain.device import Readings, upload
+from pretrain.export import export_backbone
+from pretrain.hooks import (
     BestCheckpoint,
     CaptionPictures,
     LearningRate,
@@ -52,14 +37,28 @@ from .hooks import (
     Validation,
     is_due,
 )
-from .identity import RunIdentity
-from .loader import EveryCaption
-from .objectives import build_objective, check_objective
-from .optim import Lookahead, build_lr_scheduler, build_optimizer, step_where_finite
-from .pictures import caption_pictures
-from .tokenizer import Tokenizer
-from .validation import check_metric, validate
-from .weights import load_weights
+from pretrain.identity import RunIdentity
+from pretrain.methods.captioning.captioner import can_caption
+from pretrain.methods.captioning.model import build_objective, check_objective
+from pretrain.methods.captioning.pictures import caption_pictures
+from pretrain.methods.captioning.samples import PretrainData, build_data
+from pretrain.methods.captioning.tokenizer import Tokenizer
+from pretrain.optim import Lookahead, build_lr_scheduler, build_optimizer, step_where_finite
+from pretrain.validation import check_metric, validate
+from pretrain.weights import load_weights
+from virtex_d2.engine.background import StateWriter
+from virtex_d2.engine.checkpointer import AtomicCheckpointer
+from virtex_d2.engine.device import AMP_DTYPES, check_amp
+from virtex_d2.engine.disk import stop_where_disk_is_full
+from virtex_d2.engine.distributed import wrap_ddp
+from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.evaluations import MetricsWriter
+from virtex_d2.engine.hooks import PeriodicCheckpointer
+from virtex_d2.engine.last_checkpoint import has_checkpoint
+from virtex_d2.engine.randomness import place_seed
+from virtex_d2.engine.retention import Retention
+from virtex_d2.engine.run import write_config
+from virtex_d2.engine.stopping import StopHook, StoppableTrainer
 
 logger = logging.getLogger(__name__)
 

@@ -10,11 +10,10 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import nn
 
-from virtex_d2.runtime.errors import InputError, nearest
-from virtex_d2.runtime.preemption import abandonable
-
-from .data import PretrainData
-from .loader import build_eval_loader
+from pretrain.data.loader import build_eval_loader
+from pretrain.methods.captioning.samples import PretrainData
+from virtex_d2.engine.errors import InputError, nearest
+from virtex_d2.engine.preemption import abandonable
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ def validate(
     for itself in training, are copied from there.
 
     Args:
-        objective: of `pretrain.objectives`; its mode is restored.
+        objective: of `pretrain.methods.captioning.model`; its mode is restored.
         losses_of: batch of the loader -> losses.
         data: with validation data.
         cfg: of the run; read are TEST.IMS_PER_BATCH and DATA.

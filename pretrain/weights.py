@@ -6,10 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.files import read_checkpoint
-
-from .tokenizer import Tokenizer
+from pretrain.methods.captioning.tokenizer import Tokenizer
+from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.files import read_checkpoint
 
 # In a checkpoint's record of what its run was (`identity.RunIdentity`).
 TOKENIZER_KEY = "the tokenizer's sha256"

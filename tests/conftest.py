@@ -137,9 +137,9 @@ def small_detector() -> Callable[..., list[str]]:
 @pytest.fixture(scope="session")
 def detector_config(small_detector) -> Callable:
     """`detector_config(kind, *overrides)` -> the config of `small_detector`, norms resolved."""
-    from virtex_d2.config import get_virtex_cfg
-    from virtex_d2.modeling import resolve_norms
-    from virtex_d2.runtime.config import load_config
+    from virtex_d2.detection.config import get_virtex_cfg
+    from virtex_d2.detection.modeling import resolve_norms
+    from virtex_d2.engine.config import load_config
 
     def config(kind: str = "FPN", *overrides: object):
         _, file, *opts = small_detector(kind)
@@ -161,7 +161,7 @@ def backbone_file(tmp_path_factory) -> Callable[..., Path]:
     import torch
     import torchvision
 
-    from virtex_d2.runtime.files import write_safetensors
+    from virtex_d2.engine.files import write_safetensors
 
     folder = tmp_path_factory.mktemp("backbones")
 
@@ -196,7 +196,7 @@ def backbone_file(tmp_path_factory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def three_formats(tmp_path_factory) -> Path:
     """The splits of `shapes_world` as COCO's, LVIS's and VOC's files."""
-    from virtex_d2.data.shapes_write import write_dataset
+    from virtex_d2.studies.shapes.write import write_dataset
 
     folder = tmp_path_factory.mktemp("formats")
     formats = ("coco", "lvis", "voc")
@@ -208,7 +208,7 @@ def three_formats(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def shapes_world(tmp_path_factory) -> Path:
     """A folder with the splits "train" (6 images of 64 px) and "test" (3) of the shapes world."""
-    from virtex_d2.data.shapes_write import write_dataset
+    from virtex_d2.studies.shapes.write import write_dataset
 
     folder = tmp_path_factory.mktemp("world")
     write_dataset(folder, "train", 6, size=64, seed=1)
@@ -222,7 +222,7 @@ def detection_cfg(shapes_world, detector_config, tmp_path, catalog_as_before):
 
     Data sets "unit_train" and "unit_test" are registered; OUTPUT_DIR does not exist yet.
     """
-    from virtex_d2.data.catalog import register_datasets
+    from virtex_d2.detection.datasets import register_datasets
 
     world = Path(shutil.copytree(shapes_world, tmp_path / "world"))
     cfg = detector_config("FPN", "MODEL.ROI_HEADS.NUM_CLASSES", -1)

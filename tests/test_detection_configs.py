@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from virtex_d2.config import get_virtex_cfg
-from virtex_d2.data.catalog import register_datasets
-from virtex_d2.data.shapes_draw import CLASSES
-from virtex_d2.modeling import resolve_norms
-from virtex_d2.runtime.config import load_config
-from virtex_d2.trainer import DetectionTrainer
+from virtex_d2.detection.config import get_virtex_cfg
+from virtex_d2.detection.datasets import register_datasets
+from virtex_d2.detection.modeling import resolve_norms
+from virtex_d2.detection.trainer import DetectionTrainer
+from virtex_d2.engine.config import load_config
+from virtex_d2.studies.shapes.draw import CLASSES
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(

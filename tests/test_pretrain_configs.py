@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from pretrain.config import get_pretrain_cfg
-from pretrain.objectives import OBJECTIVES, build_objective
-from virtex_d2.runtime.config import load_config
+from pretrain.methods.captioning.model import OBJECTIVES, build_objective
+from virtex_d2.engine.config import load_config
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs" / "pretrain"
 PAPERS = sorted(file.name for file in FOLDER.glob("*_R_*.yaml") if file.name[0].islower())

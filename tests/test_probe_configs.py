@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from virtex_d2.probes.config import check_config, get_probe_cfg
-from virtex_d2.runtime.config import load_config
+from virtex_d2.engine.config import load_config
+from virtex_d2.studies.probes.config import check_config, get_probe_cfg
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs" / "probes"
 

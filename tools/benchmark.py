@@ -45,7 +45,7 @@ def main() -> None:
         return
     # only now: the modules import torch, and detectron2, whose bridges virtex_d2 lays before
     sys.path.insert(0, str(ROOT))
-    from virtex_d2.runtime.errors import exit_on_input_error
+    from virtex_d2.engine.errors import exit_on_input_error
 
     module = importlib.import_module(BENCHMARKS[given[0]])
     parser = argparse.ArgumentParser(

@@ -35,10 +35,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     # after parsing: --help need not wait for torch
-    from pretrain.captions import Source, load_records
-    from pretrain.tokenizer import Tokenizer, train_tokenizer
-    from pretrain.vocabulary import merge_warning, summarise
-    from virtex_d2.runtime.errors import InputError, exit_on_input_error
+    from pretrain.data import Source, load_records
+    from pretrain.methods.captioning.tokenizer import Tokenizer, train_tokenizer
+    from pretrain.methods.captioning.vocabulary import merge_warning, summarise
+    from virtex_d2.engine.errors import InputError, exit_on_input_error
 
     with exit_on_input_error():
         if os.path.exists(args.output) and not args.overwrite:

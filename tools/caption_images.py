@@ -46,10 +46,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     args = parse_args()
     # after parsing: --help need not wait for torch
-    from pretrain.captioner import list_images, load_captioner
-    from pretrain.decoding import build_decode
-    from pretrain.pictures import PictureFolder
-    from virtex_d2.runtime.errors import exit_on_input_error
+    from pretrain.methods.captioning.captioner import list_images, load_captioner
+    from pretrain.methods.captioning.decoding import build_decode
+    from pretrain.methods.captioning.pictures import PictureFolder
+    from virtex_d2.engine.errors import exit_on_input_error
 
     with exit_on_input_error():
         decode = build_decode(

@@ -18,7 +18,7 @@ it is one of boxes. Exit code: 0 no problems, and tools/train_net.py would start
 import argparse
 import os
 
-from virtex_d2.runtime.errors import InputError, exit_on_input_error
+from virtex_d2.engine.errors import InputError, exit_on_input_error
 
 
 def parse_args() -> argparse.Namespace:
@@ -57,11 +57,11 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     args = parse_args()
     # after parsing: --help and a mistyped flag need not wait for torch
-    from virtex_d2.config import get_virtex_cfg
-    from virtex_d2.data.annotations.sources import read_annotations, read_config, source_name
-    from virtex_d2.data.checking.main import Options, run
-    from virtex_d2.data.checking.training import box_detector, refusal
-    from virtex_d2.runtime.config import load_config
+    from virtex_d2.detection.config import get_virtex_cfg
+    from virtex_d2.detection.sources import read_annotations, read_config, source_name
+    from virtex_d2.engine.config import load_config
+    from virtex_d2.studies.check_dataset.main import Options, run
+    from virtex_d2.studies.check_dataset.training import box_detector, refusal
 
     if args.config_file or args.opts:
         cfg = load_config(get_virtex_cfg(), args.config_file, args.opts)

@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.gpu.plan import LAST, STEPS
-from virtex_d2.runtime.errors import InputError, exit_on_input_error
+from virtex_d2.engine.errors import InputError, exit_on_input_error
 
 
 def parse_args() -> argparse.Namespace:
@@ -94,8 +94,8 @@ def _several(args: argparse.Namespace) -> bool:
 def _check_processes(args: argparse.Namespace) -> dict:
     """By name, what the processes have found together; ends where they are to be requeued."""
     from benchmarks.gpu import nodes
-    from virtex_d2.runtime.arguments import argument_parser
-    from virtex_d2.runtime.launch import launch
+    from virtex_d2.engine.cli import argument_parser
+    from virtex_d2.engine.distributed import launch
 
     words = ["--num-processes", str(args.num_processes)] if args.num_processes else []
     words += ["MODEL.DEVICE", "cpu"] if args.device == "cpu" else []

@@ -17,15 +17,15 @@ python tools/compare_inits.py --output output/report \\
 import argparse
 from pathlib import Path
 
-from virtex_d2.runtime.errors import InputError, exit_on_input_error
+from virtex_d2.engine.errors import InputError, exit_on_input_error
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(args: argparse.Namespace) -> None:
-    from virtex_d2.comparison.main import Comparison, report_collected
-    from virtex_d2.comparison.plan import make_plan, parse_inits
-    from virtex_d2.comparison.tables import text_table
+    from virtex_d2.studies.compare.main import Comparison, report_collected
+    from virtex_d2.studies.compare.plan import make_plan, parse_inits
+    from virtex_d2.studies.compare.tables import text_table
 
     if args.collect:
         path, blocks = report_collected(args.output, args.collect, args.baseline)
@@ -152,7 +152,7 @@ if __name__ == "__main__":
     with exit_on_input_error():
         arguments = parse_args()
         # after parsing: --help and a mistyped flag need not wait for torch
-        from virtex_d2.pipeline.runner import exit_on_stop
+        from virtex_d2.studies.pipeline.runner import exit_on_stop
 
         with exit_on_stop():
             main(arguments)

@@ -13,7 +13,7 @@ import argparse
 import json
 
 from virtex_d2.checkpoint.layouts import LAYOUTS, SUFFIXES
-from virtex_d2.runtime.errors import InputError, exit_on_input_error
+from virtex_d2.engine.errors import InputError, exit_on_input_error
 
 
 def parse_args() -> argparse.Namespace:

@@ -11,7 +11,7 @@ import argparse
 import os
 from pathlib import Path
 
-from virtex_d2.runtime.errors import exit_on_input_error
+from virtex_d2.engine.errors import exit_on_input_error
 
 
 def parse_args() -> argparse.Namespace:
@@ -34,8 +34,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     # after parsing: --help and a mistyped flag need not wait for torch
-    from virtex_d2.demo.main import run_demo
-    from virtex_d2.pipeline.runner import exit_on_stop
+    from virtex_d2.studies.demo.main import run_demo
+    from virtex_d2.studies.pipeline.runner import exit_on_stop
 
     with exit_on_stop():
         run_demo(Path(__file__).resolve().parents[1], Path(args.output), args.scale, args.seeds)

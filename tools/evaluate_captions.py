@@ -35,9 +35,9 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     # after parsing: --help need not wait for torch
-    from pretrain.caption_files import read_predictions, read_references
-    from pretrain.caption_metrics import score_captions
-    from virtex_d2.runtime.errors import exit_on_input_error
+    from pretrain.methods.captioning.caption_files import read_predictions, read_references
+    from pretrain.methods.captioning.metrics import score_captions
+    from virtex_d2.engine.errors import exit_on_input_error
 
     with exit_on_input_error():
         references, names = read_references(args.references)

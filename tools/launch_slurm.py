@@ -23,8 +23,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from virtex_d2.runtime.errors import InputError, exit_on_input_error
-from virtex_d2.runtime.shell import expanded
+from virtex_d2.engine.errors import InputError, exit_on_input_error
+from virtex_d2.engine.shell import expanded
 from virtex_d2.slurm.follow import follow, status_table
 from virtex_d2.slurm.options import (
     LOGS,
@@ -106,8 +106,8 @@ def _config_of(module: str, function: str) -> Callable[[], Any]:
 
 DEFAULTS = {
     "pretrain_net.py": _config_of("pretrain.config", "get_pretrain_cfg"),
-    "train_net.py": _config_of("virtex_d2.config", "get_virtex_cfg"),
-    "linear_probe.py": _config_of("virtex_d2.probes.config", "get_probe_cfg"),
+    "train_net.py": _config_of("virtex_d2.detection.config", "get_virtex_cfg"),
+    "linear_probe.py": _config_of("virtex_d2.studies.probes.config", "get_probe_cfg"),
 }
 
 

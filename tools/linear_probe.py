@@ -13,14 +13,14 @@ Results are in OUTPUT_DIR/results.json and per_class.csv.
 
 import argparse
 
-from virtex_d2.runtime.arguments import argument_parser
-from virtex_d2.runtime.errors import exit_on_input_error
+from virtex_d2.engine.cli import argument_parser
+from virtex_d2.engine.errors import exit_on_input_error
 
 
 def main(args: argparse.Namespace) -> None:
-    from virtex_d2.probes.config import get_probe_cfg
-    from virtex_d2.probes.run import run_probe
-    from virtex_d2.runtime.config import load_config
+    from virtex_d2.engine.config import load_config
+    from virtex_d2.studies.probes.config import get_probe_cfg
+    from virtex_d2.studies.probes.run import run_probe
 
     run_probe(load_config(get_probe_cfg(), args.config_file, args.opts), args)
 
@@ -28,7 +28,7 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     arguments = argument_parser(__doc__).parse_args()
     # after parsing: --help and a mistyped flag need not wait for torch
-    from virtex_d2.runtime.launch import launch
+    from virtex_d2.engine.distributed import launch
 
     with exit_on_input_error():
         launch(main, arguments)

@@ -8,8 +8,8 @@ How long that takes on one core (about 5 s): put `time taskset -c 0` before it.
 
 import argparse
 
-from virtex_d2.data.shapes_options import FORMATS, MOST_OBJECTS
-from virtex_d2.runtime.errors import exit_on_input_error
+from virtex_d2.engine.errors import exit_on_input_error
+from virtex_d2.studies.shapes.options import FORMATS, MOST_OBJECTS
 
 
 def parse_args() -> argparse.Namespace:
@@ -31,7 +31,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     # after parsing: --help need not wait for numpy and OpenCV
-    from virtex_d2.data.shapes_write import write_dataset
+    from virtex_d2.studies.shapes.write import write_dataset
 
     write_dataset(
         args.output,
@@ -45,7 +45,7 @@ def main() -> None:
     )
     print(f"{args.output}: split {args.split}, {args.num_images} images, {', '.join(args.format)}")
     if args.contact_sheet:
-        from virtex_d2.data.shapes_sheet import draw_contact_sheet  # imports matplotlib: slow
+        from virtex_d2.studies.shapes.sheet import draw_contact_sheet  # imports matplotlib: slow
 
         count = min(12, args.num_images)
         draw_contact_sheet(args.contact_sheet, args.seed, args.size, args.max_objects, count)

@@ -39,9 +39,9 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     args = parse_args()
     # after parsing: --help need not wait for torch
-    from pretrain.prepare import Settings
-    from pretrain.prepared_folder import prepare_folder
-    from virtex_d2.runtime.errors import exit_on_input_error
+    from pretrain.data.prepare import Settings
+    from pretrain.data.prepared_folder import prepare_folder
+    from virtex_d2.engine.errors import exit_on_input_error
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     with exit_on_input_error():

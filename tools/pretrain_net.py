@@ -5,21 +5,21 @@ python tools/pretrain_net.py --config-file configs/pretrain/bicaptioning_R_50_L1
     DATA.TRAIN_CAPTIONS captions.json DATA.TRAIN_IMAGES images OUTPUT_DIR output
 """
 
-import virtex_d2.runtime.listening  # noqa: F401 - first: main's imports take seconds
+import virtex_d2.engine.listening  # noqa: F401 - first: main's imports take seconds
 
 # isort: split
 
 import argparse
 
-from virtex_d2.runtime.arguments import argument_parser
-from virtex_d2.runtime.errors import exit_on_input_error
+from virtex_d2.engine.cli import argument_parser
+from virtex_d2.engine.errors import exit_on_input_error
 
 
 def main(args: argparse.Namespace) -> None:
     from pretrain.config import get_pretrain_cfg
     from pretrain.trainer import PretrainTrainer
-    from virtex_d2.runtime.config import load_config
-    from virtex_d2.runtime.setup import setup_run
+    from virtex_d2.engine.config import load_config
+    from virtex_d2.engine.run import setup_run
 
     cfg = load_config(get_pretrain_cfg(), args.config_file, args.opts)
     setup_run(cfg, args)
@@ -35,8 +35,8 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     arguments = argument_parser(__doc__).parse_args()
     # after parsing: --help and a mistyped flag need not wait for torch
-    from virtex_d2.runtime.launch import launch
-    from virtex_d2.runtime.preemption import exit_at_once_if_unfinished
+    from virtex_d2.engine.distributed import launch
+    from virtex_d2.engine.preemption import exit_at_once_if_unfinished
 
     with exit_on_input_error(), exit_at_once_if_unfinished():
         launch(main, arguments)

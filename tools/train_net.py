@@ -11,26 +11,26 @@ python tools/train_net.py --config-file configs/shapes/mask_rcnn_R_50_FPN.yaml \
     DATASETS.TRAIN "('mine',)" OUTPUT_DIR output/detector
 """
 
-import virtex_d2.runtime.listening  # noqa: F401 - first: main's imports take seconds
+import virtex_d2.engine.listening  # noqa: F401 - first: main's imports take seconds
 
 # isort: split
 
 import argparse
 import logging
 
-from virtex_d2.runtime.arguments import argument_parser
-from virtex_d2.runtime.errors import exit_on_input_error
+from virtex_d2.engine.cli import argument_parser
+from virtex_d2.engine.errors import exit_on_input_error
 
 
 def main(args: argparse.Namespace) -> None:
     from virtex_d2.checkpoint.transfer import apply_preprocessing
-    from virtex_d2.config import get_virtex_cfg
-    from virtex_d2.data.catalog import log_datasets, register_datasets
-    from virtex_d2.engine.resumed import may_change
-    from virtex_d2.modeling import resolve_norms
-    from virtex_d2.runtime.config import load_config
-    from virtex_d2.runtime.setup import setup_run
-    from virtex_d2.trainer import DetectionTrainer
+    from virtex_d2.detection.config import get_virtex_cfg
+    from virtex_d2.detection.datasets import log_datasets, register_datasets
+    from virtex_d2.detection.modeling import resolve_norms
+    from virtex_d2.detection.resumed import may_change
+    from virtex_d2.detection.trainer import DetectionTrainer
+    from virtex_d2.engine.config import load_config
+    from virtex_d2.engine.run import setup_run
 
     cfg = load_config(get_virtex_cfg(), args.config_file, args.opts)
     changes = apply_preprocessing(cfg, args.resume)
@@ -52,8 +52,8 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     arguments = argument_parser(__doc__).parse_args()
     # after parsing: --help and a mistyped flag need not wait for torch
-    from virtex_d2.runtime.launch import launch
-    from virtex_d2.runtime.preemption import exit_at_once_if_unfinished
+    from virtex_d2.engine.distributed import launch
+    from virtex_d2.engine.preemption import exit_at_once_if_unfinished
 
     with exit_on_input_error(), exit_at_once_if_unfinished():
         launch(main, arguments)

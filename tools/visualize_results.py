@@ -13,7 +13,7 @@ missed are by COCO's matching at an IoU of 0.5. Only what is in --classes is loo
 
 import argparse
 
-from virtex_d2.runtime.errors import InputError, exit_on_input_error
+from virtex_d2.engine.errors import InputError, exit_on_input_error
 
 
 def parse_args() -> argparse.Namespace:
@@ -55,12 +55,12 @@ def main() -> None:
     args = parse_args()
     # after parsing: --help and a mistyped flag need not wait for torch
     from virtex_d2.checkpoint.transfer import apply_preprocessing
-    from virtex_d2.config import get_virtex_cfg
-    from virtex_d2.data.catalog import register_datasets
-    from virtex_d2.modeling import resolve_norms
-    from virtex_d2.runtime.config import load_config
-    from virtex_d2.runtime.device import resolve_device
-    from virtex_d2.visualization.main import Options, read_truth, run, truth_of_config
+    from virtex_d2.detection.config import get_virtex_cfg
+    from virtex_d2.detection.datasets import register_datasets
+    from virtex_d2.detection.modeling import resolve_norms
+    from virtex_d2.engine.config import load_config
+    from virtex_d2.engine.device import resolve_device
+    from virtex_d2.studies.viewer.main import Options, read_truth, run, truth_of_config
 
     options = Options(
         output=args.output,

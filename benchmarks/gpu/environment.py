@@ -10,13 +10,18 @@ import torch
 from detectron2.utils.collect_env import collect_env_info
 
 from benchmarks.measuring import machine
-from virtex_d2.runtime import compat
-from virtex_d2.runtime.disk import free_bytes
+from virtex_d2.engine import compat
+from virtex_d2.engine.disk import free_bytes
 
 from .step import Step
 
 MODULES = (
-    *("pretrain.trainer", "virtex_d2.trainer", "virtex_d2.probes.run", "virtex_d2.slurm.submit"),
+    *(
+        "pretrain.trainer",
+        "virtex_d2.detection.trainer",
+        "virtex_d2.studies.probes.run",
+        "virtex_d2.slurm.submit",
+    ),
     *("lvis", "pycocotools.mask", "shapely", "simplejpeg", "sentencepiece", "safetensors"),
     *("webdataset", "braceexpand", "sklearn.svm", "scipy.stats", "cv2", "matplotlib"),
     *("tensorboard", "hydra", "omegaconf", "fvcore.nn.precise_bn", "iopath", "yacs.config"),

@@ -9,9 +9,9 @@ from pathlib import Path
 from PIL import Image
 
 from pretrain.config import get_pretrain_cfg
-from pretrain.data import build_data
-from pretrain.prepare import Settings, prepare_image
-from virtex_d2.runtime.config import load_config
+from pretrain.data.prepare import Settings, prepare_image
+from pretrain.methods.captioning.samples import build_data
+from virtex_d2.engine.config import load_config
 
 from . import runs
 from .step import Step

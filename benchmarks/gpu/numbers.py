@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 
-from pretrain.cached_decoder import CachedDecoder
 from pretrain.colors import jitter_colors, normalize
 from pretrain.config import get_pretrain_cfg
-from pretrain.data import build_data
-from pretrain.objectives import build_objective
+from pretrain.methods.captioning.cached_decoder import CachedDecoder
+from pretrain.methods.captioning.model import build_objective
+from pretrain.methods.captioning.samples import build_data
 from virtex_d2.checkpoint.probe import exact_float32
-from virtex_d2.runtime.config import load_config
+from virtex_d2.engine.config import load_config
 
 from . import runs
 from .step import Step

@@ -11,9 +11,9 @@ import torchvision
 from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
 
-from virtex_d2.runtime.launch import wrap_ddp
-from virtex_d2.runtime.preflight import check_collectives, identity
-from virtex_d2.runtime.topology import Topology
+from virtex_d2.engine.distributed import wrap_ddp
+from virtex_d2.engine.preflight import check_collectives, identity
+from virtex_d2.engine.topology import Topology
 
 from .step import Step
 

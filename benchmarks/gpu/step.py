@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 import virtex_d2  # noqa: F401 - lays detectron2's bridges
-from virtex_d2.runtime.atomic import atomic_path
-from virtex_d2.runtime.parent import end_with_parent
+from virtex_d2.engine.atomic import atomic_path
+from virtex_d2.engine.parent import end_with_parent
 
 from .plan import STEPS
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from virtex_d2.checkpoint.architecture import ResNet
 from virtex_d2.checkpoint.naming import (
     CAFFE2,
     DETECTRON2,
@@ -21,6 +20,7 @@ from virtex_d2.checkpoint.naming import (
     TRANSFORMERS,
     translate,
 )
+from virtex_d2.checkpoint.resnet import ResNet
 
 THIN = ResNet(50, stem_channels=8, res2_channels=16, group_width=4)
 FULL = ResNet(50)

@@ -24,8 +24,8 @@ from virtex_d2.checkpoint.convert import convert, inspect, verify
 from virtex_d2.checkpoint.layouts import SUFFIXES
 from virtex_d2.checkpoint.naming import DETECTRON2, TORCHVISION, translate
 from virtex_d2.checkpoint.source import read_backbone
-from virtex_d2.runtime.checksum import has_checksum, save_with_checksum
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.engine.checksum import has_checksum, save_with_checksum
+from virtex_d2.engine.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "convert_checkpoint.py"

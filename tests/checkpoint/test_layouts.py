@@ -5,9 +5,9 @@ import torch
 from detectron2.modeling import build_model
 
 from tests.checkpoint.layout_files import DETECTORS, EXAMPLES, FULL, THIN, random_resnet, write
-from virtex_d2.checkpoint.architecture import ResNet
 from virtex_d2.checkpoint.naming import DETECTRON2, TORCHVISION, translate
 from virtex_d2.checkpoint.probe import TOLERANCE
+from virtex_d2.checkpoint.resnet import ResNet
 from virtex_d2.checkpoint.source import read_backbone
 from virtex_d2.checkpoint.transfer import backbone_names, extract_backbone, load_backbone
 

@@ -23,7 +23,7 @@ from virtex_d2.checkpoint import probe as probe_module
 from virtex_d2.checkpoint.probe import TOLERANCE, probe
 from virtex_d2.checkpoint.source import read_backbone
 from virtex_d2.checkpoint.transfer import apply_preprocessing, is_backbone, load_backbone
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.engine.errors import InputError
 
 
 @pytest.fixture(scope="module")

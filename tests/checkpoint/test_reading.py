@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from virtex_d2.checkpoint import stored
 from virtex_d2.checkpoint.reading import read_tensors
 from virtex_d2.checkpoint.stored import Placeholder
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.engine.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = [

@@ -24,7 +24,7 @@ import yacs.config
 from safetensors.torch import save
 
 from virtex_d2.checkpoint.reading import read_tensors
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.engine.errors import InputError
 
 # Of pickletools, in the mutations.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning")

@@ -20,10 +20,10 @@ from tests.checkpoint.layout_files import (
     with_prefix,
     write,
 )
-from virtex_d2.checkpoint.architecture import ResNet, recognise_resnet
 from virtex_d2.checkpoint.layouts import LAYOUTS
+from virtex_d2.checkpoint.resnet import ResNet, recognise_resnet
 from virtex_d2.checkpoint.source import read_backbone
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.engine.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 

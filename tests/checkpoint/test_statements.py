@@ -24,14 +24,14 @@ from tests.checkpoint.layout_files import (
     with_prefix,
     write,
 )
-from virtex_d2.checkpoint.architecture import ResNet
 from virtex_d2.checkpoint.convert import convert, inspect
 from virtex_d2.checkpoint.layouts import IMAGENET_RGB, MEAN, MSRA_BGR, ORDER, STD, STRIDE
 from virtex_d2.checkpoint.reading import read_tensors
+from virtex_d2.checkpoint.resnet import ResNet
 from virtex_d2.checkpoint.source import read_backbone
 from virtex_d2.checkpoint.statements import _read_config, hear, weigh
 from virtex_d2.checkpoint.transfer import apply_preprocessing, load_backbone
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.engine.errors import InputError
 
 CAFFE = [103.53, 116.28, 123.675]
 RGB = [123.675, 116.28, 103.53]

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from virtex_d2.checkpoint.naming import DETECTRON2, TORCHVISION, translate
 from virtex_d2.checkpoint.transfer import backbone_names, extract_backbone, load_backbone
-from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.files import read_safetensors, write_safetensors
+from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.files import read_safetensors, write_safetensors
 
 TENSORS = {"resnet18": 100, "resnet50": 265}
 

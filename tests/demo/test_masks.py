@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from virtex_d2.demo.masks import judge, load_pictures
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.engine.errors import InputError
+from virtex_d2.studies.demo.masks import judge, load_pictures
 
 RECORD = {"id": 1, "height": 40, "width": 50}
 NAMES = {1: "star", 2: "ring"}

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from virtex_d2.demo import figures
-from virtex_d2.demo.main import run_demo
-from virtex_d2.reporting import plots
+from virtex_d2.studies.demo import figures
+from virtex_d2.studies.demo.main import run_demo
+from virtex_d2.studies.reporting import plots
 
 
 @pytest.fixture(scope="session")

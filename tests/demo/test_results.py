@@ -5,8 +5,8 @@ import statistics
 
 import pytest
 
-from virtex_d2.demo.results import Comparison, Metrics, compare, table, verdict
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.engine.errors import InputError
+from virtex_d2.studies.demo.results import Comparison, Metrics, compare, table, verdict
 
 
 def metrics(tmp_path, *lines, iterations=10):

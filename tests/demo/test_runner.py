@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from virtex_d2.demo.main import run_demo
-from virtex_d2.demo.plan import make_budget, make_plan
-from virtex_d2.pipeline import process, runner
-from virtex_d2.pipeline.progress import Progress
-from virtex_d2.pipeline.runner import StageFailedError
-from virtex_d2.reporting import plots
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.engine.errors import InputError
+from virtex_d2.studies.demo.main import run_demo
+from virtex_d2.studies.demo.plan import make_budget, make_plan
+from virtex_d2.studies.pipeline import process, runner
+from virtex_d2.studies.pipeline.progress import Progress
+from virtex_d2.studies.pipeline.runner import StageFailedError
+from virtex_d2.studies.reporting import plots
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "demo.py"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pretrain.tokenizer import train_tokenizer
+from pretrain.methods.captioning.tokenizer import train_tokenizer
 
 # Of a run on it that takes seconds; VOCAB_SIZE is what so few captions can fill.
 THIN = {

@@ -27,7 +27,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from virtex_d2.runtime.parent import end_with_parent
+from virtex_d2.engine.parent import end_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -174,7 +174,7 @@ class Forkserver:
 @functools.cache
 def shared_server() -> Forkserver:
     """The server of this test process: started by its first use, ended with the process."""
-    server = Forkserver(("torch", "pretrain.trainer", "virtex_d2.trainer"))
+    server = Forkserver(("torch", "pretrain.trainer", "virtex_d2.detection.trainer"))
     atexit.register(server.__exit__)
     return server.__enter__()
 

@@ -12,12 +12,17 @@ import torch
 from tests.conftest import _SMALL, _SMALL_DETECTOR
 from tests.e2e.captioned_world import THIN, write_world
 from tests.e2e.forked_runs import ROOT, Forkserver, Process
-from virtex_d2.data.shapes_write import write_dataset
+from virtex_d2.studies.shapes.write import write_dataset
 
 ITERATIONS = 10
 CHECKPOINT_PERIOD = 4
 EVAL_PERIOD = 5
-MODULES = ("pretrain.trainer", "virtex_d2.trainer", "torch.utils.tensorboard", "torchvision")
+MODULES = (
+    "pretrain.trainer",
+    "virtex_d2.detection.trainer",
+    "torch.utils.tensorboard",
+    "torchvision",
+)
 
 _PERIODS = (
     *("SOLVER.MAX_ITER", ITERATIONS, "SOLVER.CHECKPOINT_PERIOD", CHECKPOINT_PERIOD),

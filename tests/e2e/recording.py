@@ -37,10 +37,10 @@ def record(trainer, model, samples_of):
 PRETRAIN = """
 from pretrain.config import get_pretrain_cfg
 from pretrain.trainer import PretrainTrainer
-from virtex_d2.runtime.config import load_config
-from virtex_d2.runtime.launch import launch
-from virtex_d2.runtime.arguments import argument_parser
-from virtex_d2.runtime.setup import setup_run
+from virtex_d2.engine.config import load_config
+from virtex_d2.engine.distributed import launch
+from virtex_d2.engine.cli import argument_parser
+from virtex_d2.engine.run import setup_run
 
 
 def main(args):
@@ -58,14 +58,14 @@ def main(args):
 launch(main, argument_parser().parse_args())
 """
 DETECT = """
-from virtex_d2.config import get_virtex_cfg
-from virtex_d2.data.catalog import register_datasets
-from virtex_d2.modeling import resolve_norms
-from virtex_d2.runtime.config import load_config
-from virtex_d2.runtime.launch import launch
-from virtex_d2.runtime.arguments import argument_parser
-from virtex_d2.runtime.setup import setup_run
-from virtex_d2.trainer import DetectionTrainer
+from virtex_d2.detection.config import get_virtex_cfg
+from virtex_d2.detection.datasets import register_datasets
+from virtex_d2.detection.modeling import resolve_norms
+from virtex_d2.engine.config import load_config
+from virtex_d2.engine.distributed import launch
+from virtex_d2.engine.cli import argument_parser
+from virtex_d2.engine.run import setup_run
+from virtex_d2.detection.trainer import DetectionTrainer
 
 
 def main(args):

@@ -147,7 +147,7 @@ def test_importing_virtex_d2_uses_it(environment):
     code = textwrap.dedent("""
         import sys
         import virtex_d2
-        from virtex_d2.runtime import compat
+        from virtex_d2.engine import compat
         assert compat.has_compiled_ops()
         assert "compiled ops" not in compat.applied
         assert "detectron2._C" not in sys.modules and "detectron2" not in sys.modules
@@ -159,7 +159,7 @@ def test_importing_virtex_d2_uses_it(environment):
     assert Path(theirs).is_relative_to(environment.site_packages)
     if environment.compiled:
         code = (
-            "import virtex_d2; from detectron2 import _C; from virtex_d2.runtime import compat; "
+            "import virtex_d2; from detectron2 import _C; from virtex_d2.engine import compat; "
             "print(_C.get_compiler_version(), compat.has_compiled_ops())"
         )
         assert environment("-c", code).strip() == "stand-in True"

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from pretrain.decoding import beam_search
-from pretrain.objectives import build_objective
+from pretrain.methods.captioning.decoding import beam_search
+from pretrain.methods.captioning.model import build_objective
 from tests.parity.test_parity import FILES, _objective_config, _weights_module
 
 MAX_WORDS = 30

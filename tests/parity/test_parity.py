@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from pretrain.config import get_pretrain_cfg
-from pretrain.objectives import build_objective
-from pretrain.tokenizer import Tokenizer
+from pretrain.methods.captioning.model import build_objective
+from pretrain.methods.captioning.tokenizer import Tokenizer
 from tests.pretrain.recompute import hidden_states
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pretrain.captions import CaptionRecord, Source, load_records
+from pretrain.data import CaptionRecord, Source, load_records
 
 CAPTIONS = {
     "a/1.jpg": ['one dog, left of "it"', "two dogs"],

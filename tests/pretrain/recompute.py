@@ -1,6 +1,6 @@
 """Decoding without a cache: the whole prefix through nn.TransformerDecoder at every step.
 
-The baseline that `pretrain.decoding` is tested and timed against, on another path on purpose:
+The baseline that `decoding.py` is tested and timed against, on another path on purpose:
 `nn.TransformerDecoder` itself, the output layer on the last position only, plain prefixes.
 """
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pretrain.textual_head import TextualHead
+from pretrain.methods.captioning.textual_head import TextualHead
 
 PAD, SOS, EOS, MASK = range(4)
 

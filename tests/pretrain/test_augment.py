@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pretrain.augment import EvalTransform, TrainTransform, swap_sides
 from pretrain.colors import normalize
 from pretrain.crops import DecodedPicture, open_picture
-from virtex_d2.runtime.images import read_image
+from pretrain.transforms import EvalTransform, TrainTransform, swap_sides
+from virtex_d2.engine.images import read_image
 
 
 def scene(width: int = 96, height: int = 64) -> Image.Image:

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from pretrain.caption_files import read_predictions, read_references
-from virtex_d2.runtime.errors import InputError
+from pretrain.methods.captioning.caption_files import read_predictions, read_references
+from virtex_d2.engine.errors import InputError
 
 REFERENCES = {
     "images": [{"id": 7, "file_name": "val/a.jpg"}, {"id": 8, "file_name": "val/b.jpg"}],

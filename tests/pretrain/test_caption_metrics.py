@@ -4,8 +4,8 @@ import unicodedata
 
 import pytest
 
-from pretrain.caption_metrics import PTB, SIMPLE, UNSPACED_NOTE, score_captions
-from virtex_d2.runtime.errors import InputError
+from pretrain.methods.captioning.metrics import PTB, SIMPLE, UNSPACED_NOTE, score_captions
+from virtex_d2.engine.errors import InputError
 
 pytest.importorskip("pycocoevalcap", reason="requirements-captions.txt is not installed")
 
@@ -123,7 +123,7 @@ def test_cider_of_one_image_is_not_computed(program):
 def test_with_java_captions_are_tokenized_as_pycocoevalcap_does_and_meteor_counts(monkeypatch):
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    from pretrain.caption_metrics import _ptb
+    from pretrain.methods.captioning.metrics import _ptb
 
     # nobody answers: SPICE's models, where they are not there, cannot be fetched
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")

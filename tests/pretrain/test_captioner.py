@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pretrain.captioner import list_images, load_captioner
-from pretrain.decoding import build_decode
-from pretrain.tokenizer import train_tokenizer
+from pretrain.methods.captioning.captioner import list_images, load_captioner
+from pretrain.methods.captioning.decoding import build_decode
+from pretrain.methods.captioning.tokenizer import train_tokenizer
 from tests.pretrain.tiny_run import CAPTIONS, VOCAB, write_run
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.engine.errors import InputError
 
 
 @pytest.fixture(scope="module")

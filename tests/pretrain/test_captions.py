@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.captions import CaptionRecord, Source, load_coco_captions, load_records
-from virtex_d2.runtime.errors import InputError
+from pretrain.data import CaptionRecord, Source, load_coco_captions, load_records
+from virtex_d2.engine.errors import InputError
 
 
 def content() -> dict:

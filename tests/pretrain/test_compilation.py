@@ -8,7 +8,7 @@ import torch
 
 from pretrain.backbone import VisualBackbone
 from tests.pretrain.test_trainer import options, write_captioned_images
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.engine.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")

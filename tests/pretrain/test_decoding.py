@@ -4,11 +4,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pretrain.decoding import beam_search, nucleus_sampling
-from pretrain.textual_head import TextualHead
+from pretrain.methods.captioning.decoding import beam_search, nucleus_sampling
+from pretrain.methods.captioning.textual_head import TextualHead
 from tests.pretrain import recompute
 from tests.pretrain.recompute import EOS, MASK, PAD, SOS
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.engine.errors import InputError
 
 
 def random_head(seed=0, vocab=30, layers=1, heads=2, norm="post", length=8, width=16, bias=0.0):

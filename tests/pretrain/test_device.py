@@ -14,7 +14,7 @@ from pretrain.device import Readings, upload
 from pretrain.trainer import PretrainTrainer
 from tests.pretrain.test_trainer import options, write_captioned_images
 from tests.waits import Waits
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.engine.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ def test_a_gradient_that_is_nan_once_leaves_the_weights_of_before(images, tmp_pa
 
 def test_a_stop_behind_a_nan_leaves_no_checkpoint_of_it(images, tmp_path):
     """The vote to stop comes right behind the update: its checkpoint waits for the look, too."""
-    from virtex_d2.runtime import preemption
+    from virtex_d2.engine import preemption
 
     trainer = build(images, tmp_path / "run", "SOLVER.CHECKPOINT_PERIOD", 100)
     Broken(trainer, "gradient")

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.augment import TrainTransform
-from pretrain.captions import FORMATS, Source, load_records
-from pretrain.loader import CaptionDataset, build_train_loader
-from pretrain.tokenizer import Tokenizer, train_tokenizer
+from pretrain.data import FORMATS, Source, load_records
+from pretrain.data.loader import CaptionDataset, build_train_loader
+from pretrain.methods.captioning.tokenizer import Tokenizer, train_tokenizer
+from pretrain.transforms import TrainTransform
 from tests.pretrain.caption_files import CAPTIONS, contents, write_all, write_csv, write_images
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.engine.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from PIL import ExifTags, Image
 
 from pretrain.crops import DecodedPicture, JpegPicture, open_picture
 from pretrain.jpeg import Jpeg, NotPlainError
-from virtex_d2.runtime.images import read_image
+from virtex_d2.engine.images import read_image
 
 ALL = 10**6  # a side that no crop has, so that none is reduced
 

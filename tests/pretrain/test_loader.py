@@ -15,18 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pretrain import loader as loader_module
-from pretrain.augment import EvalTransform, TrainTransform, swap_sides
-from pretrain.baselines import unigram_entropy
-from pretrain.captions import CaptionRecord, load_coco_captions
-from pretrain.loader import (
+from pretrain.data import CaptionRecord, load_coco_captions
+from pretrain.data import loader as loader_module
+from pretrain.data.loader import (
     CaptionDataset,
     build_eval_loader,
     build_train_loader,
     collate,
 )
-from pretrain.tokenizer import Tokenizer, train_tokenizer
-from virtex_d2.runtime.errors import InputError
+from pretrain.methods.captioning.baselines import unigram_entropy
+from pretrain.methods.captioning.tokenizer import Tokenizer, train_tokenizer
+from pretrain.transforms import EvalTransform, TrainTransform, swap_sides
+from virtex_d2.engine.errors import InputError
 
 # more workers than cores are slow, and just what is to be tested
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -250,7 +250,7 @@ def test_a_damaged_image_is_replaced_by_the_next_of_its_epoch_and_named_once(
 ):
     damaged = {damaged_records[i].image_id: damaged_records[i].file_name for i in (2, 5)}
     dataset = training(damaged_records, tokenizer)
-    with caplog.at_level(logging.WARNING, "pretrain.loader"):
+    with caplog.at_level(logging.WARNING, "pretrain.data.loader"):
         batches = take(build_train_loader(dataset, BATCH, num_workers=workers), 11)
 
     shown = [image_id for batch in batches for image_id in batch["image_id"]]

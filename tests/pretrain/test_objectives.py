@@ -6,15 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.config import get_pretrain_cfg
-from pretrain.objectives import (
+from pretrain.methods.captioning.model import (
     build_objective,
     label_loss,
     reverse_captions,
     token_labels,
 )
-from pretrain.packed_decoder import Words, word_places
+from pretrain.methods.captioning.packed_decoder import Words, word_places
 from tests.pretrain import recompute
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.engine.errors import InputError
 
 VOCAB = 40
 
@@ -133,7 +133,7 @@ def test_what_fills_words_up_to_a_multiple_changes_no_loss_and_no_gradient(
     batch["image"] = batch["image"][:, :, :32, :32].double()
     found = []
     for rows in (1, 64):
-        monkeypatch.setattr("pretrain.packed_decoder.ROWS", rows)
+        monkeypatch.setattr("pretrain.methods.captioning.packed_decoder.ROWS", rows)
         model.zero_grad()
         losses = model(batch)
         sum(losses.values()).backward()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pretrain.config import get_pretrain_cfg
-from pretrain.objectives import build_objective
+from pretrain.methods.captioning.model import build_objective
 from pretrain.optim import (
     Lookahead,
     build_lr_scheduler,
@@ -15,7 +15,7 @@ from pretrain.optim import (
     parameter_groups,
     warmup_cosine,
 )
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.engine.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -10,17 +10,17 @@ from detectron2.utils import comm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.augment import TrainTransform
-from pretrain.captions import CaptionRecord, MixedRecords, Records, take_fraction
-from pretrain.captions.records import PackedText, caption_counts
 from pretrain.config import get_pretrain_cfg
-from pretrain.loader import CaptionDataset, build_train_loader
-from pretrain.order import BLOCK, Epochs, Mixture, quotas
-from pretrain.sources import training_records
-from pretrain.targets import MaskedWords, ParallelPrediction
-from pretrain.tokenizer import Tokenizer, train_tokenizer
+from pretrain.data import CaptionRecord, MixedRecords, Records, take_fraction
+from pretrain.data.loader import CaptionDataset, build_train_loader
+from pretrain.data.order import BLOCK, Epochs, Mixture, quotas
+from pretrain.data.records import PackedText, caption_counts
+from pretrain.data.sources import training_records
+from pretrain.methods.captioning.targets import MaskedWords, ParallelPrediction
+from pretrain.methods.captioning.tokenizer import Tokenizer, train_tokenizer
+from pretrain.transforms import TrainTransform
 from tests.pretrain.caption_files import write_all
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.engine.errors import InputError
 
 # more workers than cores are slow, and just what is to be tested
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")

@@ -3,10 +3,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pretrain.captioner import load_captioner
-from pretrain.decoding import Decoded, build_decode
-from pretrain.objectives import build_objective
-from pretrain.pictures import (
+from pretrain.methods.captioning.captioner import load_captioner
+from pretrain.methods.captioning.decoding import Decoded, build_decode
+from pretrain.methods.captioning.model import build_objective
+from pretrain.methods.captioning.pictures import (
     PANEL,
     PictureFolder,
     attention_picture,
@@ -14,7 +14,7 @@ from pretrain.pictures import (
     join_pieces,
 )
 from tests.pretrain.tiny_run import tiny_config, write_run
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.engine.errors import InputError
 
 
 @pytest.fixture(scope="module")

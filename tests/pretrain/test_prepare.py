@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from pretrain import prepare as prepare_module
+from pretrain.data import prepare as prepare_module
+from pretrain.data.prepare import Settings, prepare_image
+from pretrain.data.prepared_folder import JOURNAL, MANIFEST, prepare_folder
 from pretrain.jpeg import Jpeg
-from pretrain.prepare import Settings, prepare_image
-from pretrain.prepared_folder import JOURNAL, MANIFEST, prepare_folder
-from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.images import read_image
-from virtex_d2.runtime.lock import RunLock
+from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.images import read_image
+from virtex_d2.engine.lock import RunLock
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "prepare_images.py"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pretrain.backbone import VisualBackbone
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.engine.errors import InputError
 
 # Of activations, the share that may be left.
 KEPT = {"norms": 0.9, "blocks": 0.4}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.captions import Source, load_records, shards
+from pretrain.data import Source, load_records, shards
 from tests.pretrain.caption_files import (
     CAPTIONS,
     contents,
@@ -18,7 +18,7 @@ from tests.pretrain.caption_files import (
     write_shards,
     write_tar,
 )
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.engine.errors import InputError
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def test_samples_that_cannot_be_used_are_skipped_named_and_counted(
     path = make(tmp_path / "s", WHOLE[:2] + members + WHOLE[2:])
     for _ in range(2):  # the second time from the index
         caplog.clear()
-        with caplog.at_level(logging.WARNING, "pretrain.captions"):
+        with caplog.at_level(logging.WARNING, "pretrain.data"):
             records = load_records(source(path, tmp_path, 0.34))
         assert [record.captions for record in records] == [("A dog",), ("A cat",)]
         (line,) = (record.getMessage() for record in caplog.records)
@@ -219,7 +219,7 @@ def test_a_truncated_shard_keeps_what_is_whole(tmp_path, caplog):
         caplog.clear()
         path.write_bytes(whole[:length])
         other = make(tmp_path / "s", WHOLE, "1.tar")
-        with caplog.at_level(logging.WARNING, "pretrain.captions"):
+        with caplog.at_level(logging.WARNING, "pretrain.data"):
             records = load_records(source(tmp_path / "s", tmp_path))
         # a sample is whole when the next has begun, because its last member may be missing
         first = [record.captions for record in records if str(path) in record.file_name]

@@ -14,18 +14,18 @@ from detectron2.utils import comm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain import lanes as lanes_module
-from pretrain.augment import TrainTransform
-from pretrain.captions.tars import stream_members
 from pretrain.config import get_pretrain_cfg
-from pretrain.lanes import Cursor, Lane, Plan
-from pretrain.loader import CaptionDataset
-from pretrain.sources import stream_plan
-from pretrain.stream import CaptionStream, StreamLoader
-from pretrain.tokenizer import Tokenizer, train_tokenizer
+from pretrain.data import lanes as lanes_module
+from pretrain.data.lanes import Cursor, Lane, Plan
+from pretrain.data.loader import CaptionDataset
+from pretrain.data.sources import stream_plan
+from pretrain.data.stream import CaptionStream, StreamLoader
+from pretrain.data.tars import stream_members
+from pretrain.methods.captioning.tokenizer import Tokenizer, train_tokenizer
 from pretrain.trainer import PretrainTrainer
+from pretrain.transforms import TrainTransform
 from tests.pretrain.caption_files import write_images, write_shards, write_tar
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.engine.errors import InputError
 
 # more workers than cores are slow, and just what is to be tested
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")

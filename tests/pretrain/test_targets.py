@@ -9,12 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.baselines import label_entropy
 from pretrain.config import get_pretrain_cfg
-from pretrain.labels import ImageLabels, check_same_classes
-from pretrain.loader import collate
-from pretrain.targets import LabelsOfImage, MaskedWords, ParallelPrediction, sample_targets
-from virtex_d2.runtime.errors import InputError
+from pretrain.data.loader import collate
+from pretrain.methods.captioning.baselines import label_entropy
+from pretrain.methods.captioning.targets import (
+    LabelsOfImage,
+    MaskedWords,
+    ParallelPrediction,
+    sample_targets,
+)
+from pretrain.methods.classification.labels import ImageLabels, check_same_classes
+from virtex_d2.engine.errors import InputError
 
 VOCAB = 50
 

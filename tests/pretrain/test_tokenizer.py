@@ -9,11 +9,16 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.captions import CaptionRecord
 from pretrain.config import get_pretrain_cfg
-from pretrain.data import load_or_train_tokenizer
-from pretrain.tokenizer import SPECIAL_PIECES, Tokenizer, normalize_caption, train_tokenizer
-from virtex_d2.runtime.errors import InputError
+from pretrain.data import CaptionRecord
+from pretrain.methods.captioning.samples import load_or_train_tokenizer
+from pretrain.methods.captioning.tokenizer import (
+    SPECIAL_PIECES,
+    Tokenizer,
+    normalize_caption,
+    train_tokenizer,
+)
+from virtex_d2.engine.errors import InputError
 
 CAPTIONS = [
     "A man rides a horse on the left.",
@@ -145,7 +150,7 @@ def test_a_vocabulary_says_itself_whether_captions_lose_their_accents(tmp_path):
 def test_a_run_uses_a_vocabulary_as_it_was_learned_and_refuses_to_strip_what_it_kept(
     tmp_path, caplog
 ):
-    caplog.set_level(logging.INFO, "pretrain.data")
+    caplog.set_level(logging.INFO, "pretrain.methods.captioning.samples")
     cfg = get_pretrain_cfg()
     cfg.OUTPUT_DIR, cfg.DATA.VOCAB_SIZE = str(tmp_path), 90
     records = [CaptionRecord(0, "a.jpg", tuple(CAPTIONS))]

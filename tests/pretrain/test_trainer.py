@@ -16,13 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from pretrain.captioner import load_captioner
 from pretrain.config import get_pretrain_cfg
-from pretrain.tokenizer import Tokenizer, train_tokenizer
+from pretrain.methods.captioning.captioner import load_captioner
+from pretrain.methods.captioning.tokenizer import Tokenizer, train_tokenizer
 from pretrain.trainer import PretrainTrainer
 from tests.e2e.forked_runs import shared_server
-from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.files import read_safetensors
+from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.files import read_safetensors
 
 ROOT = Path(__file__).resolve().parents[2]
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220)}

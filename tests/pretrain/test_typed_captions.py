@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.augment import TrainTransform
-from pretrain.captions import Records, Source, load_records
-from pretrain.loader import CaptionDataset, build_train_loader
-from pretrain.tokenizer import Tokenizer, train_tokenizer
+from pretrain.data import Records, Source, load_records
+from pretrain.data.loader import CaptionDataset, build_train_loader
+from pretrain.methods.captioning.tokenizer import Tokenizer, train_tokenizer
+from pretrain.transforms import TrainTransform
 from tests.pretrain.caption_files import write_images
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.engine.errors import InputError
 
 OTHERS = [None, True, 3, 7.0, 0.5, 1e400, 10**30, "", "3", "b.jpg", "more", "\ud800"]
 OTHERS += [["a"], [None], {}, {"raw": 1}]

@@ -1,7 +1,7 @@
 import pytest
 
-from pretrain.tokenizer import Tokenizer, train_tokenizer
-from pretrain.vocabulary import merge_warning, summarise
+from pretrain.methods.captioning.tokenizer import Tokenizer, train_tokenizer
+from pretrain.methods.captioning.vocabulary import merge_warning, summarise
 
 CAPTIONS = ["a dog", "a dog and a cat", "a bird " * 20] * 200
 

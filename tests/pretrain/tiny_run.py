@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from pretrain.config import get_pretrain_cfg
-from pretrain.objectives import build_objective
-from pretrain.tokenizer import train_tokenizer
+from pretrain.methods.captioning.model import build_objective
+from pretrain.methods.captioning.tokenizer import train_tokenizer
 
 CAPTIONS = [
     "a man rides a horse on the beach",

@@ -10,13 +10,13 @@ from detectron2.utils import logger as detectron2_logger
 
 from tests.checkpoint.layout_files import THIN, random_resnet
 from tests.probes.small_sets import COLOURS, picture, write_voc
-from virtex_d2.checkpoint.architecture import ResNet
-from virtex_d2.probes.config import get_probe_cfg
-from virtex_d2.probes.run import run_probe
-from virtex_d2.runtime.arguments import argument_parser
-from virtex_d2.runtime.config import load_config
-from virtex_d2.runtime.files import write_safetensors
-from virtex_d2.runtime.setup import LOGGERS
+from virtex_d2.checkpoint.resnet import ResNet
+from virtex_d2.engine.cli import argument_parser
+from virtex_d2.engine.config import load_config
+from virtex_d2.engine.files import write_safetensors
+from virtex_d2.engine.run import LOGGERS
+from virtex_d2.studies.probes.config import get_probe_cfg
+from virtex_d2.studies.probes.run import run_probe
 
 METADATA = {
     "format": "virtex_d2.backbone",

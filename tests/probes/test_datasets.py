@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from tests.probes.small_sets import write_voc
-from virtex_d2.probes.datasets import load_datasets
-from virtex_d2.probes.voc import VOC_CLASSES, load_voc
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.engine.errors import InputError
+from virtex_d2.studies.probes.datasets import load_datasets
+from virtex_d2.studies.probes.voc import VOC_CLASSES, load_voc
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ import torchvision
 from PIL import ExifTags, Image
 
 from tests.probes.small_sets import picture
-from virtex_d2.checkpoint.architecture import ResNet
-from virtex_d2.probes import features as features_module
-from virtex_d2.probes.crops import CentralCrop
-from virtex_d2.probes.features import Extraction, normalized, usable_rows
-from virtex_d2.probes.network import build_network, complete_config, fingerprint
-from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.files import read_safetensors
+from virtex_d2.checkpoint.resnet import ResNet
+from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.files import read_safetensors
+from virtex_d2.studies.probes import features as features_module
+from virtex_d2.studies.probes.crops import CentralCrop
+from virtex_d2.studies.probes.features import Extraction, normalized, usable_rows
+from virtex_d2.studies.probes.network import build_network, complete_config, fingerprint
 
 
 @pytest.fixture

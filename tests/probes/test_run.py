@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tests.checkpoint.layout_files import DETECTORS, EXAMPLES, THIN, random_resnet, write
-from virtex_d2.probes.network import Classifier, build_network, complete_config, fingerprint
-from virtex_d2.probes.training import ClassifierTrainer
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.engine.errors import InputError
+from virtex_d2.studies.probes.network import Classifier, build_network, complete_config, fingerprint
+from virtex_d2.studies.probes.training import ClassifierTrainer
 
 COLOURS = ["blue", "green", "red"]
 SOLVER = [
@@ -75,7 +75,7 @@ def test_a_finished_run_is_neither_overwritten_nor_repeated(probe, voc, tmp_path
     with pytest.raises(InputError, match="holds the results.json of another run"):
         probe(*data)
     with monkeypatch.context() as patch:
-        patch.setattr("virtex_d2.probes.run.evaluate_svms", None)
+        patch.setattr("virtex_d2.studies.probes.run.evaluate_svms", None)
         assert probe(*data, resume=True) == metrics
     config = (tmp_path / "run" / "config.yaml").read_text()
     with pytest.raises(InputError, match=r"SVM.FOLDS was 3, now it is 2"):
@@ -104,7 +104,7 @@ def test_only_fine_tuning_changes_the_backbone(probe, folders, tmp_path, monkeyp
         networks.append((network, fingerprint(network)))
         return network, about
 
-    monkeypatch.setattr("virtex_d2.probes.run.build_network", build)
+    monkeypatch.setattr("virtex_d2.studies.probes.run.build_network", build)
     options = ["TASK", task, "INPUT.AUGMENT", "True", "SOLVER.EPOCHS", "2"]
     probe(*LINEAR, "DATA.ROOT", folders, *SOLVER, *options)
     [(network, before)] = networks

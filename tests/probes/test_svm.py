@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from sklearn.model_selection import GridSearchCV
 from sklearn.svm import LinearSVC
 
-from virtex_d2.probes.config import get_probe_cfg
-from virtex_d2.probes.svm import average_precision_11, evaluate_svms
+from virtex_d2.studies.probes.config import get_probe_cfg
+from virtex_d2.studies.probes.svm import average_precision_11, evaluate_svms
 
 
 def ranked(pattern: str) -> float:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from virtex_d2.runtime.parent import end_with_parent
+from virtex_d2.engine.parent import end_with_parent
 
 NODES = ("node1", "node2")
 PROGRAMS = ("sbatch", "srun", "slurmctld", "slurmd", "munged", "mungekey")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.config import get_pretrain_cfg
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.engine.errors import InputError
 from virtex_d2.slurm.checks import check_command, check_configs
 from virtex_d2.slurm.command import read_command
 from virtex_d2.slurm.options import JobOptions

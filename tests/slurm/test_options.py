@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.engine.errors import InputError
 from virtex_d2.slurm.options import (
     FIELDS,
     JobOptions,

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from pretrain.config import get_pretrain_cfg
-from virtex_d2.config import get_virtex_cfg
-from virtex_d2.probes.config import get_probe_cfg
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.detection.config import get_virtex_cfg
+from virtex_d2.engine.errors import InputError
 from virtex_d2.slurm.command import read_command
 from virtex_d2.slurm.options import JobOptions
 from virtex_d2.slurm.pipeline import read_pipeline
 from virtex_d2.slurm.script import Job
 from virtex_d2.slurm.submit import stage_jobs
+from virtex_d2.studies.probes.config import get_probe_cfg
 
 ROOT = Path(__file__).resolve().parents[2]
 

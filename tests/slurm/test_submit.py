@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.engine.errors import InputError
 from virtex_d2.slurm.command import read_command
 from virtex_d2.slurm.follow import job_states
 from virtex_d2.slurm.options import JobOptions

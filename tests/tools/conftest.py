@@ -12,10 +12,10 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import logger as detectron2_logger
 
-from virtex_d2.runtime.arguments import argument_parser
-from virtex_d2.runtime.errors import exit_on_input_error
-from virtex_d2.runtime.lock import release_locks
-from virtex_d2.runtime.setup import LOGGERS
+from virtex_d2.engine.cli import argument_parser
+from virtex_d2.engine.errors import exit_on_input_error
+from virtex_d2.engine.lock import release_locks
+from virtex_d2.engine.run import LOGGERS
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "train_net.py"
 

@@ -82,14 +82,14 @@ def test_arguments_that_do_not_go_together_are_refused_before_torch_is_imported(
 
 _STRUCK = """\
 import contextlib, os, runpy, signal, sys, types
-from virtex_d2.runtime import signals
+from virtex_d2.engine import signals
 
 def launch(main, args):  # in the place of a module that imports torch for seconds
     os.kill(os.getpid(), signal.SIGUSR1)
     print("noted:", signals.received())
 
-sys.modules["virtex_d2.runtime.launch"] = types.SimpleNamespace(launch=launch)
-sys.modules["virtex_d2.runtime.preemption"] = types.SimpleNamespace(
+sys.modules["virtex_d2.engine.distributed"] = types.SimpleNamespace(launch=launch)
+sys.modules["virtex_d2.engine.preemption"] = types.SimpleNamespace(
     exit_at_once_if_unfinished=contextlib.nullcontext
 )
 sys.argv = sys.argv[1:]
@@ -114,7 +114,8 @@ def test_what_a_tool_imports_is_seen(start, tmp_path):
 
 def test_a_run_does_not_wait_for_what_only_reports_and_other_evaluations_need(run_python):
     trainers = (
-        "import json, sys, pretrain.trainer, virtex_d2.trainer; print(json.dumps([*sys.modules]))"
+        "import json, sys, pretrain.trainer, virtex_d2.detection.trainer;"
+        "print(json.dumps([*sys.modules]))"
     )
     modules = set(json.loads(run_python("-c", trainers).stdout))
     assert "torch" in modules

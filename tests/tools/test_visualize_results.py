@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from virtex_d2.checkpoint.detector import DetectorCheckpointer
-from virtex_d2.data.catalog import register_entries
-from virtex_d2.trainer import DetectionTrainer
-from virtex_d2.visualization.predict import predict
-from virtex_d2.visualization.select import ORDERS
+from virtex_d2.detection.checkpointer import DetectorCheckpointer
+from virtex_d2.detection.datasets import register_entries
+from virtex_d2.detection.trainer import DetectionTrainer
+from virtex_d2.studies.viewer.predict import predict
+from virtex_d2.studies.viewer.select import ORDERS
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "visualize_results.py"
 

@@ -14,8 +14,8 @@ from tests.checkpoint.layout_files import (
     with_prefix,
     write,
 )
-from virtex_d2.checkpoint.architecture import ResNet
 from virtex_d2.checkpoint.layouts import IMAGENET_RGB
+from virtex_d2.checkpoint.resnet import ResNet
 from virtex_d2.checkpoint.source import read_backbone
 
 RESNET = ResNet(18, res2_channels=64)

@@ -8,7 +8,7 @@ from urllib.parse import unquote, urlsplit
 import detectron2.checkpoint  # noqa: F401  # registers catalog://
 from detectron2.utils.file_io import PathManager
 
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.engine.errors import InputError
 
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _FETCHED = ("http", "https", "ftp", "detectron2", "catalog")

@@ -9,8 +9,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from .rebuilding import torch_dtype
-from .stored import (
+from virtex_d2.checkpoint.rebuilding import torch_dtype
+from virtex_d2.checkpoint.stored import (
     Budget,
     Damaged,
     Global,

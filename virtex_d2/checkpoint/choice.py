@@ -3,9 +3,8 @@
 import re
 from collections.abc import Iterable, Mapping
 
-from virtex_d2.runtime.errors import InputError, nearest
-
-from .layouts import LAYOUTS, Copy, Found, Layout, find_resnets
+from virtex_d2.checkpoint.layouts import LAYOUTS, Copy, Found, Layout, find_resnets
+from virtex_d2.engine.errors import InputError, nearest
 
 _Option = tuple[Found, tuple[Layout, Copy]]
 

@@ -10,14 +10,19 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
 import virtex_d2
-from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.files import atomic_path, write_safetensors
-
-from .addresses import local_path
-from .layouts import IMAGENET_RGB, SUFFIXES, Preprocessing
-from .naming import DETECTRON2, TORCHVISION, translate
-from .probe import TOLERANCE, ProbeResult, probe
-from .source import FORMAT, FORMAT_VERSION, Backbone, find_layouts, read_backbone
+from virtex_d2.checkpoint.addresses import local_path
+from virtex_d2.checkpoint.layouts import IMAGENET_RGB, SUFFIXES, Preprocessing
+from virtex_d2.checkpoint.naming import DETECTRON2, TORCHVISION, translate
+from virtex_d2.checkpoint.probe import TOLERANCE, ProbeResult, probe
+from virtex_d2.checkpoint.source import (
+    FORMAT,
+    FORMAT_VERSION,
+    Backbone,
+    find_layouts,
+    read_backbone,
+)
+from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.files import atomic_path, write_safetensors
 
 
 def convert(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .naming import (
+from virtex_d2.checkpoint.naming import (
     CAFFE2,
     DETECTRON2,
     NAMINGS,

@@ -15,11 +15,8 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import safe_open
 
-from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.files import require_file
-
-from .building import MAX_AXES, Builder, Extent, read_extent
-from .rebuilding import (
+from virtex_d2.checkpoint.building import MAX_AXES, Builder, Extent, read_extent
+from virtex_d2.checkpoint.rebuilding import (
     LEGACY_MAGIC,
     READ,
     READABLE_DTYPES,
@@ -27,7 +24,9 @@ from .rebuilding import (
     read_legacy,
     unpickle,
 )
-from .stored import BoundedFile, Budget, Damaged, Placeholder, Refused
+from virtex_d2.checkpoint.stored import BoundedFile, Budget, Damaged, Placeholder, Refused
+from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.files import require_file
 
 _MAX_DIRECTORY = 16 << 20  # bytes of a zip archive's directory: some 150 000 storages
 _SAVE_ALONE = (

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .stored import (
+from virtex_d2.checkpoint.stored import (
     BoundedFile,
     Budget,
     Damaged,
@@ -23,7 +23,7 @@ from .stored import (
     StoredTensor,
     checked_key,
 )
-from .unpickling import Unpickler
+from virtex_d2.checkpoint.unpickling import Unpickler
 
 _ELEMENT = 100  # bytes, roughly, that one element takes in a dict, list, set or tuple
 _STORAGE_DTYPES = {

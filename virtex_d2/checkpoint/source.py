@@ -7,13 +7,9 @@ from typing import Any
 
 import torch
 
-from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.files import sha256
-
-from .architecture import ResNet, recognise_resnet
-from .choice import choose
-from .layouts import STRIDE, Found, Preprocessing, find_resnets
-from .naming import (
+from virtex_d2.checkpoint.choice import choose
+from virtex_d2.checkpoint.layouts import STRIDE, Found, Preprocessing, find_resnets
+from virtex_d2.checkpoint.naming import (
     CAFFE2,
     DETECTRON2,
     TORCHVISION,
@@ -22,8 +18,11 @@ from .naming import (
     translate,
     unwrapped,
 )
-from .reading import StoredCheckpoint, read_tensors
-from .statements import PIXELS, Statement, hear, weigh
+from virtex_d2.checkpoint.reading import StoredCheckpoint, read_tensors
+from virtex_d2.checkpoint.resnet import ResNet, recognise_resnet
+from virtex_d2.checkpoint.statements import PIXELS, Statement, hear, weigh
+from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.files import sha256
 
 FORMAT = "virtex_d2.backbone"
 FORMAT_VERSION = "1"

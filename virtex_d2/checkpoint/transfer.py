@@ -13,16 +13,15 @@ from detectron2.config import CfgNode
 from torch import nn
 
 import virtex_d2
-from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.files import atomic_path
-from virtex_d2.runtime.last_checkpoint import has_checkpoint, last_whole_checkpoint
-
-from .addresses import local_path
-from .layouts import IMAGENET_RGB, Preprocessing
-from .naming import DETECTRON2, TORCHVISION, is_counter, translate
-from .probe import TOLERANCE, ProbeResult, probe
-from .source import Backbone, detector_says, holds_detector, read_backbone
-from .statements import PIXELS, same
+from virtex_d2.checkpoint.addresses import local_path
+from virtex_d2.checkpoint.layouts import IMAGENET_RGB, Preprocessing
+from virtex_d2.checkpoint.naming import DETECTRON2, TORCHVISION, is_counter, translate
+from virtex_d2.checkpoint.probe import TOLERANCE, ProbeResult, probe
+from virtex_d2.checkpoint.source import Backbone, detector_says, holds_detector, read_backbone
+from virtex_d2.checkpoint.statements import PIXELS, same
+from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.files import atomic_path
+from virtex_d2.engine.last_checkpoint import has_checkpoint, last_whole_checkpoint
 
 logger = logging.getLogger(__name__)
 

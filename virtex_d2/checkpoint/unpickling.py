@@ -19,7 +19,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from .stored import (
+from virtex_d2.checkpoint.stored import (
     BoundedFile,
     Budget,
     Damaged,

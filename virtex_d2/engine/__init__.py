@@ -1,1 +1,4 @@
-"""What fine-tuning adds to detectron2's engine: one module for each thing that a config can ask."""
+"""What every run stands on: errors, files, config, launching, checkpoints, updates, bridges.
+
+Imports nothing else of the project.
+"""

@@ -1,108 +1,87 @@
-"""Small hooks of fine-tuning, each with one duty."""
+"""When checkpoints are written; for every engine."""
 
-import time
-from collections.abc import Callable
+import logging
+import sys
+from pathlib import Path
 
 import torch
-from detectron2.engine import HookBase, hooks
-from detectron2.utils import comm
+from detectron2.engine import hooks
 
-from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.evaluations import RECORD, is_on_record
-from virtex_d2.runtime.randomness import place_seed
+from virtex_d2.engine.checkpointer import AtomicCheckpointer, AtomicDetectionCheckpointer
+from virtex_d2.engine.disk import free_bytes, in_bytes
+from virtex_d2.engine.retention import numbered_checkpoints
+from virtex_d2.engine.snapshot import num_bytes
 
-
-class ImagesPerSecond(HookBase):
-    """Writes `images_per_second` of all processes together; stands after `IterationTimer`.
-
-    Args:
-        images: of an iteration.
-    """
-
-    def __init__(self, images: int):
-        self._images = images
-
-    def after_step(self) -> None:
-        time = self.trainer.storage.histories().get("time")
-        if time is not None:  # the timer leaves the first iterations out
-            self.trainer.storage.put_scalar("images_per_second", self._images / time.latest())
+logger = logging.getLogger(__name__)
 
 
-class SeedIteration(HookBase):
-    """What an iteration draws (proposals to learn from) is a function of (seed, iteration, rank).
+class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
+    """detectron2's, for checkpointers that write in the background and know what to keep.
 
-    So that a resumed run draws what it would have drawn, and no generator's state need be kept.
-    """
-
-    def __init__(self, seed: int):
-        self._seed = seed
-
-    def before_step(self) -> None:
-        torch.manual_seed(place_seed(self._seed, self.trainer.iter, comm.get_rank()))
-
-
-class Evaluation(hooks.EvalHook):
-    """detectron2's, whose last evaluation is part of the last iteration, and which misses none.
-
-    A run that was killed between a checkpoint and the end of the evaluation that follows it does
-    that evaluation when it is resumed.
+    Before the first iteration it says if the disk has too little room for the run's checkpoints.
+    An error of a write is raised after the iteration in which it happened, and training ends when
+    all is on disk, whether it ends well or not. In the first process alone.
 
     Args:
-        period: in iterations; 0: after the last only.
-        evaluate: () -> nested results; called in every process.
-        folder: OUTPUT_DIR, whose metrics.json tells what has been evaluated.
+        checkpointer, period: of detectron2's.
+        optimizer: whose state, before its first step, is not yet there to be measured.
     """
 
-    def __init__(self, period: int, evaluate: Callable[[], dict], folder: str):
-        super().__init__(period, evaluate)
-        self._folder = folder
+    def __init__(
+        self,
+        checkpointer: AtomicCheckpointer | AtomicDetectionCheckpointer,
+        period: int,
+        optimizer: torch.optim.Optimizer,
+    ):
+        super().__init__(checkpointer, period)
+        self._optimizer = optimizer
 
-    def after_step(self) -> None:
-        if self._is_due(self.trainer.iter):
-            start = time.perf_counter()
-            self._do_eval()
-            self.trainer.storage.put_scalar(
-                RECORD, time.perf_counter() - start, smoothing_hint=False
+    def before_train(self) -> None:
+        super().before_train()
+        folder = Path(self.checkpointer.save_dir)
+        size = num_bytes(self.checkpointer.states()) + _coming_state(self._optimizer)
+        count = self.checkpointer.retention.count(
+            self.trainer.start_iter, self.trainer.max_iter, self.period
+        )
+        old = sum(path.stat().st_size for path in numbered_checkpoints(folder).values())
+        needed = size * (count + 1)  # and model_final
+        if self.checkpointer.retention.last:
+            needed -= old  # which give way to new ones
+        folder.mkdir(parents=True, exist_ok=True)
+        free = free_bytes(folder)
+        if needed > free:
+            logger.warning(
+                "OUTPUT_DIR %s has room for %s, and the %d checkpoints to come take some %s, %s "
+                "each. Make room, keep fewer (SOLVER.CHECKPOINT_KEEP_LAST) or write fewer "
+                "(SOLVER.CHECKPOINT_PERIOD): the run stops where the disk is full.",
+                folder,
+                in_bytes(free),
+                count + 1,
+                in_bytes(needed),
+                in_bytes(size),
             )
+
+    def after_step(self) -> None:
+        self.checkpointer.writer.check()
+        super().after_step()
 
     def after_train(self) -> None:
-        """Nothing: the last evaluation has been done, unless training has failed."""
-
-    def owed(self, iteration: int) -> bool:
-        """Whether it is due and not on record."""
-        return self._is_due(iteration) and not is_on_record(self._folder, iteration)
-
-    def _is_due(self, iteration: int) -> bool:
-        done = iteration + 1
-        return done == self.trainer.max_iter or (self._period > 0 and done % self._period == 0)
+        ended_by_error = sys.exc_info()[0] is not None
+        try:
+            self.checkpointer.wait()
+        except Exception as error:
+            if not ended_by_error:
+                raise
+            logger.error("%s", error)  # and the first error goes on its way
 
 
-class SkippedImages(HookBase):
-    """Counts the files that training had to do without, and stops the run at too many of them.
-
-    Writes `images_skipped` to the metrics.
-
-    Args:
-        max_share: the fraction of the data set's images that may be skipped, 0 to 1.
-        period: iterations between exchanges among processes, which make them wait.
-    """
-
-    def __init__(self, max_share: float, period: int):
-        self._max_share = max_share
-        self._period = period
-
-    def after_step(self) -> None:
-        period = 1 if comm.get_world_size() == 1 else self._period
-        iteration = self.trainer.iter + 1
-        if iteration % period and iteration != self.trainer.max_iter:
-            return
-        loader = self.trainer.data_loader
-        skipped = sorted(set().union(*comm.all_gather(loader.skipped)))
-        self.trainer.storage.put_scalar("images_skipped", len(skipped), smoothing_hint=False)
-        total = len(loader.training_set)
-        if len(skipped) > self._max_share * total:
-            raise InputError(
-                f"{len(skipped)} of {total} training images are unusable, more than the share "
-                f"VIRTEX.MAX_SKIPPED_SHARE {self._max_share} allows; the first: "
-                f"{', '.join(skipped[:10])}. Replace or remove them, or allow a larger share."
-            )
+def _coming_state(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes that the optimizer's state will take; 0 once it is there."""
+    if optimizer.state:
+        return 0
+    tensors = 2 if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) else 0
+    return sum(
+        parameter.nbytes * (tensors or bool(group.get("momentum")))
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    )

@@ -13,9 +13,8 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from virtex_d2.runtime.errors import InputError
-
-from .options import autocast_dtype, clips_full_model
+from virtex_d2.detection.options import autocast_dtype, clips_full_model
+from virtex_d2.engine.errors import InputError
 
 logger = logging.getLogger(__name__)
 

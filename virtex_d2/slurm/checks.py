@@ -7,13 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from virtex_d2.runtime.arguments import argument_parser
-from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.shell import expanded
-
-from .command import Command
-from .options import JobOptions
-from .values import array_numbers
+from virtex_d2.engine.cli import argument_parser
+from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.shell import expanded
+from virtex_d2.slurm.command import Command
+from virtex_d2.slurm.options import JobOptions
+from virtex_d2.slurm.values import array_numbers
 
 Defaults = Mapping[str, Callable[[], Any]]
 
@@ -130,7 +129,7 @@ def check_configs(
     args = _parsed(command, [word.replace(ARRAY, first) for word in command.arguments])
     cfg = defaults[Path(command.program).name]() if all_there else None
     if cfg is not None:
-        from virtex_d2.runtime.config import load_config  # which needs more than a login node has
+        from virtex_d2.engine.config import load_config  # which needs more than a login node has
 
         file = args.config_file and str(cwd / expanded(args.config_file, "--config-file"))
         load_config(cfg, file, args.opts, expand=False)

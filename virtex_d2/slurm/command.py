@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.engine.errors import InputError
 
 # Tools with --resume, which start the run's processes or are one of them. A job that starts again
 # continues from the last checkpoint, and begins afresh where there is none.

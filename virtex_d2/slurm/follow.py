@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .script import SCRIPT_SAYS
-from .submit import SlurmError, Submitted, slurm
+from virtex_d2.slurm.script import SCRIPT_SAYS
+from virtex_d2.slurm.submit import SlurmError, Submitted, slurm
 
 ENDED = {
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY"),

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from virtex_d2.runtime.errors import InputError, nearest
-
-from .values import array_numbers, check_sbatch, seconds
+from virtex_d2.engine.errors import InputError, nearest
+from virtex_d2.slurm.values import array_numbers, check_sbatch, seconds
 
 if sys.version_info >= (3, 11):
     import tomllib

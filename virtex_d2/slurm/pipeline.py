@@ -22,9 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from virtex_d2.runtime.errors import InputError, nearest
-
-from .options import JobOptions, check_table, make_options, read_toml
+from virtex_d2.engine.errors import InputError, nearest
+from virtex_d2.slurm.options import JobOptions, check_table, make_options, read_toml
 
 _KEYS = ("command", "after")  # of a stage, besides options
 

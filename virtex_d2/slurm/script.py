@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from virtex_d2.runtime.errors import InputError
-from virtex_d2.runtime.shell import expanded, quote, quote_unread
-
-from .checks import ARRAY, check_command, processes_per_node
-from .command import Command
-from .options import JobOptions
+from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.shell import expanded, quote, quote_unread
+from virtex_d2.slurm.checks import ARRAY, check_command, processes_per_node
+from virtex_d2.slurm.command import Command
+from virtex_d2.slurm.options import JobOptions
 
 SCRIPT_SAYS = "== ["  # begins the script's own lines in the log
 _STARTS_LINE = re.compile(r"--\w|[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*$")

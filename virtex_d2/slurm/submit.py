@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from virtex_d2.runtime.atomic import atomic_path
-from virtex_d2.runtime.errors import InputError
-
-from .checks import Defaults, check_configs
-from .command import read_command
-from .options import JobOptions
-from .pipeline import Stage
-from .script import Job
+from virtex_d2.engine.atomic import atomic_path
+from virtex_d2.engine.errors import InputError
+from virtex_d2.slurm.checks import Defaults, check_configs
+from virtex_d2.slurm.command import read_command
+from virtex_d2.slurm.options import JobOptions
+from virtex_d2.slurm.pipeline import Stage
+from virtex_d2.slurm.script import Job
 
 SCRIPT, RECORD = "job.sbatch", "job.json"
 _PATIENCE = 120  # seconds for an answer of Slurm's controller

@@ -4,7 +4,7 @@ import itertools
 import re
 from collections.abc import Iterator
 
-from virtex_d2.runtime.errors import InputError
+from virtex_d2.engine.errors import InputError
 
 _ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
 # Options of sbatch that the script sets, with the tool's for each.

@@ -1,0 +1,193 @@
+"""From the config's DATA keys to records: which sources, which part of them."""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+from pretrain.data import (
+    KEYED_FORMATS,
+    SPLIT_FORMATS,
+    CaptionRecord,
+    MixedRecords,
+    Records,
+    Source,
+    load_records,
+    take_fraction,
+)
+from pretrain.data.lanes import Plan
+from pretrain.data.order import quotas
+from pretrain.data.subset import check_subset
+from pretrain.data.tars import is_pipe, list_shards
+from virtex_d2.engine.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+def training_records(cfg: CfgNode) -> Sequence[CaptionRecord]:
+    """What DATA.TRAIN_SOURCES, or else DATA.TRAIN_CAPTIONS, name; of that, DATA.FRACTION.
+
+    Raises:
+        InputError: the keys or the files cannot be used.
+    """
+    weights, sources = training_sources(cfg)
+    parts = [_subset(cfg, source, _load(source, "DATA.FORMAT")) for source in sources]
+    if len(parts) == 1:
+        return parts[0]
+    for source, quota in zip(sources, quotas(weights)):
+        logger.info("%s: %.1f %% of the training samples.", source.captions, quota / 10)
+    return MixedRecords(parts, weights)
+
+
+def stream_plan(cfg: CfgNode) -> Plan | None:
+    """How to read the training data, where it comes from pipes; None where it does not.
+
+    Raises:
+        InputError: pipes are mixed with other sources, or asked for what they cannot give.
+    """
+    data = cfg.DATA
+    _, sources = training_sources(cfg)
+    piped = [source for source in sources if source.format == "webdataset" and _piped(source)]
+    if not piped:
+        return None
+    name = piped[0].captions
+    if len(sources) > 1:
+        raise InputError(
+            f"DATA.TRAIN_SOURCES: {name} is read from pipes and cannot be mixed with other "
+            "sources. Give it alone, or download the shards."
+        )
+    if not data.TOKENIZER:
+        raise InputError(
+            f"DATA.TOKENIZER is empty: {name} is read from pipes, which have no end to train a "
+            "tokenizer on. Name one."
+        )
+    if cfg.MODEL.OBJECTIVE == "multilabel_classification":
+        raise InputError(
+            f"MODEL.OBJECTIVE multilabel_classification: {name} is read from pipes, for whose "
+            "images no labels are read. Download the shards."
+        )
+    if data.STREAM_LANES < 1 or data.STREAM_BLOCK < 1:
+        raise InputError(
+            f"DATA.STREAM_LANES {data.STREAM_LANES} and DATA.STREAM_BLOCK {data.STREAM_BLOCK} must "
+            "be 1 or more."
+        )
+    check_subset(data.FRACTION, data.CAPTIONS_PER_IMAGE)
+    shards = list_shards(name)
+    lanes = min(data.STREAM_LANES, len(shards))
+    logger.info("%s: %d shards, read in %d lanes.", name, len(shards), lanes)
+    return Plan(
+        tuple(shards),
+        lanes,
+        data.STREAM_BLOCK,
+        cfg.SEED,
+        data.FRACTION,
+        data.CAPTIONS_PER_IMAGE,
+        data.SUBSET_SEED,
+        data.CAPTION_KEY,
+    )
+
+
+def _piped(source: Source) -> bool:
+    return is_pipe(list_shards(source.captions)[0])
+
+
+def validation_records(cfg: CfgNode) -> Sequence[CaptionRecord]:
+    """What DATA.VAL_CAPTIONS names, all of it.
+
+    Raises:
+        InputError: no captions are named, or the files cannot be used.
+    """
+    data = cfg.DATA
+    if not data.VAL_CAPTIONS:
+        raise InputError(
+            "DATA.VAL_CAPTIONS is empty: name the annotation file, and DATA.VAL_IMAGES its folder "
+            "of images."
+        )
+    source_format = data.VAL_FORMAT or data.FORMAT
+    source = _source(cfg, source_format, data.VAL_CAPTIONS, data.VAL_IMAGES, data.VAL_SPLIT)
+    return _load(source, "DATA.VAL_FORMAT" if data.VAL_FORMAT else "DATA.FORMAT")
+
+
+def training_sources(cfg: CfgNode) -> tuple[list[float], list[Source]]:
+    """Weight and place of each training source.
+
+    Raises:
+        InputError: an entry of DATA.TRAIN_SOURCES is not of the form that it should have, or no
+            captions are named.
+    """
+    data = cfg.DATA
+    if not data.TRAIN_SOURCES:
+        if not data.TRAIN_CAPTIONS:
+            raise InputError(
+                "DATA.TRAIN_CAPTIONS is empty: name the annotation file, and DATA.TRAIN_IMAGES "
+                "its folder of images."
+            )
+        source = _source(cfg, data.FORMAT, data.TRAIN_CAPTIONS, data.TRAIN_IMAGES, data.TRAIN_SPLIT)
+        return [1.0], [source]
+    weights, sources = [], []
+    for number, entry in enumerate(data.TRAIN_SOURCES):
+        if not _is_source(entry):
+            raise InputError(
+                f"DATA.TRAIN_SOURCES[{number}]: expected [weight, format, captions, images] with a "
+                f"number and texts, and perhaps a split, found {entry!r}."
+            )
+        weight, source_format, captions, images, *split = entry
+        default = data.TRAIN_SPLIT if source_format in SPLIT_FORMATS else ""
+        weights.append(weight)
+        sources.append(_source(cfg, source_format, captions, images, *(split or [default])))
+    return weights, sources
+
+
+def _is_source(entry: object) -> bool:
+    return (
+        isinstance(entry, list | tuple)
+        and len(entry) in (4, 5)
+        and isinstance(entry[0], int | float)
+        and all(isinstance(part, str) for part in entry[1:])
+    )
+
+
+def _source(cfg: CfgNode, source_format: str, captions: str, images: str, split: str) -> Source:
+    index_dir = cfg.DATA.INDEX_DIR or cfg.OUTPUT_DIR
+    key = cfg.DATA.CAPTION_KEY if source_format in KEYED_FORMATS else ""
+    share = cfg.DATA.MAX_SKIPPED_SHARE
+    return Source(source_format, captions, images, split, index_dir, share, key)
+
+
+def _load(source: Source, key: str) -> Records:
+    turns = _main_process_first() if source.format == "webdataset" else contextlib.nullcontext()
+    with turns:
+        records = load_records(source, key)
+    logger.info("%s: %d images, %d captions.", source.captions, len(records), records.num_captions)
+    return records
+
+
+@contextlib.contextmanager
+def _main_process_first() -> Iterator[None]:
+    """The main process writes an index of shards, the others find it written."""
+    if not comm.is_main_process():
+        comm.synchronize()
+    try:
+        yield
+    finally:  # also on an error, which the others then meet as well
+        if comm.is_main_process():
+            comm.synchronize()
+
+
+def _subset(cfg: CfgNode, source: Source, records: Records) -> Records:
+    data = cfg.DATA
+    chosen = take_fraction(records, data.FRACTION, data.CAPTIONS_PER_IMAGE, data.SUBSET_SEED)
+    if chosen is not records:
+        logger.info(
+            "%s: of these, %d images and %d captions (DATA.FRACTION %g, DATA.CAPTIONS_PER_IMAGE "
+            "%d, DATA.SUBSET_SEED %d).",
+            source.captions,
+            len(chosen),
+            chosen.num_captions,
+            data.FRACTION,
+            data.CAPTIONS_PER_IMAGE,
+            data.SUBSET_SEED,
+        )
+    return chosen

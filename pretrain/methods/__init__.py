@@ -1,0 +1,1 @@
+"""Ways to pretrain a network, one folder each."""

@@ -1,0 +1,1 @@
+"""Learn an image by captioning it (VirTex, arXiv 2006.06666)."""

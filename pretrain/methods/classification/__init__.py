@@ -1,0 +1,1 @@
+"""Learn an image by the classes of what it shows."""

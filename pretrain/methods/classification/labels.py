@@ -1,0 +1,90 @@
+"""The classes of the objects in an image, from COCO instances files, for multi-label learning."""
+
+import os
+from collections.abc import Iterable
+
+import numpy as np
+
+from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.files import read_json
+
+
+class ImageLabels:
+    """Classes by record: `labels[i]` is the sorted int64 array of those that image i shows.
+
+    Images are matched by the name of their file, because captions come from formats that know no
+    image ids. One that the instances file does not list has no labels, as has one without objects.
+
+    Args:
+        json_path: a COCO instances file; crowds count as well.
+        file_names: of the records, in their order; of each the last part is read.
+
+    Raises:
+        InputError: the file is missing or not COCO instances, two of its images have one name, or
+            it knows none of the records' images.
+    """
+
+    def __init__(self, json_path: str | os.PathLike, file_names: Iterable[str]):
+        content = read_json(json_path)
+        for key in ("images", "annotations", "categories"):
+            if not isinstance(content.get(key), list):
+                raise InputError(
+                    f"{json_path}: expected a list `{key}`, found the keys {sorted(content)[:10]}. "
+                    "Labels are read from COCO instances files (instances_train2017.json)."
+                )
+        try:
+            categories = sorted((c["id"], c["name"]) for c in content["categories"])
+            images = {os.path.basename(i["file_name"]): i["id"] for i in content["images"]}
+            pairs = {(a["image_id"], a["category_id"]) for a in content["annotations"]}
+        except (TypeError, KeyError) as error:
+            raise InputError(
+                f"{json_path}: a record lacks {error}. Expected `id` and `name` of categories, "
+                "`id` and `file_name` of images, `image_id` and `category_id` of annotations."
+            ) from error
+        if len(images) != len(content["images"]):
+            raise InputError(
+                f"{json_path}: {len(content['images']) - len(images)} file names are given twice; "
+                "labels are matched by them. Make them unique."
+            )
+        self.class_names = [name for _, name in categories]
+        index_of = {category_id: index for index, (category_id, _) in enumerate(categories)}
+        if strange := sorted({c for _, c in pairs if c not in index_of}, key=str):
+            raise InputError(
+                f"{json_path}: annotations have the category ids {strange[:10]}, which are not in "
+                "`categories`. The file is cut short, or two files were mixed."
+            )
+        classes_of: dict[int | str, list[int]] = {}
+        for image_id, category_id in pairs:
+            classes_of.setdefault(image_id, []).append(index_of[category_id])
+
+        names = [os.path.basename(name) for name in file_names]
+        self.num_unlisted = sum(name not in images for name in names)
+        if self.num_unlisted == len(names):
+            raise InputError(
+                f"{json_path}: it lists none of the {len(names)} captioned images, of which the "
+                f"first is {names[0] if names else '-'}; its own first is "
+                f"{next(iter(images), '-')}. Captions and labels must be of the same images."
+            )
+        rows = [sorted(classes_of.get(images.get(name), ())) for name in names]
+        self.num_unlabelled = sum(not row for row in rows)
+        # two arrays, not a list of lists: workers share them without copying
+        self._ends = np.cumsum([0] + [len(row) for row in rows])
+        self._classes = np.array([c for row in rows for c in row], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self._classes[self._ends[index] : self._ends[index + 1]]
+
+
+def check_same_classes(train: ImageLabels, val: ImageLabels, val_path: str) -> None:
+    """Raises:
+    InputError: the two files have different classes, by name and order.
+    """
+    if train.class_names != val.class_names:
+        differing = set(train.class_names) ^ set(val.class_names)
+        raise InputError(
+            f"DATA.VAL_LABELS {val_path}: its classes differ from those of DATA.TRAIN_LABELS in "
+            f"{', '.join(sorted(differing)[:10]) or 'their order'}. Use the same categories."
+        )

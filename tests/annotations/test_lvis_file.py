@@ -1,0 +1,151 @@
+"""Files of LVIS's format: either version's, or anybody's."""
+
+import json
+import shutil
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from virtex_d2.annotations.lvis_file import VERSIONS, check_lvis_file, check_version, lvis_version
+from virtex_d2.annotations.use import Use
+from virtex_d2.detection.config import get_virtex_cfg
+from virtex_d2.detection.datasets import register_datasets
+from virtex_d2.engine.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("catalog_as_before")
+
+
+@pytest.fixture
+def world(three_formats, tmp_path):
+    """A copy of the small world, to be damaged."""
+    shutil.copytree(three_formats, tmp_path / "world")
+    return tmp_path / "world"
+
+
+def _file(world, split="train"):
+    return world / "annotations" / f"lvis_v1_{split}.json"
+
+
+def _edit(world, change, split="train"):
+    content = json.loads(_file(world, split).read_text())
+    change(content)
+    _file(world, split).write_text(json.dumps(content))
+
+
+def _check(world, **use):
+    return check_lvis_file(str(_file(world)), str(world / "images"), Use(**use))
+
+
+def _config(world, train=("l_train",), test=("l_test",)):
+    cfg = get_virtex_cfg()
+    cfg.VIRTEX.DATASETS = [
+        [f"l_{split}", "lvis", str(_file(world, split)), str(world / "images")]
+        for split in ("train", "test")
+    ]
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = train, test
+    return cfg
+
+
+def test_a_file_of_the_format_has_its_own_classes_and_images(world):
+    cfg = _config(world)
+    train, _ = register_datasets(cfg)
+    records = DatasetCatalog.get("l_train")
+    content = json.loads(_file(world).read_text())
+    assert len(records) == 6
+    assert records[0]["file_name"] == str(world / "images/train/000000.jpg")
+    assert sum(len(record["annotations"]) for record in records) == len(content["annotations"])
+    names = [category["name"] for category in content["categories"]]
+    assert MetadataCatalog.get("l_train").thing_classes == names
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == len(names)
+    assert "categories of its own" in train.size
+
+
+def test_category_ids_with_gaps_become_class_numbers(world):
+    def spread(content):
+        for record in content["categories"]:
+            record["id"] *= 10
+        for record in content["annotations"]:
+            record["category_id"] *= 10
+
+    _edit(world, spread)
+    register_datasets(_config(world, test=()))
+    content = json.loads(_file(world).read_text())
+    ids = {record["id"]: record["name"] for record in content["categories"]}
+    expected = [ids[item["category_id"]] for item in content["annotations"]]
+    records = DatasetCatalog.get("l_train")
+    classes = MetadataCatalog.get("l_train").thing_classes
+    found = [classes[item["category_id"]] for r in records for item in r["annotations"]]
+    assert found == expected
+
+
+def test_without_coco_url_the_file_name_says_where_an_image_is(world):
+    def rename(content):
+        for image in content["images"]:
+            image["file_name"] = image.pop("coco_url").removeprefix("shapes/")
+
+    _edit(world, rename)
+    assert _check(world, tests=False).num_images == 6
+
+
+def test_run_length_masks_and_polygons_may_be_mixed_as_bitmasks(world):
+    full = {"counts": [0, 4096], "size": [64, 64]}
+    _edit(world, lambda content: content["annotations"][0].update(segmentation=full))
+    cfg = _config(world, test=())
+    cfg.MODEL.MASK_ON = True
+    with pytest.raises(InputError, match="run-length mask, but INPUT.MASK_FORMAT is polygon"):
+        register_datasets(cfg)
+    cfg.INPUT.MASK_FORMAT = "bitmask"
+    register_datasets(cfg)
+    from detectron2.data import DatasetMapper
+
+    record = DatasetCatalog.get("l_train")[0]
+    masks = DatasetMapper(cfg, is_train=True)(record)["instances"].gt_masks
+    assert bool(masks.tensor[0].all())
+    assert len(masks) > 1
+
+
+def test_the_versions_are_told_by_their_categories():
+    assert {len(table) for table in VERSIONS.values()} == {1230, 1203}
+    assert lvis_version(VERSIONS["v0.5"]) == "v0.5"
+    assert lvis_version(dict(list(VERSIONS["v1"].items())[:50])) == ""
+
+
+def test_detectron2s_name_of_one_version_does_not_take_the_file_of_the_other():
+    with pytest.raises(InputError, match=r"'lvis_v1_val' is LVIS v1 .* but the file holds LVIS v0"):
+        check_version("lvis_v1_val", "f.json", VERSIONS["v0.5"])
+    with pytest.raises(InputError, match=r"holds 1 categories of another list"):
+        check_version("lvis_v0.5_train", "f.json", {1: "person"})
+    check_version("lvis_v0.5_val_cocofied", "f.json", {1: "person"})
+    check_version("lvis_v1_train", "f.json", VERSIONS["v1"])
+
+
+@pytest.mark.parametrize("name", ["lvis_train", "lvis_val", "LVIS"])
+def test_lvis_without_its_version_is_an_error_that_names_the_versions(name, world):
+    with pytest.raises(InputError, match=r"lvis_v1_train .*1203.* lvis_v0\.5_train .*1230"):
+        register_datasets(_config(world, train=(name,)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["images"][2].pop("neg_category_ids"), "image 3 lacks neg_category_ids"),
+        (lambda c: c["categories"][0].update(frequency="often"), r'category 1 \(circle\): "often"'),
+    ],
+)
+def test_what_only_the_evaluation_needs_is_asked_for_where_there_is_one(change, message, world):
+    _edit(world, change)
+    _check(world, tests=False)
+    with pytest.raises(InputError, match=message):
+        _check(world, tests=True)
+
+
+def test_absent_images_are_told_with_the_folder_that_was_expected(world):
+    with pytest.raises(InputError, match=r"6 of its 6 images.*the folder above those"):
+        check_lvis_file(str(_file(world)), str(world / "images/train"), Use(tests=False))
+
+
+def test_the_real_file_is_lvis_v05(real_data):
+    path = str(real_data / "coco/annotations/lvis_v0.5_val.json")
+    found = check_lvis_file(path, str(real_data / "coco"), Use(masks=True))
+    assert (found.num_images, found.num_annotations, len(found.categories)) == (47, 512, 1230)
+    assert found.notes == ("LVIS v0.5",)

@@ -1,0 +1,238 @@
+import hashlib
+import os
+import pickle
+import signal
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.files import (
+    atomic_path,
+    read_checkpoint,
+    read_numpy_pickle,
+    read_safetensors,
+    read_text,
+    sha256,
+    write_safetensors,
+)
+
+
+class TestAtomicPath:
+    def test_the_file_appears_whole_under_its_name(self, tmp_path):
+        dest = tmp_path / "new" / "folder" / "table.json"
+        with atomic_path(dest) as temporary:
+            assert temporary.parent == dest.parent
+            assert temporary.suffix == ".json"
+            temporary.write_text("[1]")
+            assert not dest.exists()
+        assert dest.read_text() == "[1]"
+        assert os.listdir(dest.parent) == ["table.json"]
+
+    @pytest.mark.parametrize("before", [None, "old"])
+    @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+    def test_a_failure_leaves_what_was_there_and_no_other_file(self, tmp_path, before, failure):
+        dest = tmp_path / "file.txt"
+        if before:
+            dest.write_text(before)
+        with pytest.raises(failure), atomic_path(dest) as temporary:
+            temporary.write_text("half")
+            raise failure
+        assert os.listdir(tmp_path) == (["file.txt"] if before else [])
+        assert not before or dest.read_text() == before
+
+    def test_an_existing_file_is_kept_where_overwriting_is_not_asked_for(self, tmp_path):
+        dest = tmp_path / "file.txt"
+        dest.write_text("old")
+        with pytest.raises(InputError, match="exists already"), atomic_path(dest, overwrite=False):
+            pytest.fail("the body must not run")
+        assert dest.read_text() == "old"
+
+    def test_a_file_that_another_process_wrote_meanwhile_is_kept_too(self, tmp_path):
+        dest = tmp_path / "file.txt"
+        with (
+            pytest.raises(InputError, match="exists already"),
+            atomic_path(dest, overwrite=False) as temporary,
+        ):
+            temporary.write_text("mine")
+            dest.write_text("theirs")
+        assert dest.read_text() == "theirs"
+        assert os.listdir(tmp_path) == ["file.txt"]
+
+    def test_a_body_that_writes_nothing_is_an_error(self, tmp_path):
+        with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "file.txt"):
+            pass
+        assert os.listdir(tmp_path) == []
+
+    def test_others_may_read_the_file_as_the_umask_says(self, tmp_path):
+        with atomic_path(tmp_path / "file.txt") as temporary:
+            temporary.write_text("x")
+        (tmp_path / "plain.txt").write_text("x")
+        modes = {(tmp_path / name).stat().st_mode for name in ("file.txt", "plain.txt")}
+        assert len(modes) == 1
+
+    def test_a_process_killed_while_writing_leaves_the_old_file(self, tmp_path, run_python):
+        dest = tmp_path / "file.txt"
+        dest.write_text("old")
+        script = (
+            "import os, signal, sys\n"
+            "from virtex_d2.engine.files import atomic_path\n"
+            "with atomic_path(sys.argv[1]) as temporary:\n"
+            "    temporary.write_text('half')\n"
+            "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        )
+        result = run_python("-c", script, dest)
+        assert result.returncode == -signal.SIGKILL
+        assert dest.read_text() == "old"
+
+
+class TestSafetensors:
+    @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(
+        shapes=st.dictionaries(
+            st.text("abc.0", min_size=1, max_size=6),
+            st.lists(st.integers(0, 3), max_size=3),
+            min_size=1,
+        ),
+        metadata=st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3),
+    )
+    def test_what_is_written_is_read_back(self, tmp_path, shapes, metadata):
+        tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+        path = tmp_path / "file.safetensors"
+        write_safetensors(path, tensors, metadata)
+        read, read_metadata = read_safetensors(path)
+        assert read_metadata == metadata
+        assert read.keys() == tensors.keys()
+        assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+
+    def test_a_transposed_tensor_and_a_parameter_are_written_by_their_values(self, tmp_path):
+        weight = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))
+        path = tmp_path / "file.safetensors"
+        write_safetensors(path, {"weight": weight.T}, {})
+        read, _ = read_safetensors(path)
+        assert torch.equal(read["weight"], torch.tensor([[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]))
+
+    def test_a_file_without_metadata_has_empty_metadata(self, tmp_path):
+        save_file({"weight": torch.ones(1)}, tmp_path / "file.safetensors")
+        assert read_safetensors(tmp_path / "file.safetensors")[1] == {}
+
+    @pytest.mark.parametrize("kept", [0, 4, 20, -1])
+    def test_a_truncated_file_is_named(self, tmp_path, kept):
+        path = tmp_path / "backbone.safetensors"
+        write_safetensors(path, {"weight": torch.ones(64)}, {"source": "test"})
+        path.write_bytes(path.read_bytes()[:kept])
+        with pytest.raises(InputError, match=r"backbone\.safetensors.*truncated"):
+            read_safetensors(path)
+
+    def test_a_torch_checkpoint_by_that_name_is_refused(self, tmp_path):
+        path = tmp_path / "renamed.safetensors"
+        torch.save({"weight": torch.ones(2)}, path)
+        with pytest.raises(InputError, match="another format"):
+            read_safetensors(path)
+
+    @pytest.mark.parametrize("read", [read_safetensors, read_checkpoint, read_numpy_pickle])
+    def test_a_missing_file_and_a_folder_are_named(self, tmp_path, read):
+        with pytest.raises(InputError, match=r"absent: expected a file, found nothing"):
+            read(tmp_path / "absent")
+        with pytest.raises(InputError, match="found a folder"):
+            read(tmp_path)
+
+
+class Touch:
+    """Pickles into a call that creates a file: what a malicious checkpoint would do."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+class TestReadCheckpoint:
+    def test_tensors_and_plain_values_are_read_onto_the_cpu(self, tmp_path):
+        state = OrderedDict(weight=torch.randn(2, 3))
+        torch.save({"model": state, "iteration": 7, "lrs": [0.1, None]}, tmp_path / "model.pth")
+        read = read_checkpoint(tmp_path / "model.pth")
+        assert torch.equal(read["model"]["weight"], state["weight"])
+        assert (read["iteration"], read["lrs"]) == (7, [0.1, None])
+
+    def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_does_not_run(self, tmp_path):
+        torch.save({"model": {}, "args": Touch(tmp_path / "trace")}, tmp_path / "model.pth")
+        with pytest.raises(InputError, match=r"model\.pth: refused.*mkdir.*run any code"):
+            read_checkpoint(tmp_path / "model.pth")
+        assert not (tmp_path / "trace").exists()
+
+    @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+    def test_a_truncated_checkpoint_is_named(self, tmp_path, share):
+        path = tmp_path / "model.pth"
+        torch.save({"model": {"weight": torch.randn(1000)}}, path)
+        content = path.read_bytes()
+        path.write_bytes(content[: int(share * len(content))])
+        with pytest.raises(InputError, match=r"model\.pth: expected a torch checkpoint"):
+            read_checkpoint(path)
+
+    def test_another_format_is_named(self, tmp_path):
+        (tmp_path / "model.pth").write_text("not found\n")
+        with pytest.raises(InputError, match=r"model\.pth: expected a torch checkpoint"):
+            read_checkpoint(tmp_path / "model.pth")
+
+    def test_a_bare_tensor_is_no_checkpoint(self, tmp_path):
+        torch.save(torch.ones(2), tmp_path / "model.pth")
+        with pytest.raises(InputError, match="found a Tensor"):
+            read_checkpoint(tmp_path / "model.pth")
+
+
+class TestReadNumpyPickle:
+    def test_arrays_of_every_pickle_protocol_are_read(self, tmp_path):
+        data = {
+            "model": {"weight": np.arange(6, dtype=np.float32).reshape(2, 3)},
+            "__author__": "x",
+        }
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+            path = tmp_path / f"model{protocol}.pkl"
+            path.write_bytes(pickle.dumps(data, protocol=protocol))
+            read = read_numpy_pickle(path)
+            np.testing.assert_array_equal(read["model"]["weight"], data["model"]["weight"])
+            assert read["__author__"] == "x"
+
+    def test_a_pickle_with_code_in_it_is_refused_and_the_code_does_not_run(self, tmp_path):
+        (tmp_path / "model.pkl").write_bytes(pickle.dumps({"model": Touch(tmp_path / "trace")}))
+        with pytest.raises(InputError, match=r"model\.pkl.*mkdir.*could run code"):
+            read_numpy_pickle(tmp_path / "model.pkl")
+        assert not (tmp_path / "trace").exists()
+
+    @pytest.mark.parametrize("content", [b"", b"\x80\x04", b"hello there", pickle.dumps([1])])
+    def test_anything_else_is_named(self, tmp_path, content):
+        (tmp_path / "model.pkl").write_bytes(content)
+        with pytest.raises(InputError, match=r"model\.pkl: expected"):
+            read_numpy_pickle(tmp_path / "model.pkl")
+
+
+def test_sha256_is_that_of_the_bytes(tmp_path):
+    content = os.urandom(3 << 20)
+    (tmp_path / "file").write_bytes(content)
+    assert sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+def test_a_file_can_be_read_by_those_who_can_read_any_other(tmp_path):
+    """safetensors writes for its user alone; a backbone file is for colleagues."""
+    (tmp_path / "any").touch()
+    write_safetensors(tmp_path / "a.safetensors", {"a": torch.ones(1)}, {})
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+def test_a_binary_file_in_place_of_text_is_told_from_one_in_another_encoding(tmp_path):
+    path = tmp_path / "captions.json"
+    path.write_bytes(b"PK\x03\x04\0\0\xff\n")
+    with pytest.raises(InputError, match="expected text in UTF-8, found a binary file"):
+        read_text(path)
+    for encoding in ("latin-1", "utf-16"):
+        path.write_text('["caf\u00e9"]', encoding=encoding)
+        with pytest.raises(InputError, match="line 1: expected UTF-8.*iconv"):
+            read_text(path)

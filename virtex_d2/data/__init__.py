@@ -1,1 +1,0 @@
-"""Data sets for detectors, and a synthetic captioned world."""

@@ -1,0 +1,1 @@
+"""Mask R-CNN and its kin from a pretrained backbone: data, training, evaluation, on detectron2."""

@@ -1,0 +1,102 @@
+"""Which reader for which data set: three words of a command line, or a name of the catalog."""
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from virtex_d2.annotations.json_files import read_json_file
+from virtex_d2.annotations.table import AnnotationTable
+from virtex_d2.annotations.voc import read_voc_folder
+from virtex_d2.detection.datasets import register_entries
+from virtex_d2.engine.errors import InputError, nearest
+
+
+def _read_voc(folder: str, split: str, name: str) -> AnnotationTable:
+    return read_voc_folder(folder, split, name)
+
+
+# Type -> (annotation file or folder, image folder or split, name) -> table. The three words are
+# those of an entry of VIRTEX.DATASETS.
+READERS: dict[str, Callable[[str, str, str], AnnotationTable]] = {
+    "coco": partial(read_json_file, "coco"),
+    "lvis": partial(read_json_file, "lvis"),
+    "voc": _read_voc,
+}
+
+
+def read_annotations(source: Sequence[str], name: str) -> AnnotationTable:
+    """Read a data set.
+
+    Args:
+        source: ("coco" or "lvis", JSON file, image folder) or ("voc", folder, split).
+        name: what to call it.
+
+    Raises:
+        InputError: another type, or nothing can be read there.
+    """
+    kind, annotations, images = source
+    if kind not in READERS:
+        raise InputError(
+            f"'{kind}' is no type of data set; expected one of {', '.join(READERS)}, as in: coco "
+            f"annotations.json images.{nearest(kind, READERS)}"
+        )
+    return READERS[kind](annotations, images, name)
+
+
+def source_name(source: Sequence[str]) -> str:
+    """What people call a data set: its file's name; in VOC the folder's and the split."""
+    kind, annotations, images = source
+    name = os.path.basename(os.path.normpath(annotations))
+    return f"{name} {images}" if kind == "voc" else name
+
+
+def read_catalog(name: str) -> AnnotationTable:
+    """Read a data set that detectron2's catalog knows, from the files that its metadata names.
+
+    Raises:
+        InputError: the name is unknown, it is of another format, or nothing can be read there.
+    """
+    if name not in DatasetCatalog:
+        known = [known for known in DatasetCatalog.list() if not known.startswith("__")]
+        raise InputError(
+            f"'{name}' is not a known data set.{nearest(name, known)} Name its files with "
+            "VIRTEX.DATASETS."
+        )
+    metadata: Any = MetadataCatalog.get(name)
+    kind = metadata.get("evaluator_type")
+    if kind in ("coco", "lvis"):
+        return READERS[kind](metadata.json_file, metadata.image_root, name)
+    if kind == "pascal_voc":
+        return read_voc_folder(
+            metadata.dirname,
+            metadata.split,
+            name,
+            metadata.get("thing_classes"),
+            metadata.get("chosen_classes", False),
+        )
+    raise InputError(
+        f"'{name}' has evaluator_type {kind!r}; only data sets in the formats of COCO, LVIS and "
+        "VOC can be read."
+    )
+
+
+def read_config(cfg: CfgNode) -> tuple[list[AnnotationTable], list[AnnotationTable]]:
+    """The data sets of DATASETS.TRAIN and those of DATASETS.TEST.
+
+    Raises:
+        InputError: VIRTEX.DATASETS is malformed, no data set is named, or as `read_catalog`.
+    """
+    register_entries(cfg)
+    if not cfg.DATASETS.TRAIN and not cfg.DATASETS.TEST:
+        raise InputError(
+            "DATASETS.TRAIN and DATASETS.TEST are empty; name the data sets, for example "
+            "DATASETS.TRAIN \"('name',)\"."
+        )
+    train, test = (
+        [read_catalog(name) for name in names] for names in (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
+    )
+    return train, test

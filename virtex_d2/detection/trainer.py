@@ -1,0 +1,335 @@
+"""Fine-tuning: detectron2's `DefaultTrainer` with strict weights, safe checkpoints, any device."""
+
+import logging
+import os
+import traceback
+import weakref
+from collections import OrderedDict
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
+from detectron2.evaluation import DatasetEvaluator, verify_results
+from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter
+from fvcore.nn.precise_bn import get_bn_modules
+from torch import nn
+
+from virtex_d2.checkpoint.transfer import config_preprocessing, is_backbone, load_backbone
+from virtex_d2.detection.batch import resolve_batch
+from virtex_d2.detection.checkpointer import DetectorCheckpointer
+from virtex_d2.detection.ema import ExportEMA, UpdateEMA, WeightEMA
+from virtex_d2.detection.evaluation import build_evaluator
+from virtex_d2.detection.hooks import Evaluation, ImagesPerSecond, SeedIteration, SkippedImages
+from virtex_d2.detection.loader import TestLoader, TrainLoader, build_train_loader
+from virtex_d2.detection.options import check_augmented_evaluation, check_training, clips_full_model
+from virtex_d2.detection.precise_bn import PreciseBN
+from virtex_d2.engine.background import StateWriter
+from virtex_d2.engine.disk import stop_where_disk_is_full
+from virtex_d2.engine.distributed import wrap_ddp
+from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.evaluations import MetricsWriter
+from virtex_d2.engine.hooks import PeriodicCheckpointer
+from virtex_d2.engine.loop import build_loop
+from virtex_d2.engine.preemption import settled
+from virtex_d2.engine.randomness import own_randomness
+from virtex_d2.engine.retention import Retention
+from virtex_d2.engine.run import write_config
+from virtex_d2.engine.stopping import StopHook, StoppableTrainer
+
+logger = logging.getLogger(__name__)
+
+
+class DetectionTrainer(StoppableTrainer, DefaultTrainer):
+    """Trains a detector as the config says.
+
+        trainer = DetectionTrainer(cfg)
+        trainer.resume_or_load(resume=False)
+        trainer.train()
+
+    MODEL.WEIGHTS is "" (random), a checkpoint with a ResNet (loaded strictly: every backbone tensor
+    or an error, and it must compute what it computed) or a detector's checkpoint. An iteration is
+    an update of the optimizer, whatever number of passes it takes (VIRTEX.ACCUMULATE).
+
+    Args:
+        cfg: with MODEL.DEVICE and norms resolved; its data sets registered.
+
+    Attributes:
+        cfg: scaled to the number of processes, with SOLVER.REFERENCE_WORLD_SIZE.
+        ema: the average of the weights; None without VIRTEX.EMA.
+
+    Raises:
+        InputError: the config or the data cannot be used.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        # Not DefaultTrainer's own: that opens metrics.json before the weights are known to load,
+        # and its mixed precision is for GPUs only.
+        TrainerBase.__init__(self)
+        check_training(cfg)
+        self._given_cfg = cfg
+        self.cfg = cfg = resolve_batch(cfg)
+        model = self.build_model(cfg)
+        self.ema = WeightEMA(model, cfg.VIRTEX.EMA.DECAY) if cfg.VIRTEX.EMA.ENABLED else None
+        optimizer = self.build_optimizer(cfg, model)
+        self._trainer = build_loop(cfg, wrap_ddp(model), self.build_train_loader(cfg), optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = DetectorCheckpointer(
+            self.model,
+            cfg.OUTPUT_DIR,
+            save_to_disk=comm.is_main_process(),
+            preprocessing=config_preprocessing(cfg),
+            writer=StateWriter(cfg.SOLVER.CHECKPOINT_BACKGROUND),
+            retention=Retention(cfg.SOLVER.CHECKPOINT_KEEP_LAST, cfg.SOLVER.CHECKPOINT_KEEP_EVERY),
+            trainer=weakref.proxy(self),
+            **({"ema": self.ema} if self.ema else {}),
+        )
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def evaluate_only(cls, cfg: CfgNode, resume: bool = False) -> dict:
+        """Evaluate MODEL.WEIGHTS, or with `resume` the last checkpoint, on DATASETS.TEST.
+
+        With VIRTEX.EMA.ENABLED and EVALUATE that is the average which the checkpoint holds.
+
+        Raises:
+            InputError: there are no weights of the whole detector, or no average of them.
+        """
+        check_augmented_evaluation(cfg)
+        model = cls.build_model(cfg)
+        averaged = cfg.VIRTEX.EMA.ENABLED and cfg.VIRTEX.EMA.EVALUATE
+        checkpointer = DetectorCheckpointer(model, cfg.OUTPUT_DIR, whole=True, averaged=averaged)
+        weights = cfg.MODEL.WEIGHTS
+        # The last one and, should it be damaged, no older one: whose results would be taken for it.
+        last = checkpointer.get_checkpoint_file() if resume else ""
+        if not last and (not weights or is_backbone(weights)):
+            raise InputError(
+                f"MODEL.WEIGHTS {weights!r}: --eval-only needs a detector's checkpoint, such as "
+                "OUTPUT_DIR/model_final.pth, or --resume and one in OUTPUT_DIR; a backbone alone "
+                "detects nothing."
+            )
+        checkpointer.load(last or weights, checkpointables=[])
+        if averaged:
+            logger.info("What is evaluated is the moving average of the checkpoint's weights.")
+        results = cls.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results.update(cls.test_with_tta(cfg, model))
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Continue from OUTPUT_DIR's last checkpoint if `resume`, else start from MODEL.WEIGHTS.
+
+        Raises:
+            InputError: the file is missing, damaged or does not fit; nothing was loaded.
+        """
+        resuming = resume and self.checkpointer.has_checkpoint()
+        if not resuming and is_backbone(self.cfg.MODEL.WEIGHTS):
+            report = load_backbone(self.model, self.cfg.MODEL.WEIGHTS, self.cfg)
+            if comm.is_main_process():
+                report.write(self.cfg.OUTPUT_DIR)
+        else:
+            super().resume_or_load(resume)
+        self.data_loader.start_at(self.start_iter)
+        if resuming:
+            # As at a first start: scaled once more from it, the run goes on as it was.
+            write_config(self._given_cfg)
+
+    def train(self) -> dict | None:
+        """Train to SOLVER.MAX_ITER; a run that is finished is left as it is.
+
+        Returns:
+            The last evaluation's results where TEST.EXPECTED_RESULTS asks for a check of them.
+        """
+        if self.is_finished():
+            logger.info(
+                "All %d iterations are done and evaluated: nothing is left. --eval-only evaluates "
+                "once more.",
+                self.max_iter,
+            )
+            return None
+        cfg = self.cfg
+        if comm.is_main_process():  # last, so that it writes what the other hooks found
+            printer = CommonMetricPrinter(self.max_iter)
+            self.register_hooks([MetricsWriter(printer, cfg.OUTPUT_DIR, cfg.VIRTEX.LOG_PERIOD)])
+        with stop_where_disk_is_full(self.cfg.OUTPUT_DIR):
+            return super().train()
+
+    def state_dict(self) -> dict:
+        """Iteration, schedule (of its hook), optimizer and scaler, and what an iteration is."""
+        return {
+            **TrainerBase.state_dict(self),
+            "_trainer": self._trainer.state_dict(),
+            "images_per_iteration": self.cfg.SOLVER.IMS_PER_BATCH,
+        }
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """What `state_dict` gave.
+
+        Raises:
+            InputError: the optimizer's state is missing: the checkpoint is of stock detectron2; or
+                iterations are of another number of images.
+        """
+        if "_trainer" not in state_dict:
+            raise InputError(
+                f"OUTPUT_DIR {self.cfg.OUTPUT_DIR}: its last checkpoint holds no optimizer state "
+                "(a trainer of detectron2 0.6 wrote it), so that the run cannot go on as if it had "
+                "not stopped. Start a new one from it: another OUTPUT_DIR, and that file as "
+                "MODEL.WEIGHTS."
+            )
+        images = self.cfg.SOLVER.IMS_PER_BATCH
+        before = state_dict.get("images_per_iteration", images)
+        if before != images:
+            raise InputError(
+                f"OUTPUT_DIR {self.cfg.OUTPUT_DIR}: an iteration of its last checkpoint is an "
+                f"update from {before} images; here it would be one from {images}, so that neither "
+                "iterations nor schedule are the same. Resume with that SOLVER.IMS_PER_BATCH (with "
+                "SOLVER.REFERENCE_WORLD_SIZE on as many processes as before); VIRTEX.ACCUMULATE "
+                "may change."
+            )
+        TrainerBase.load_state_dict(self, state_dict)
+        self._trainer.load_state_dict(state_dict["_trainer"])
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """detectron2's hooks but for the writers, which `train` adds, and this project's."""
+        cfg, main = self.cfg, comm.is_main_process()
+        evaluates, folder = bool(cfg.DATASETS.TEST), cfg.OUTPUT_DIR
+        return [
+            hooks.IterationTimer(),
+            SeedIteration(cfg.SEED),
+            hooks.LRScheduler(),
+            ImagesPerSecond(cfg.SOLVER.IMS_PER_BATCH),
+            SkippedImages(cfg.VIRTEX.MAX_SKIPPED_SHARE, cfg.VIRTEX.LOG_PERIOD),
+            UpdateEMA(self.ema) if self.ema else None,
+            StopHook(),  # what stands behind it is what a resumed run makes up for
+            self._precise_bn() if cfg.TEST.PRECISE_BN.ENABLED else None,
+            # After PreciseBN, whose statistics are to be saved; before the evaluation, so that what
+            # was trained is safe when that fails.
+            PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, self.optimizer)
+            if main
+            else None,
+            ExportEMA(self._ema_checkpointer()) if self.ema and main else None,
+            Evaluation(cfg.TEST.EVAL_PERIOD, self._test, folder) if evaluates else None,
+            # Once, as detectron2's train_net.py: it takes as many times longer as there are sizes.
+            Evaluation(0, self._test_with_tta, folder)
+            if evaluates and cfg.TEST.AUG.ENABLED
+            else None,
+        ]
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """The detector on MODEL.DEVICE.
+
+        Raises:
+            InputError: a NAME in the config is of nothing that is registered, or detectron2 asserts
+                that keys are otherwise.
+        """
+        try:
+            model = super().build_model(cfg)
+        except (KeyError, AssertionError) as error:
+            if "registry" in str(error):
+                raise InputError(f"config: {error.args[0]} Check the NAME of that part.") from error
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            if "/detectron2/" not in frame.filename:
+                raise
+            # An assertion may have no words, but its line names the key.
+            raise InputError(
+                f"config: detectron2 cannot build MODEL.META_ARCHITECTURE "
+                f"{cfg.MODEL.META_ARCHITECTURE} from it: {type(error).__name__} {error} in "
+                f"{os.path.basename(frame.filename)}, line {frame.lineno}: {frame.line}"
+            ) from error
+        if cfg.VIRTEX.CHANNELS_LAST:
+            model = model.to(memory_format=torch.channels_last)
+        return model
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """detectron2's; what clips all gradients together is not in it but in the loop."""
+        if clips_full_model(cfg):
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
+        return super().build_optimizer(cfg, model)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        return build_evaluator(cfg, dataset_name)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
+        return build_train_loader(cfg, seed=cfg.SEED)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> TestLoader:
+        return TestLoader(cfg, dataset_name)
+
+    @classmethod
+    def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> OrderedDict:
+        """Evaluate with detectron2's test-time augmentation, as TEST.AUG says.
+
+        Predictions are stored in OUTPUT_DIR/inference_TTA.
+
+        Returns:
+            As `test`, each name with `_TTA` behind it.
+        """
+        logger.info("Evaluating with test-time augmentation ...")
+        evaluators = [
+            build_evaluator(cfg, name, folder="inference_TTA") for name in cfg.DATASETS.TEST
+        ]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return OrderedDict((f"{name}_TTA", result) for name, result in results.items())
+
+    def _precise_bn(self) -> HookBase | None:
+        if not get_bn_modules(self.model):
+            logger.info("TEST.PRECISE_BN: the model has no batch norm that is trained.")
+            return None
+        models = {"the model": self.model}
+        if self.ema:
+            models["its average"] = self.ema.model
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.DATALOADER.NUM_WORKERS = 0  # they would idle between its few uses
+        # The batches that norms see in training, and that fit into memory; as many images.
+        cfg.SOLVER.IMS_PER_BATCH //= cfg.VIRTEX.ACCUMULATE
+        training_set = self.data_loader.training_set
+        return PreciseBN(
+            cfg.TEST.EVAL_PERIOD,
+            models,
+            lambda: build_train_loader(cfg, training_set),
+            cfg.TEST.PRECISE_BN.NUM_ITER * cfg.VIRTEX.ACCUMULATE,
+            cfg.SEED,
+        )
+
+    def _ema_checkpointer(self) -> DetectorCheckpointer:
+        return DetectorCheckpointer(
+            self.ema.model,
+            self.cfg.OUTPUT_DIR,
+            preprocessing=config_preprocessing(self.cfg),
+            writer=self.checkpointer.writer,
+        )
+
+    def _evaluated_model(self) -> nn.Module:
+        if self.ema is None:
+            return self.model
+        average = self.cfg.VIRTEX.EMA.EVALUATE
+        logger.info(
+            "What is evaluated %s the moving average of the weights over %d updates.",
+            "is" if average else "are the weights themselves, not",
+            self.ema.updates,
+        )
+        return self.ema.model if average else self.model
+
+    def _test(self) -> dict:
+        with own_randomness(self.cfg.SEED, self.iter, comm.get_rank()):
+            self._last_eval_results = settled(lambda: self.test(self.cfg, self._evaluated_model()))
+        return self._last_eval_results
+
+    def _test_with_tta(self) -> dict:
+        with own_randomness(self.cfg.SEED, self.iter, comm.get_rank()):
+            results = settled(lambda: self.test_with_tta(self.cfg, self._evaluated_model()))
+        self._last_eval_results.update(results)
+        return results

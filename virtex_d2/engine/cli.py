@@ -1,0 +1,114 @@
+"""The command line of a training tool. Standard library alone, so that it answers at once."""
+
+import argparse
+from typing import Any, NoReturn
+
+from virtex_d2.engine.errors import nearest
+
+# Seconds. detectron2's own: the others wait in a collective while the first process evaluates.
+COLLECTIVE_TIMEOUT = 1800
+# Seconds. The nodes of a large job start minutes apart, and read Python from one file server.
+LAUNCH_TIMEOUT = 600
+
+
+class _FlagsFirstParser(argparse.ArgumentParser):
+    """Refuses flags after the KEY VALUE pairs, where detectron2's parser takes them for pairs."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = [word for word in message.split() if word.startswith("--")]
+        if message.startswith("unrecognized arguments") and unknown:
+            message += f".{nearest(unknown[0].partition('=')[0], self._option_string_actions)}"
+        super().error(message)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
+        parsed = super().parse_args(args, namespace)
+        late = [opt for opt in parsed.opts if opt.startswith("--")]
+        if late:
+            self.error(
+                f"{late[0]} stands after the KEY VALUE pairs, which begin with {parsed.opts[0]}. "
+                "Put flags before them."
+            )
+        return parsed
+
+
+def argument_parser(description: str | None = None) -> argparse.ArgumentParser:
+    """detectron2's flags for a training tool; KEY VALUE overrides arrive in `args.opts`.
+
+    Flags after the overrides are an error; detectron2's own parser takes them for overrides.
+    """
+    parser = _FlagsFirstParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config-file", default="", metavar="FILE", help="YAML config file")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue from OUTPUT_DIR/last_checkpoint; starts afresh where there is none",
+    )
+    parser.add_argument(
+        "--eval-only",
+        action="store_true",
+        help="only evaluate MODEL.WEIGHTS, or where that is empty OUTPUT_DIR's last checkpoint",
+    )
+    parser.add_argument(
+        "--time-budget",
+        metavar="TIME",
+        help="after so long (45m, 23.5h or [DAYS-]HH:MM:SS since the start) write a checkpoint and "
+        "end with exit code 75; default: VIRTEX_TIME_BUDGET, else before a Slurm job ends",
+    )
+    parser.add_argument(
+        "--num-gpus",
+        type=int,
+        metavar="N",
+        help="GPUs per machine, each with a process of its own (default 1; where srun starts one "
+        "task per node, all). Not with torchrun, nor with several tasks per node: these start the "
+        "processes themselves",
+    )
+    parser.add_argument(
+        "--num-processes",
+        type=int,
+        metavar="N",
+        help="processes per machine, for runs on CPUs too",
+    )
+    parser.add_argument("--num-machines", type=int, default=1, help="machines (default 1)")
+    parser.add_argument("--machine-rank", type=int, default=0, help="this machine's number, from 0")
+    parser.add_argument(
+        "--dist-url",
+        default="auto",
+        metavar="URL",
+        help="where the processes meet, as tcp://HOST:PORT of the first machine; needed with "
+        "--num-machines",
+    )
+    parser.add_argument(
+        "--launch-timeout",
+        type=_seconds,
+        default=LAUNCH_TIMEOUT,
+        metavar="SECONDS",
+        help="how long to wait for all processes to come; who is missing is named (default "
+        f"{LAUNCH_TIMEOUT})",
+    )
+    parser.add_argument(
+        "--collective-timeout",
+        type=_seconds,
+        default=COLLECTIVE_TIMEOUT,
+        metavar="SECONDS",
+        help="how long one process may keep the others waiting, such as with its evaluation "
+        f"(default {COLLECTIVE_TIMEOUT})",
+    )
+    parser.add_argument(
+        "opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="KEY VALUE",
+        help="config overrides in pairs, e.g. SOLVER.BASE_LR 0.01 OUTPUT_DIR output/first",
+    )
+    return parser
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < 1e6:
+        raise argparse.ArgumentTypeError(f"expected a positive number of seconds, found {text}")
+    return seconds

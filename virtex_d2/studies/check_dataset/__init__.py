@@ -1,0 +1,1 @@
+"""Check a detection data set: text, JSON, CSV and a page."""

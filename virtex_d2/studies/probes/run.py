@@ -1,0 +1,195 @@
+"""A probe from its config to its results."""
+
+import argparse
+import hashlib
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+from tabulate import tabulate
+
+from virtex_d2.checkpoint.transfer import config_preprocessing
+from virtex_d2.detection.modeling import resolve_norms
+from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.run import setup_run
+from virtex_d2.engine.shell import expanded
+from virtex_d2.studies.probes.classification import train_classifier
+from virtex_d2.studies.probes.config import check_config
+from virtex_d2.studies.probes.crops import CentralCrop
+from virtex_d2.studies.probes.datasets import LabelledImages, load_datasets
+from virtex_d2.studies.probes.features import Extraction, Features, normalized, usable_rows
+from virtex_d2.studies.probes.network import build_network, complete_config
+from virtex_d2.studies.probes.results import RESULTS, read_results, write_results
+from virtex_d2.studies.probes.svm import evaluate_svms
+from virtex_d2.studies.probes.training import refuse_other_run
+from virtex_d2.studies.probes.voc import VocImages, load_voc
+
+logger = logging.getLogger(__name__)
+
+# Keys that make a run of a task this run; where data and weights are does not.
+_KEYS = {
+    "voc_svm": ("SVM.COSTS", "SVM.FOLDS", "SVM.POSITIVE_WEIGHT", "SVM.MAX_ITER", "SVM.DIFFICULT"),
+    "linear": (
+        *("SOLVER.EPOCHS", "SOLVER.IMS_PER_BATCH", "SOLVER.BASE_LR", "SOLVER.MOMENTUM"),
+        *("SOLVER.WEIGHT_DECAY", "SOLVER.SCHEDULE", "SOLVER.STEPS", "SOLVER.GAMMA"),
+        *("SOLVER.AMP.ENABLED", "INPUT.AUGMENT", "INPUT.CROP_SCALE", "INPUT.CROP_RATIO"),
+    ),
+}
+_KEYS["finetune"] = (*_KEYS["linear"], "MODEL.RESNETS.NORM")
+
+Images = VocImages | LabelledImages
+
+
+def run_probe(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
+    """Run what TASK says, and write results.json and per_class.csv into OUTPUT_DIR.
+
+    Args:
+        cfg: of `get_probe_cfg`. Changed: completed from the checkpoint, and resolved.
+        args: of `runtime.arguments.argument_parser`. With --resume a finished run is left as it is,
+            and an interrupted one goes on.
+
+    Returns:
+        The metrics, in percent.
+
+    Raises:
+        InputError: config, checkpoint or data cannot be used, or OUTPUT_DIR holds another run.
+    """
+    if args.eval_only:
+        raise InputError("--eval-only: a probe trains and evaluates in one; leave the flag out.")
+    check_config(cfg)
+    cfg.DATA.ROOT = expanded(cfg.DATA.ROOT, "DATA.ROOT")
+    finished = read_results(cfg.OUTPUT_DIR)
+    if finished and not args.resume:
+        raise InputError(
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR}: holds the {RESULTS} of another run. Choose another "
+            "OUTPUT_DIR, or add --resume if it is this one."
+        )
+    changes = complete_config(cfg)
+    # A run that is finished keeps its config.yaml, whatever it is resumed with.
+    setup_run(cfg, argparse.Namespace(**{**vars(args), "eval_only": finished is not None}))
+    for line in changes:
+        logger.info(line)
+    resolve_norms(cfg)
+    cfg.freeze()
+    train, test = load_voc(cfg) if cfg.TASK == "voc_svm" else load_datasets(cfg)
+    for name, images in (("Training", train), ("Test", test)):
+        logger.info(
+            "%s set: %s, %d images, %d classes",
+            *(name, images.source, len(images.files), len(images.classes)),
+        )
+    network, about_network = build_network(cfg)
+    identity = _identity(cfg, about_network["tensors_sha256"], train, test)
+    if finished:
+        refuse_other_run(finished["identity"], identity)
+        logger.info("%s: finished already, nothing is done.", cfg.OUTPUT_DIR)
+        return finished["metrics"]
+    about_network["preprocessing"] = config_preprocessing(cfg).config()
+    extract = Extraction(
+        network,
+        cfg.MODEL.RESNETS.STRIDE_IN_1X1,
+        CentralCrop(cfg.INPUT.RESIZE, cfg.INPUT.CROP, cfg.INPUT.FORMAT),
+        cfg.DATA.CACHE_DIR,
+        cfg.TEST.IMS_PER_BATCH,
+        cfg.DATA.NUM_WORKERS,
+    )
+    about: dict[str, Any] = {
+        "backbone": about_network,
+        "data": {"train": _about(cfg, train), "test": _about(cfg, test)},
+    }
+    if cfg.TASK == "voc_svm":
+        metrics, rows = _voc_svm(cfg, extract, train, test, about)
+    else:
+        metrics, rows = train_classifier(cfg, extract, train, test, identity, args.resume)
+    if comm.is_main_process():
+        path = write_results(cfg, identity, metrics, rows, about)
+        logger.info("Results:\n%s", tabulate(metrics.items(), ("metric", "%"), floatfmt=".2f"))
+        logger.info("They are in %s and the table beside it.", path)
+    comm.synchronize()
+    return metrics
+
+
+def _voc_svm(
+    cfg: CfgNode, extract: Extraction, train: VocImages, test: VocImages, about: dict[str, Any]
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Metrics and a row for each class; empty in all processes but the first.
+
+    Raises:
+        InputError: no class can be evaluated, or an image cannot be decoded.
+    """
+    parts = []
+    for images, what in ((train, "training"), (test, "test")):
+        share = cfg.DATA.MAX_SKIPPED_SHARE if what == "training" else 0.0
+        features: Features = extract(images.files, f"{what} images")
+        rows = usable_rows(features, images.files, share, what)
+        parts.append((normalized(features.values[rows]).numpy(), images.labels[rows.numpy()]))
+    if not comm.is_main_process():
+        return {}, []
+    results, left_out = evaluate_svms(cfg, train.classes, *parts)
+    about["left_out"] = left_out
+    if not results:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        raise InputError(f"{test.source}: no class can be evaluated: {reasons}.")
+    metrics = {
+        "mAP11": 100 * float(np.mean([result.AP11 for result in results])),
+        "mAP": 100 * float(np.mean([result.AP for result in results])),
+    }
+    if left_out:
+        logger.warning(
+            "The means are over %d of %d classes, without %s",
+            *(len(results), len(train.classes), ", ".join(left_out)),
+        )
+    percent = ("AP11", "AP", "cross_validated")
+    rows = [
+        {
+            ("class" if key == "name" else key): 100 * value if key in percent else value
+            for key, value in asdict(result).items()
+        }
+        for result in results
+    ]
+    return metrics, rows
+
+
+def _identity(cfg: CfgNode, tensors: str, train: Images, test: Images) -> dict[str, str]:
+    """What makes a run this run, as texts by name."""
+    preprocessing = config_preprocessing(cfg).config()
+    keys = ("TASK", "SEED", "INPUT.RESIZE", "INPUT.CROP", *_KEYS[cfg.TASK])
+    return {
+        **{key: str(_value(cfg, key)) for key in keys},
+        "the backbone": tensors,
+        "its preprocessing": ", ".join(map(str, preprocessing.values())),
+        "the training set": _digest(cfg, train),
+        "the test set": _digest(cfg, test),
+    }
+
+
+def _value(cfg: CfgNode, key: str) -> Any:
+    value: Any = cfg
+    for name in key.split("."):
+        value = value[name]
+    # as after a turn through YAML
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _digest(cfg: CfgNode, images: Images) -> str:
+    """Of names and labels: a data set may move."""
+    digest = hashlib.sha256(repr((images.classes, _relative(cfg, images.files))).encode())
+    digest.update(np.ascontiguousarray(images.labels))
+    return f"{len(images.files)} images, {digest.hexdigest()[:16]}"
+
+
+def _relative(cfg: CfgNode, files: Sequence[str]) -> list[str]:
+    return [os.path.relpath(file, cfg.DATA.ROOT) for file in files]
+
+
+def _about(cfg: CfgNode, images: Images) -> Mapping[str, Any]:
+    return {
+        "source": images.source,
+        "images": len(images.files),
+        "classes": len(images.classes),
+        "digest": _digest(cfg, images),
+    }

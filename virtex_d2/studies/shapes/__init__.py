@@ -1,0 +1,1 @@
+"""A synthetic world: scenes of shapes, their masks and true captions, in all layouts."""

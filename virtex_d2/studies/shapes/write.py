@@ -1,0 +1,345 @@
+"""Writes splits of the synthetic world in the layouts that detection people have.
+
+    output/images/<split>/000000.jpg ...
+    output/annotations/captions_<split>.json    COCO captions
+    output/annotations/instances_<split>.json   COCO instances, polygons of the visible masks
+    output/annotations/lvis_v1_<split>.json     LVIS v1
+    output/VOC/{Annotations,JPEGImages,ImageSets/Main}
+
+Images are JPEGs (quality 95, no chroma subsampling): what VOC's layout and users' loaders expect.
+libjpeg-turbo's default transform is integer arithmetic, the same on every processor.
+"""
+
+import json
+import os
+import shutil
+import uuid
+import xml.etree.ElementTree as ET
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from virtex_d2.engine.errors import InputError, nearest
+from virtex_d2.studies.shapes.draw import CLASSES
+from virtex_d2.studies.shapes.options import FORMATS, MOST_OBJECTS
+from virtex_d2.studies.shapes.world import Scene, check_world, render
+
+_LICENSE = {"id": 1, "name": "Apache-2.0", "url": ""}
+# A polygon of fewer points encloses nothing.
+_LEAST_POINTS = 3
+
+
+def write_dataset(
+    output: str | os.PathLike,
+    split: str,
+    num_images: int,
+    size: int = 128,
+    seed: int = 0,
+    formats: Iterable[str] = ("coco",),
+    max_objects: int = MOST_OBJECTS,
+    overwrite: bool = False,
+) -> None:
+    """Write a split: images, captions and annotations, all or nothing.
+
+    Args:
+        output: the world's folder; other splits in it stay as they are.
+        split: a name such as "train".
+        num_images: at least 1.
+        size: side of the images in pixels, 64 to 512.
+        seed: of the world. Splits of one seed share their images: take another for each.
+        formats: of FORMATS.
+        max_objects: 1 to 6.
+        overwrite: replace the split where it exists, in every format that it was written in.
+
+    Raises:
+        InputError: an argument is out of its range, the split exists, or no folder can be made.
+    """
+    formats = tuple(formats)
+    _check_arguments(split, num_images, formats)
+    seed, size, max_objects = check_world(seed, size, max_objects)
+    output = Path(output)
+    images = output / "images" / split
+    if images.exists() and not overwrite:
+        raise InputError(
+            f"{images}: the split exists already. Choose another --output or --split, or replace "
+            "it with --overwrite."
+        )
+    temporary = output / f".tmp-{split}-{uuid.uuid4().hex[:12]}"
+    try:
+        (temporary / "images").mkdir(parents=True)
+    except OSError as error:
+        raise InputError(
+            f"--output {output}: no folder can be made there ({error.strerror}). Choose another."
+        ) from error
+    try:
+        writers = [_CocoWriter(split, size)]
+        if "lvis" in formats:
+            writers.append(_LvisWriter(split, size))
+        if "voc" in formats:
+            writers.append(_VocWriter(split, size, temporary / "images"))
+        for index in range(num_images):
+            scene = render(seed, index, size, max_objects)
+            name = f"{index:06d}.jpg"
+            Image.fromarray(scene.image).save(
+                temporary / "images" / name, quality=95, subsampling=0
+            )
+            for writer in writers:
+                writer.add(index, name, scene)
+        for writer in writers:
+            writer.write(temporary)
+        _remove_split(output, split)
+        _move_into_place(temporary, output, images)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def polygons(mask: np.ndarray) -> list[list[float]]:
+    """Outlines of a mask (H, W) bool as COCO polygons [x0, y0, x1, y1, ...], in pixels.
+
+    A contour runs through the centres of the outermost pixels and so loses half a pixel around; on
+    an image of doubled pixels it loses a quarter. COCO's polygons have no holes: a part with one is
+    cut in two through it.
+    """
+    mask = mask.astype(np.uint8)
+    x, y, width, height = cv2.boundingRect(mask)
+    if not width:
+        return []
+    doubled = mask[y : y + height, x : x + width].repeat(2, axis=0).repeat(2, axis=1)
+    return [
+        ((contour.reshape(-1, 2) + 0.5) / 2 + (x, y)).flatten().tolist()
+        for contour in _outlines(doubled)
+    ]
+
+
+def _outlines(mask: np.ndarray) -> list[np.ndarray]:
+    contours, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    holes = [
+        contour for contour, (_, _, _, parent) in zip(contours, _rows(hierarchy)) if parent >= 0
+    ]
+    if not holes:
+        return [contour for contour in contours if len(contour) >= _LEAST_POINTS]
+    x, _, width, _ = cv2.boundingRect(holes[0])
+    left, right = mask.copy(), mask.copy()
+    left[:, x + width // 2 :] = 0
+    right[:, : x + width // 2] = 0
+    return _outlines(left) + _outlines(right)
+
+
+def _rows(hierarchy: np.ndarray | None) -> np.ndarray:
+    """OpenCV's [next, previous, child, parent] of each contour; it returns None for no contour."""
+    return np.empty((0, 4), int) if hierarchy is None else hierarchy.reshape(-1, 4)
+
+
+class _CocoWriter:
+    """COCO captions and COCO instances."""
+
+    def __init__(self, split: str, size: int):
+        self._split = split
+        self._size = size
+        self.images: list[dict] = []
+        self.captions: list[dict] = []
+        self.annotations: list[dict] = []
+
+    def add(self, index: int, file_name: str, scene: Scene) -> None:
+        image_id = index + 1
+        self.images.append(
+            {
+                "id": image_id,
+                "file_name": file_name,
+                "height": self._size,
+                "width": self._size,
+                "license": _LICENSE["id"],
+            }
+        )
+        for caption in scene.captions:
+            self.captions.append(
+                {"id": len(self.captions) + 1, "image_id": image_id, "caption": caption.text}
+            )
+        for item in scene.objects:
+            outline = polygons(item.mask)
+            if not outline:
+                continue
+            self.annotations.append(
+                {
+                    "id": len(self.annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": CLASSES.index(item.name) + 1,
+                    "bbox": list(item.box),
+                    "area": int(np.count_nonzero(item.mask)),
+                    "segmentation": outline,
+                    "iscrowd": 0,
+                }
+            )
+
+    def write(self, folder: Path) -> None:
+        common = {"info": {"description": "synthetic shapes"}, "licenses": [_LICENSE]}
+        _write_json(
+            folder / f"captions_{self._split}.json",
+            {**common, "images": self.images, "annotations": self.captions},
+        )
+        categories = [
+            {"id": number, "name": name, "supercategory": "shape"}
+            for number, name in enumerate(CLASSES, start=1)
+        ]
+        _write_json(
+            folder / f"instances_{self._split}.json",
+            {
+                **common,
+                "images": self.images,
+                "annotations": self.annotations,
+                "categories": categories,
+            },
+        )
+
+
+class _LvisWriter(_CocoWriter):
+    """LVIS v1: federated annotations; here every class of every image is known."""
+
+    def write(self, folder: Path) -> None:
+        present: dict[int, set[int]] = defaultdict(set)
+        for annotation in self.annotations:
+            present[annotation["image_id"]].add(annotation["category_id"])
+        numbers = range(1, len(CLASSES) + 1)
+        images = [
+            {
+                **{key: value for key, value in image.items() if key != "file_name"},
+                # LVIS takes the file's name from the end of this address
+                "coco_url": f"shapes/{self._split}/{image['file_name']}",
+                "neg_category_ids": sorted(set(numbers) - present[image["id"]]),
+                "not_exhaustive_category_ids": [],
+            }
+            for image in self.images
+        ]
+        instance_counts = Counter(a["category_id"] for a in self.annotations)
+        image_counts = Counter(number for ids in present.values() for number in ids)
+        categories = [
+            {
+                "id": number,
+                "name": name,
+                "synset": f"{name}.n.01",
+                "synonyms": [name],
+                "def": f"a {name}",
+                "frequency": _frequency(image_counts[number]),
+                "image_count": image_counts[number],
+                "instance_count": instance_counts[number],
+            }
+            for number, name in zip(numbers, CLASSES)
+        ]
+        annotations = [
+            {key: value for key, value in a.items() if key != "iscrowd"} for a in self.annotations
+        ]
+        _write_json(
+            folder / f"lvis_v1_{self._split}.json",
+            {
+                "info": {"description": "synthetic shapes"},
+                "licenses": [_LICENSE],
+                "images": images,
+                "annotations": annotations,
+                "categories": categories,
+            },
+        )
+
+
+class _VocWriter:
+    """Pascal VOC: an XML file an image, boxes with 1-based inclusive corners."""
+
+    def __init__(self, split: str, size: int, images: Path):
+        self._split = split
+        self._size = size
+        self._images = images
+        self._trees: dict[str, ET.ElementTree] = {}
+
+    def add(self, index: int, file_name: str, scene: Scene) -> None:
+        stem = f"{self._split}_{index:06d}"
+        root = ET.Element("annotation")
+        ET.SubElement(root, "folder").text = "VOC"
+        ET.SubElement(root, "filename").text = f"{stem}.jpg"
+        extent = ET.SubElement(root, "size")
+        for key, value in (("width", self._size), ("height", self._size), ("depth", 3)):
+            ET.SubElement(extent, key).text = str(value)
+        for item in scene.objects:
+            x, y, width, height = item.box
+            node = ET.SubElement(root, "object")
+            for key, value in (
+                ("name", item.name),
+                ("pose", "Unspecified"),
+                ("truncated", 0),
+                ("difficult", 0),
+            ):
+                ET.SubElement(node, key).text = str(value)
+            box = ET.SubElement(node, "bndbox")
+            corners = {"xmin": x + 1, "ymin": y + 1, "xmax": x + width, "ymax": y + height}
+            for key, value in corners.items():
+                ET.SubElement(box, key).text = str(value)
+        ET.indent(root)
+        self._trees[stem] = ET.ElementTree(root)
+
+    def write(self, folder: Path) -> None:
+        voc = folder / "VOC"
+        for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
+            (voc / name).mkdir(parents=True)
+        for index, (stem, tree) in enumerate(self._trees.items()):
+            tree.write(voc / "Annotations" / f"{stem}.xml")
+            shutil.copyfile(self._images / f"{index:06d}.jpg", voc / "JPEGImages" / f"{stem}.jpg")
+        names = "".join(f"{stem}\n" for stem in self._trees)
+        (voc / "ImageSets" / "Main" / f"{self._split}.txt").write_text(names)
+
+
+def _check_arguments(split: str, num_images: int, formats: tuple[str, ...]) -> None:
+    if not split or not all(char.isalnum() or char in "_-" for char in split):
+        raise InputError(f"--split {split!r}: expected letters, digits, - and _ only.")
+    if num_images < 1:
+        raise InputError(f"--num-images {num_images}: expected at least 1.")
+    for name in formats:
+        if name not in FORMATS:
+            raise InputError(
+                f"--format {name}: not one of {', '.join(FORMATS)}.{nearest(name, FORMATS)}"
+            )
+
+
+def _remove_split(output: Path, split: str) -> None:
+    """Remove what an earlier call wrote of a split, in all formats, if it did.
+
+    The images go first and come last: a split whose folder of images is there is complete.
+    """
+    images = output / "images" / split
+    if images.exists():
+        shutil.rmtree(images)
+    for kind in ("captions", "instances", "lvis_v1"):
+        (output / "annotations" / f"{kind}_{split}.json").unlink(missing_ok=True)
+    names = output / "VOC" / "ImageSets" / "Main" / f"{split}.txt"
+    if names.exists():
+        for stem in names.read_text().split():
+            (output / "VOC" / "Annotations" / f"{stem}.xml").unlink(missing_ok=True)
+            (output / "VOC" / "JPEGImages" / f"{stem}.jpg").unlink(missing_ok=True)
+        names.unlink()
+
+
+def _move_into_place(temporary: Path, output: Path, images: Path) -> None:
+    voc = temporary / "VOC"
+    for path in sorted(voc.rglob("*")) if voc.exists() else []:
+        if path.is_file():
+            _replace(path, output / "VOC" / path.relative_to(voc))
+    for path in temporary.glob("*.json"):
+        _replace(path, output / "annotations" / path.name)
+    _replace(temporary / "images", images)
+
+
+def _replace(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(source, target)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
+
+
+def _frequency(image_count: int) -> str:
+    """LVIS's rare, common and frequent: up to 10 images, up to 100, more."""
+    if image_count <= 10:
+        return "r"
+    return "c" if image_count <= 100 else "f"
