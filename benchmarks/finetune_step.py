@@ -47,9 +47,6 @@ def config(args: argparse.Namespace, *options: object) -> CfgNode:
     Args:
         args: --config-file, --device and --classes.
         options: further keys and values.
-
-    Raises:
-        InputError: the file cannot be read, or a key is unknown.
     """
     always = ["MODEL.DEVICE", args.device, "MODEL.ROI_HEADS.NUM_CLASSES", args.classes]
     # synchronised norms are for several processes; alone they are these

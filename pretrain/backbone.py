@@ -44,10 +44,6 @@ class VisualBackbone(nn.Module):
             "norms" or "blocks", or "" for nothing.
         compiled: whether training runs what torch.compile makes of it, for images of one shape.
             Evaluation, whose batches have many, does not.
-
-    Raises:
-        InputError: the architecture's name is not in `ARCHITECTURES`, or `recompute` is unknown or
-            does not go with `compiled`.
     """
 
     def __init__(

@@ -6,11 +6,7 @@ from virtex_d2.engine.errors import InputError
 
 
 def require_compiler(device: torch.device) -> None:
-    """Compile something small, so that what is missing is told before there is a run to lose.
-
-    Raises:
-        InputError: torch.compile does not work here.
-    """
+    """Compile something small, so that what is missing is told before there is a run to lose."""
 
     def small(x: torch.Tensor) -> torch.Tensor:
         return x.sin() * 2

@@ -41,9 +41,6 @@ def export_backbone(
         cfg: the run's config; its sha256 is recorded.
         iteration: iterations trained.
         path: the file to write or replace, `.safetensors`.
-
-    Raises:
-        InputError: a weight is NaN or infinite; nothing is written.
     """
     tensors = backbone_state_dict(model)
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]

@@ -59,8 +59,8 @@ class RunIdentity:
         return {"keys": self._keys, "data": self._data}
 
     def load_state_dict(self, state: dict) -> None:
-        """Raises:
-        InputError: the checkpoint is of a run with other keys or data; the message names them.
+        """Raise InputError if the checkpoint is of a run with other keys or data; the message names
+        them.
         """
         differing = [
             f"{name} was {before}, now it is {now}"

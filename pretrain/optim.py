@@ -39,11 +39,7 @@ def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD with momentum or AdamW over `parameter_groups`.
-
-    Raises:
-        InputError: SOLVER.OPTIMIZER is not one of `OPTIMIZERS`.
-    """
+    """SGD with momentum or AdamW over `parameter_groups`."""
     groups = parameter_groups(cfg, model)
     name, base_lr = cfg.SOLVER.OPTIMIZER, cfg.SOLVER.BASE_LR
     # One pass over the memory for all of an update. Not under a loss scaler: a fused step is called

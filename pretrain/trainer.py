@@ -73,9 +73,6 @@ class PretrainTrainer(StoppableTrainer):
     Args:
         cfg: of `pretrain.config.get_pretrain_cfg`, with MODEL.DEVICE resolved.
         with_training_data: False to evaluate only; then DATA.TRAIN_CAPTIONS is not opened.
-
-    Raises:
-        InputError: the config or the data cannot be used; the message names the key or the record.
     """
 
     def __init__(self, cfg: CfgNode, with_training_data: bool = True):
@@ -193,11 +190,7 @@ class PretrainTrainer(StoppableTrainer):
         return caption_pictures(self.objective, self.data.tokenizer, decodable)
 
     def resume_or_load(self, resume: bool) -> None:
-        """Continue from OUTPUT_DIR's last checkpoint, or start from MODEL.WEIGHTS or at random.
-
-        Raises:
-            InputError: MODEL.WEIGHTS is missing, unreadable, or of another model.
-        """
+        """Continue from OUTPUT_DIR's last checkpoint, or start from MODEL.WEIGHTS or at random."""
         if resume and self.checkpointer.has_checkpoint():
             self.checkpointer.resume_or_load("", resume=True)
             write_config(self.cfg)
@@ -213,11 +206,7 @@ class PretrainTrainer(StoppableTrainer):
         return self.data.tokenizer if words else None
 
     def load_for_evaluation(self) -> None:
-        """MODEL.WEIGHTS, else OUTPUT_DIR's last checkpoint; never random weights.
-
-        Raises:
-            InputError: there is neither, or the file is not of this model.
-        """
+        """MODEL.WEIGHTS, else OUTPUT_DIR's last checkpoint; never random weights."""
         # The last one and, should it be damaged, no older one, which would be taken for it.
         path = self.cfg.MODEL.WEIGHTS or self.checkpointer.get_checkpoint_file()
         if not path:
@@ -270,8 +259,8 @@ class PretrainTrainer(StoppableTrainer):
         self.skipped_files = batch["skipped_files"]
 
     def _check(self, iteration: int, numbers: dict[str, float]) -> None:
-        """Raises:
-        InputError: a loss is not finite, or the gradients are not and no scaler is there for that.
+        """Raise InputError if a loss is not finite, or the gradients are not and no scaler is there
+        for that.
         """
         scaled = self.scaler.is_enabled()
         if all(map(math.isfinite, (v for k, v in numbers.items() if "loss" in k or not scaled))):
@@ -297,11 +286,7 @@ class PretrainTrainer(StoppableTrainer):
             return self.model(on_device)
 
     def evaluate(self) -> dict[str, float]:
-        """Validate on DATA.VAL_CAPTIONS and log it; what `pretrain.validation.validate` returns.
-
-        Raises:
-            InputError: there is no validation data, or nothing of it can be used.
-        """
+        """Validate on DATA.VAL_CAPTIONS and log it; what `pretrain.validation.validate` returns."""
         if self.data.val is None:
             raise InputError("DATA.VAL_CAPTIONS is empty: there is nothing to evaluate on.")
         results = validate(self.objective, self._losses, self.data, self.cfg)

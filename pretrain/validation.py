@@ -22,8 +22,8 @@ _OF_WORDS = ("loss_captioning", "loss_masked_lm")
 
 
 def check_metric(metric: str, objective: nn.Module) -> None:
-    """Raises:
-    InputError: TEST.BEST_METRIC is none of the losses that validation records for the objective.
+    """Raise InputError if TEST.BEST_METRIC is none of the losses that validation records for the
+    objective.
     """
     possible = [f"val/{name}" for name in ("loss", *objective.losses)]
     if metric not in possible:
@@ -57,7 +57,6 @@ def validate(
         reach that knows frequencies and nothing else) and "images_skipped".
 
     Raises:
-        InputError: no image can be decoded, or nothing can be predicted.
         StopRequested: all processes are to stop; the objective is left in evaluation mode.
     """
     training = objective.training

@@ -23,10 +23,6 @@ def load_weights(objective: nn.Module, path: str, tokenizer: Tokenizer | None = 
         objective: the model.
         path: the checkpoint.
         tokenizer: what turns words into the model's numbers; None where it has no words.
-
-    Raises:
-        InputError: the file is missing or unreadable, a tensor is missing, left over or of another
-            shape, or the checkpoint (ours says it) was trained with another tokenizer.
     """
     checkpoint = read_checkpoint(path)
     state = checkpoint.get("model", checkpoint)

@@ -63,9 +63,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def _refuse_beside_collect(args: argparse.Namespace) -> None:
-    """Raises:
-    InputError: a flag is given that says how to train: the runs are finished.
-    """
+    """Raise InputError if a flag is given that says how to train: the runs are finished."""
     defaults = _parser().parse_args(["--output", str(args.output)])
     given = [
         f"--{name.replace('_', '-')}"

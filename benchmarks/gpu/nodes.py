@@ -29,7 +29,6 @@ def main(args: argparse.Namespace) -> None:
     As a job of tools/launch_slurm.py it then asks once to be requeued, and ends unfinished.
 
     Raises:
-        InputError: the processes do not fit together, or not all see `args.output`.
         SystemExit: the job is to be requeued.
     """
     first = comm.is_main_process()

@@ -16,11 +16,7 @@ def refuse(path: str | os.PathLike, found: Iterable[str], what: str, what_to_do:
 
 
 def read_annotations(path: str | os.PathLike, source_format: str) -> dict:
-    """The JSON object of a file that is read as `source_format`.
-
-    Raises:
-        InputError: there is none; the message says which format was expected.
-    """
+    """The JSON object of a file that is read as `source_format`."""
     try:
         return read_json(path)
     except InputError as error:
@@ -30,9 +26,7 @@ def read_annotations(path: str | os.PathLike, source_format: str) -> dict:
 
 
 def require_folder(folder: str | os.PathLike, of_what: str) -> None:
-    """Raises:
-    InputError: there is no folder; the message says what was expected in it.
-    """
+    """Raise InputError if there is no folder; the message says what was expected in it."""
     if not os.fspath(folder):
         raise InputError(
             f"No folder is given for {of_what}. Name it: DATA.TRAIN_IMAGES, DATA.VAL_IMAGES or "
@@ -49,9 +43,6 @@ def refuse_absent(
     """Raise where images are not on the disk.
 
     One listing a folder, not one question an image: network file systems are slow to ask.
-
-    Raises:
-        InputError: images are absent, or a folder cannot be listed.
     """
     require_folder(root, f"the images of {annotations}")
     root = os.path.abspath(root)
@@ -94,11 +85,7 @@ def plain_name(name: str) -> str:
 
 
 def _names_in(folder: str) -> set[str]:
-    """Names in a folder; none where there is no such folder.
-
-    Raises:
-        InputError: it cannot be listed.
-    """
+    """Names in a folder; none where there is no such folder."""
     try:
         return set(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null byte in it

@@ -21,11 +21,6 @@ def load_coco_captions(json_path: str | os.PathLike, image_root: str | os.PathLi
 
     Returns:
         Records in the order of `images`, captions in the order of `annotations`.
-
-    Raises:
-        InputError: the file is missing or not COCO captions; a caption has no text or no image; an
-            image has no caption or is not on the disk. Whether images can be decoded is not
-            checked here: it would take as long as an epoch.
     """
     content = read_annotations(json_path, "coco")
     images = list_of(content, "images", json_path)
@@ -81,11 +76,7 @@ def load_coco_captions(json_path: str | os.PathLike, image_root: str | os.PathLi
 
 
 def list_of(content: dict, name: str, path: str | os.PathLike) -> list:
-    """The list under a name of a JSON object.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The list under a name of a JSON object."""
     if not isinstance(content.get(name), list):
         raise InputError(
             f"{path}: expected a list `{name}`, found the keys {sorted(content)[:10]}. Is it a "

@@ -41,10 +41,6 @@ def load_flickr_captions(
 
     Returns:
         A record for each image, in the order of the caption file; its id is its name.
-
-    Raises:
-        InputError: the file is of none of these layouts, a line cannot be used, the split names
-            images without a caption, or an image is not on the disk.
     """
     first = next(text_lines(path), (0, ""))[1]
     if _BAR_HEADER.match(first) or _BAR_LINE.fullmatch(first):
@@ -84,9 +80,6 @@ def _captions_by_line(
 def _with_unquoted_commas(path: str | os.PathLike, caption_key: str) -> Iterator[Row]:
     """Rows of captions.txt, which does not quote every caption that has commas: what is more than
     its header's columns belongs to a caption that is the last of them.
-
-    Raises:
-        InputError: there is no header, and a number stands where the caption should begin.
     """
     last = 1
     for place, (line, cells) in enumerate(comma_rows(path)):

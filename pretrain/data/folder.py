@@ -17,10 +17,6 @@ def load_folder_captions(captions_root: str | os.PathLike, image_root: str = "")
 
     Returns:
         Records by name; the id is the image's path within the folder.
-
-    Raises:
-        InputError: there is no such folder or nothing in it; an image lacks its text, a text its
-            image, or a text has no caption or is not UTF-8.
     """
     image_root = image_root or captions_root
     require_folder(captions_root, "name.txt for each name.jpg")

@@ -61,9 +61,6 @@ def load_records(source: Source, key: str = "DATA.FORMAT") -> Records:
     Args:
         source: what to read.
         key: the config key that names the format, for messages.
-
-    Raises:
-        InputError: no such format, a split where the format has none, or what the reader raises.
     """
     if source.format not in FORMATS:
         raise InputError(

@@ -25,10 +25,6 @@ def load_karpathy_captions(
 
     Returns:
         Records of the splits in the file's order. The id is `cocoid`, else `imgid`, else the name.
-
-    Raises:
-        InputError: the file is missing or of another layout; a split has no images; an image is
-            given twice, has no sentence or is not on the disk.
     """
     images = list_of(read_annotations(json_path, "karpathy"), "images", json_path)
     refuse(

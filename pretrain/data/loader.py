@@ -67,9 +67,6 @@ class CaptionDataset(Dataset):
         max_length: tokens of a caption, [SOS] and [EOS] included.
         seed: not negative.
         targets: what the objective wants besides (`pretrain.methods.captioning.targets`).
-
-    Raises:
-        InputError: `max_length` leaves no room for a piece.
     """
 
     def __init__(
@@ -264,9 +261,6 @@ class CaptionLoader(DataLoader):
     Args:
         named_by: the dataset that remembers which files have been named.
         full_size: samples that every batch must have; 0 where it may lack some.
-
-    Raises:
-        InputError: while iterating: a batch has less than `full_size` samples.
     """
 
     def __init__(self, *args, named_by: CaptionDataset, full_size: int = 0, **options):
@@ -281,11 +275,7 @@ class CaptionLoader(DataLoader):
 
 
 def check_batch(batch: dict, named_by: CaptionDataset, full_size: int) -> None:
-    """Name what could not be used; arguments as of `CaptionLoader`.
-
-    Raises:
-        InputError: the batch has less than `full_size` samples.
-    """
+    """Name what could not be used; arguments as of `CaptionLoader`."""
     for path, reason in zip(batch["skipped_files"], batch["skipped_reasons"]):
         named_by.name_once(path, reason)
     if len(batch["position"]) < full_size:
@@ -319,11 +309,7 @@ def build_train_loader(
     num_workers: int = 0,
     pin: bool = False,
 ) -> CaptionLoader:
-    """Endless batches of this process from an iteration on; `batch_size_total` over all processes.
-
-    Raises:
-        InputError: while iterating: `MAX_REPLACEMENTS` images in a row cannot be decoded.
-    """
+    """Load endless batches from an iteration on; `batch_size_total` is over all processes."""
     rank, world_size = comm.get_rank(), comm.get_world_size()
     return CaptionLoader(
         dataset,

@@ -52,9 +52,6 @@ class Mixture:
         sizes: images of each source.
         weights: positive, one for each source.
         seed: of all orders.
-
-    Raises:
-        InputError: a weight is not positive, or too small to come in a stretch at all.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int):
@@ -83,11 +80,7 @@ class Mixture:
 
 
 def quotas(weights: Sequence[float]) -> list[int]:
-    """Whole positions of `BLOCK` for each source, by largest remainders.
-
-    Raises:
-        InputError: a weight is not positive, or comes to no position.
-    """
+    """Whole positions of `BLOCK` for each source, by largest remainders."""
     if not all(np.isfinite(weight) and weight > 0 for weight in weights):
         raise InputError(
             f"DATA.TRAIN_SOURCES: the weights {list(weights)} must be positive numbers. Remove "

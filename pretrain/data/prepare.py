@@ -28,9 +28,6 @@ class Settings:
         shorter_side: pixels; images whose shorter side has no more are copied as they are, as are
             those so long that their format could not hold the result.
         quality: of JPEG, as libjpeg counts it.
-
-    Raises:
-        InputError: a side without pixels, or a quality outside of 1 to 95.
     """
 
     shorter_side: int = 320
@@ -77,9 +74,6 @@ def prepare_image(name: str, source: str, dest: str, settings: Settings) -> Outc
         name: of the image, relative to both folders.
         source, dest: the folders.
         settings: size and quality.
-
-    Raises:
-        InputError: the result cannot be written.
     """
     origin, result = os.path.join(source, name), os.path.join(dest, name)
     size = mtime_ns = 0

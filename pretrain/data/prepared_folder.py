@@ -64,10 +64,6 @@ def prepare_folder(
             images whose source has the size and the time that it had then are not done again.
         settings: size and quality.
         workers: processes.
-
-    Raises:
-        InputError: there are no images; `dest` lies in `source`, is of other settings, holds
-            something else or is being written; a file cannot be written; a process was killed.
     """
     source, dest = os.path.realpath(source), os.path.realpath(dest)
     if workers < 1:
@@ -111,11 +107,7 @@ def prepare_folder(
 
 
 class _Folder:
-    """What is known of the folder that is written.
-
-    Raises:
-        InputError: it holds other things, or images of other settings.
-    """
+    """What is known of the folder that is written."""
 
     def __init__(self, path: str, settings: Settings):
         self._path = Path(path)

@@ -38,9 +38,6 @@ def load_shards(
         index_dir: where the index is, or is written.
         max_skipped_share: the fraction of samples that may lack image or caption, or be cut off.
         caption_key: of the captions in samples' JSON; "" is "caption".
-
-    Raises:
-        InputError: there is no shard, one is missing, or more than that fraction is unusable.
     """
     shards = list_shards(captions)
     if is_pipe(shards[0]):
@@ -71,11 +68,7 @@ def index_path(shards: list[str], index_dir: str | os.PathLike) -> str:
 
 
 def _size_and_time(shard: str) -> tuple[int, int]:
-    """Bytes, and nanoseconds of the last change.
-
-    Raises:
-        InputError: there is no such file.
-    """
+    """Bytes, and nanoseconds of the last change."""
     try:
         status = os.stat(shard)
     except OSError as error:

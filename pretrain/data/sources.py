@@ -27,11 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def training_records(cfg: CfgNode) -> Sequence[CaptionRecord]:
-    """What DATA.TRAIN_SOURCES, or else DATA.TRAIN_CAPTIONS, name; of that, DATA.FRACTION.
-
-    Raises:
-        InputError: the keys or the files cannot be used.
-    """
+    """What DATA.TRAIN_SOURCES, or else DATA.TRAIN_CAPTIONS, name; of that, DATA.FRACTION."""
     weights, sources = training_sources(cfg)
     parts = [_subset(cfg, source, _load(source, "DATA.FORMAT")) for source in sources]
     if len(parts) == 1:
@@ -42,11 +38,7 @@ def training_records(cfg: CfgNode) -> Sequence[CaptionRecord]:
 
 
 def stream_plan(cfg: CfgNode) -> Plan | None:
-    """How to read the training data, where it comes from pipes; None where it does not.
-
-    Raises:
-        InputError: pipes are mixed with other sources, or asked for what they cannot give.
-    """
+    """How to read the training data, where it comes from pipes; None where it does not."""
     data = cfg.DATA
     _, sources = training_sources(cfg)
     piped = [source for source in sources if source.format == "webdataset" and _piped(source)]
@@ -94,11 +86,7 @@ def _piped(source: Source) -> bool:
 
 
 def validation_records(cfg: CfgNode) -> Sequence[CaptionRecord]:
-    """What DATA.VAL_CAPTIONS names, all of it.
-
-    Raises:
-        InputError: no captions are named, or the files cannot be used.
-    """
+    """What DATA.VAL_CAPTIONS names, all of it."""
     data = cfg.DATA
     if not data.VAL_CAPTIONS:
         raise InputError(
@@ -111,12 +99,7 @@ def validation_records(cfg: CfgNode) -> Sequence[CaptionRecord]:
 
 
 def training_sources(cfg: CfgNode) -> tuple[list[float], list[Source]]:
-    """Weight and place of each training source.
-
-    Raises:
-        InputError: an entry of DATA.TRAIN_SOURCES is not of the form that it should have, or no
-            captions are named.
-    """
+    """Weight and place of each training source."""
     data = cfg.DATA
     if not data.TRAIN_SOURCES:
         if not data.TRAIN_CAPTIONS:

@@ -65,11 +65,7 @@ class CaptionStream:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where the state was gathered.
-
-        Raises:
-            InputError: it is of other shards, or lanes and blocks of other sizes.
-        """
+        """Go on where the state was gathered."""
         own = self._what_is_read()
         if differing := [key for key in own if own[key] != state["reads"].get(key)]:
             raise InputError(
@@ -81,9 +77,7 @@ class CaptionStream:
         self.cursors = {int(lane): Cursor(*cursor) for lane, cursor in state["cursors"].items()}
 
     def check_iteration(self, iteration: int) -> None:
-        """Raises:
-        InputError: the cursors are of another iteration.
-        """
+        """Raise InputError if the cursors are of another iteration."""
         if iteration != self._iteration:
             raise InputError(
                 f"The pipes were read for {self._iteration} iterations and the checkpoint is of "
@@ -116,10 +110,6 @@ class StreamLoader:
         start_iteration: the number of iterations done.
         num_workers: no more are started than there are lanes.
         pin: whether batches are put together in pinned memory, for a GPU.
-
-    Raises:
-        InputError: lanes or batch are no multiple of the processes; the stream's cursors are of
-            another iteration; while iterating: nothing of a lane can be used.
     """
 
     def __init__(

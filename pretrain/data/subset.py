@@ -19,9 +19,6 @@ def take_fraction(
         fraction: of the images, rounded to the nearest number.
         captions_per_image: at most so many of each; 0 keeps all.
         seed: of the order, not negative.
-
-    Raises:
-        InputError: the fraction is not in (0, 1] or comes to no image; fewer than 0 captions.
     """
     check_subset(fraction, captions_per_image)
     if fraction == 1 and captions_per_image == 0:
@@ -40,9 +37,7 @@ def take_fraction(
 
 
 def check_subset(fraction: float, captions_per_image: int) -> None:
-    """Raises:
-    InputError: the fraction is not in (0, 1], or fewer than 0 captions are asked for.
-    """
+    """Raise InputError if the fraction is not in (0, 1], or fewer than 0 captions are asked for."""
     if not 0 < fraction <= 1:
         raise InputError(f"DATA.FRACTION {fraction}: expected more than 0, up to 1 for all.")
     if captions_per_image < 0:

@@ -51,10 +51,6 @@ def load_csv_captions(
 
     Returns:
         A record for each image, in the order of first rows; its id is its path as in the table.
-
-    Raises:
-        InputError: the file or a row cannot be used, or an image is not on the disk; the message
-            has the line.
     """
     advice = (
         "A caption with commas must be in double quotes, right behind the comma before it; columns "
@@ -72,11 +68,7 @@ def load_tsv_captions(
 
 
 def comma_rows(path: str | os.PathLike) -> Iterator[Row]:
-    """Rows that have anything in them, by the line on which they begin.
-
-    Raises:
-        InputError: the quotes are damaged.
-    """
+    """Rows that have anything in them, by the line on which they begin."""
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     line = 1
     try:
@@ -110,12 +102,7 @@ def captions_of_table(
     image_root: str | os.PathLike,
     caption_key: str = "",
 ) -> dict[str, list[str]]:
-    """Captions of each image, in the order of the rows; a header line names the columns.
-
-    Raises:
-        InputError: a row has too few or too many cells (which `advice` explains), or a blank one;
-            the first is a header that is not understood, or of another layout.
-    """
+    """Captions of each image, in the order of the rows; a header line names the columns."""
     image_column, caption_column, num_columns = 0, 1, 2
     captions: dict[str, list[str]] = {}
     for place, (line, cells) in enumerate(rows):
@@ -137,11 +124,7 @@ def captions_of_table(
 def header_columns(
     path: str | os.PathLike, cells: list[str], caption_key: str = ""
 ) -> tuple[int, int] | None:
-    """The columns of image and caption, where the row is a header.
-
-    Raises:
-        InputError: several columns can be the caption, or none is called `caption_key`.
-    """
+    """The columns of image and caption, where the row is a header."""
     names = [cell.strip().lower() for cell in cells]
     images = [names.index(name) for name in IMAGE_COLUMNS if name in names]
     known = (caption_key.strip().lower(),) if caption_key else CAPTION_COLUMNS
@@ -161,11 +144,7 @@ def header_columns(
 def _check_first_row(
     path: str | os.PathLike, cells: list[str], image_root: str | os.PathLike
 ) -> None:
-    """Say what a first row is that is neither a known header nor an image with its caption.
-
-    Raises:
-        InputError: it is that.
-    """
+    """Say what a first row is that is neither a known header nor an image with its caption."""
     found = f"{path}: its first row is {str(cells)[:120]}"
     for separator, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
         if len(cells) == 1 and separator in cells[0]:
@@ -203,9 +182,7 @@ def _warn_of_wrappers(path: str | os.PathLike, captions: dict[str, list[str]]) -
 def add_caption(
     captions: dict[str, list[str]], path: str | os.PathLike, line: int, image: str, caption: str
 ) -> None:
-    """Raises:
-    InputError: the image or the caption is blank.
-    """
+    """Raise InputError if the image or the caption is blank."""
     blank = "image path" if not image.strip() else "caption" if not caption.strip() else None
     if blank:
         raise InputError(

@@ -55,9 +55,6 @@ def list_shards(captions: str) -> list[str]:
     Args:
         captions: a folder of tars; a .txt file with a name a line; or names with braces such as
             shards/{00000..00099}.tar, several joined by "::".
-
-    Raises:
-        InputError: there are none, or pipes are mixed with files.
     """
     if os.path.isdir(captions):
         names = sorted(name for name in os.listdir(captions) if name.lower().endswith(".tar"))

@@ -19,9 +19,6 @@ def check_coco_file(path: str, image_root: str, use: Use) -> Found:
         path: the JSON file.
         image_root: the folder of its images.
         use: what the run does with it.
-
-    Raises:
-        InputError: with the file, the number of records that are wrong, and the first ten.
     """
     advice = "Check the folder, or remove them from the file."
     return check_file("coco", path, image_root, use, advice)[0]

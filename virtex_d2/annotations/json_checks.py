@@ -23,9 +23,6 @@ def check_file(
 
     Returns:
         What it holds, and its records.
-
-    Raises:
-        InputError: with the file, the number of records that are wrong, and the first ten.
     """
     content = read_records(kind, path)
     content.refuse_faults()

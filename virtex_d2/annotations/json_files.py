@@ -20,9 +20,6 @@ def read_json_file(kind: str, path: str, image_root: str, name: str) -> Annotati
         path: the JSON file.
         image_root: the folder of the images.
         name: of the data set.
-
-    Raises:
-        InputError: it cannot be read, or is no detection file at all.
     """
     records = read_records(kind, path)
     images, annotations, categories = records.images, records.annotations, records.categories

@@ -25,11 +25,7 @@ FREQUENCIES = ("r", "c", "f")  # in up to 10, up to 100, more training images
 
 
 def check_lvis_file(path: str, image_root: str, use: Use) -> Found:
-    """Read an LVIS-format file and check all that a run depends on.
-
-    Raises:
-        InputError: with the file, the number of records that are wrong, and the first ten.
-    """
+    """Read an LVIS-format file and check all that a run depends on."""
     advice = (
         "Give the folder above those that `coco_url` ends with (train2017/..., val2017/...), or "
         "the folder of `file_name` where there is no `coco_url`."
@@ -48,8 +44,8 @@ def lvis_version(categories: dict[int, str]) -> str:
 
 
 def check_version(name: str, path: str, categories: dict[int, str]) -> None:
-    """Raises:
-    InputError: detectron2's data set of this name is of one version, and the file of another.
+    """Raise InputError if detectron2's data set of this name is of one version, and the file of
+    another.
     """
     expected = next((version for version in VERSIONS if f"_{version}_" in name), "")
     found = lvis_version(categories)

@@ -30,9 +30,7 @@ def counted(items: Sequence[str], what: str) -> str:
 
 
 def refuse(source: str, items: Sequence[str], what: str, advice: str) -> None:
-    """Raises:
-    InputError: there are items; the message counts them and names the first ten.
-    """
+    """Raise InputError if there are items; the message counts them and names the first ten."""
     if items:
         raise InputError(f"{source}: {counted(items, what)} {advice}")
 
@@ -40,11 +38,7 @@ def refuse(source: str, items: Sequence[str], what: str, advice: str) -> None:
 def refuse_more_than(
     share: float, total: int, source: str, items: Sequence[str], what: str, advice: str
 ) -> None:
-    """Refuse items that are more than a share of all; warn of fewer: detectron2 drops or clips.
-
-    Raises:
-        InputError: as `refuse`; the message names VIRTEX.MAX_BAD_BOX_SHARE.
-    """
+    """Refuse items that are more than a share of all; warn of fewer: detectron2 drops or clips."""
     if len(items) > share * total:
         advice = f"{advice} Or allow a larger share with VIRTEX.MAX_BAD_BOX_SHARE."
         refuse(source, items, what, advice)

@@ -66,9 +66,7 @@ class Records:
     faults: list[Fault]
 
     def refuse_faults(self) -> None:
-        """Raises:
-        InputError: there are faults; the first ten are named.
-        """
+        """Raise InputError if there are faults; the first ten are named."""
         refuse(
             self.path,
             [f"{fault.record} {fault.why}" for fault in self.faults],
@@ -91,9 +89,6 @@ def read_records(kind: str, path: str) -> Records:
             (train2017/000000155379.jpg), as in detectron2: its splits are not COCO's, and v0.5's
             `file_name` is of COCO 2014. Without it, and in COCO's files, `file_name` says it.
         path: the JSON file.
-
-    Raises:
-        InputError: it cannot be read, or is no detection file at all.
     """
     with _no_collection():
         content = read_json(path)
@@ -124,9 +119,6 @@ def read_sound(kind: str, path: str) -> dict[str, Any]:
     Returns:
         The file's content, normalised; without the objects whose mask is none (of which the check
         allows a share), and without `annotations` where the file has none.
-
-    Raises:
-        InputError: as `read_records`, or there are faults.
     """
     records = read_records(kind, path)
     records.refuse_faults()

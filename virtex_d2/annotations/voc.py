@@ -31,9 +31,6 @@ def read_voc_folder(
         name: of the data set.
         classes: its class names. None: VOC's twenty if they are enough, else those found.
         chosen: whether objects of other classes are left out on purpose.
-
-    Raises:
-        InputError: there is no such list, or it is empty.
     """
     path = os.path.join(folder, "ImageSets", "Main", f"{split}.txt")
     # Lists of one class have a second column, 1 or -1.

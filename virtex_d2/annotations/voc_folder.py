@@ -47,11 +47,7 @@ class VocImage:
 
 
 def read_voc_folder(folder: str, split: str) -> list[VocImage]:
-    """The images of a split, in the order of its list.
-
-    Raises:
-        InputError: the list, an XML file or an image is missing, repeated or cannot be read.
-    """
+    """The images of a split, in the order of its list."""
     names = split_ids(folder, split)
     images = os.path.join(folder, "JPEGImages")
     files = _files_by_stem(images)
@@ -90,9 +86,6 @@ def check_voc_folder(
         chosen: whether the user named them: objects of others are left out then, and counted. Else
             another class is an error.
         use: what the run does with it.
-
-    Raises:
-        InputError: with the folder, the number of records that are wrong, and the first ten.
     """
     if use.masks:
         raise InputError(
@@ -149,11 +142,7 @@ def split_list(folder: str, split: str) -> str:
 
 
 def split_ids(folder: str, split: str) -> list[str]:
-    """The ids of a split's images, in the order of its list.
-
-    Raises:
-        InputError: there is no such list, it is empty, repeats an image, or is that of a class.
-    """
+    """The ids of a split's images, in the order of its list."""
     path = split_list(folder, split)
     if not os.path.isfile(path):
         raise InputError(_no_split(folder, split, path))

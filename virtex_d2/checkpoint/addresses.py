@@ -18,10 +18,6 @@ _PATIENCE = 60.0  # seconds without a byte
 def local_path(weights: str) -> str:
     """MODEL.WEIGHTS as a file of this machine; what has a scheme (https://, detectron2://) is
     fetched by detectron2 into its cache.
-
-    Raises:
-        InputError: the address cannot be reached, there is nothing there, or it is of a scheme that
-            is not known here.
     """
     match = _ADDRESS.match(weights)
     if not match:

@@ -14,9 +14,6 @@ def choose(
 ) -> _Option:
     """The ResNet to take of a file's state dicts (by place), and its layout and copy; arguments as
     in `source.read_backbone`.
-
-    Raises:
-        InputError: there is none, or several, and how each can be chosen.
     """
     known = {entry.name: entry for entry in LAYOUTS}
     if layout and layout not in known:

@@ -43,10 +43,6 @@ def convert(
             detectron2), "torchvision" or "timm" (.pth or .safetensors; both use the same names).
         layout, copy, prefix: as in `source.read_backbone`.
         overwrite: whether `dest` may exist.
-
-    Raises:
-        InputError: the source cannot be used, `dest` has another suffix than the format's, exists,
-            or cannot be written. Nothing is left behind then.
     """
     if to not in SUFFIXES:
         raise InputError(f"--to {to}: expected one of {', '.join(SUFFIXES)}.")
@@ -95,9 +91,6 @@ def verify(path: str, original: Backbone) -> ProbeResult:
 
     Every tensor must be the same bit for bit; then a detectron2 Mask R-CNN takes it, and its stages
     are compared with the original's.
-
-    Raises:
-        InputError: a tensor differs, or a stage does.
     """
     written = read_backbone(path)
     different = [
@@ -129,9 +122,6 @@ def inspect(path: str, layout: str = "", copy: str = "", prefix: str = "") -> di
         be taken: "layout", "copy", "architecture", "tensors", "preprocessing" (config keys, None
         where it is not known), "assumed" (those of the keys that the file does not say), "dropped",
         "beside", "notes", "metadata", "sha256".
-
-    Raises:
-        InputError: the file cannot be read, or holds nothing that can be loaded.
     """
     backbone = read_backbone(path := local_path(path), layout, copy, prefix)
     return {

@@ -60,10 +60,6 @@ def probe(
         backbone: what it was loaded from.
         preprocessing: what the source network saw, from the file or vouched for by the user.
         input_format: INPUT.FORMAT, the order in which the detector's data loader gives channels.
-
-    Raises:
-        InputError: the detector has no ResNet of detectron2's kind, or the source network's output
-            is not finite.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)

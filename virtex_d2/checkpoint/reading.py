@@ -63,11 +63,6 @@ def read_tensors(path: str | os.PathLike) -> StoredCheckpoint:
     """Read the tensors of a checkpoint file, and the plain values among them.
 
     Nothing in the file can run code, or take time or memory out of proportion to its size.
-
-    Raises:
-        InputError: no such file; one that cannot be read, is damaged, or of an unknown format; one
-            that is a single foreign object, or has no tensors; one with tensors of kinds that are
-            not read (sparse, quantized, 8-bit floats, of big-endian machines).
     """
     path = os.fsdecode(path)
     require_file(path)

@@ -106,9 +106,6 @@ def recognise_resnet(tensors: Mapping[str, torch.Tensor], source: str) -> ResNet
     Args:
         tensors: by name; some may be missing as long as the first block is there.
         source: the file, for messages.
-
-    Raises:
-        InputError: the blocks or widths are those of no ResNet that detectron2 can build.
     """
     found: list[list[int]] = []
     for stage in range(1, 5):

@@ -84,10 +84,6 @@ def read_backbone(path: str, layout: str = "", copy: str = "", prefix: str = "")
         copy: the network to take where a file holds several, e.g. "student".
         prefix: what stands before the names of the network to take, behind the place of its state
             dict if need be: "online.net.", "state_dict/online.net.".
-
-    Raises:
-        InputError: the file cannot be read safely; it holds no ResNet, one that detectron2 cannot
-            build, several, or an incomplete one; a tensor has another shape or is not finite.
     """
     stored = read_tensors(path)
     containers = dict(_state_dicts(stored.content))
@@ -142,11 +138,7 @@ def read_backbone(path: str, layout: str = "", copy: str = "", prefix: str = "")
 
 
 def find_layouts(path: str) -> list[Found]:
-    """Every ResNet in a file with the layouts that fit it; empty where there is none.
-
-    Raises:
-        InputError: the file cannot be read safely.
-    """
+    """Every ResNet in a file with the layouts that fit it; empty where there is none."""
     containers = dict(_state_dicts(read_tensors(path).content))
     return find_resnets({place: list(state) for place, state in containers.items()})
 
@@ -331,9 +323,6 @@ def _beside(content: Any, container: str) -> list[str]:
 def detector_says(path: str) -> tuple[dict[str, object], list[str]]:
     """What a detector's checkpoint says of its pixels and stride, by config key, and what
     contradicts itself.
-
-    Raises:
-        InputError: the file cannot be read safely.
     """
     stored = read_tensors(path)
     states = dict(_state_dicts(stored.content))

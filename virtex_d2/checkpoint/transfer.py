@@ -94,9 +94,6 @@ def is_backbone(weights: str) -> bool:
     """Whether MODEL.WEIGHTS is a backbone to be loaded strictly, not a detector's checkpoint.
 
     Told by the keys in the file.
-
-    Raises:
-        InputError: the file cannot be read safely.
     """
     return bool(weights) and not holds_detector(local_path(weights))
 
@@ -113,10 +110,6 @@ def apply_preprocessing(cfg: CfgNode, resume: bool = False) -> list[str]:
     Returns:
         A line for the log about each key that was changed, and one about what was not checked;
         there is no log yet at that time.
-
-    Raises:
-        InputError: VIRTEX.PREPROCESSING is none of `MODES`; the file cannot be used; with "check",
-            the config feeds a trained detector other pixels than it was trained with.
     """
     if cfg.VIRTEX.PREPROCESSING not in MODES:
         raise InputError(
@@ -173,11 +166,6 @@ def load_backbone(model: nn.Module, path: str, cfg: CfgNode) -> TransferReport:
         path: a checkpoint of any layout in `layouts.LAYOUTS`, or a backbone file.
         cfg: the detector's config; what it does to pixels must be what the backbone was trained
             with, and its ResNet that of the file.
-
-    Raises:
-        InputError: the file holds no such ResNet; config and file contradict each other; a tensor
-            is missing, left over, of another shape or not finite (nothing is set then); or the
-            loaded detector computes something else.
     """
     backbone = _read(cfg, path)
     model = getattr(model, "module", model)

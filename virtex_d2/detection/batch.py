@@ -32,9 +32,6 @@ def resolve_batch(cfg: CfgNode) -> CfgNode:
 
     Returns:
         `cfg`, or where it is scaled a copy.
-
-    Raises:
-        InputError: processes and passes cannot share the images of an update equally.
     """
     processes, reference = comm.get_world_size(), cfg.SOLVER.REFERENCE_WORLD_SIZE
     images, passes = cfg.SOLVER.IMS_PER_BATCH, cfg.VIRTEX.ACCUMULATE

@@ -48,11 +48,7 @@ class DetectorCheckpointer(AtomicDetectionCheckpointer):
         return super().states(**kwargs)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """As detectron2's; `checkpointables` is None on resuming.
-
-        Raises:
-            InputError: the file is missing, damaged, not of this detector, or without the average.
-        """
+        """As detectron2's; `checkpointables` is None on resuming."""
         self._not_set: set[str] = set()
         self._path = path
         rest = super().load(path, checkpointables)

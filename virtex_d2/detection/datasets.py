@@ -46,11 +46,6 @@ def register_datasets(cfg: CfgNode, eval_only: bool = False) -> list[DataSet]:
     That is DATASETS.TRAIN and DATASETS.TEST, the latter alone with `eval_only`. detectron2's own
     names (coco_2017_train, ...) need no entry. The detector's NUM_CLASSES of -1 becomes the number
     of their categories, in `cfg`.
-
-    Raises:
-        InputError: the data cannot feed the detector, an entry is malformed, a file is missing or
-            inconsistent, an image is absent, the categories of two data sets differ, their number
-            is not NUM_CLASSES, or VIRTEX.FRACTION selects no image.
     """
     register_entries(cfg)
     check_detector(cfg, eval_only)
@@ -68,11 +63,7 @@ def register_datasets(cfg: CfgNode, eval_only: bool = False) -> list[DataSet]:
 
 
 def register_entries(cfg: CfgNode) -> None:
-    """Make VIRTEX.DATASETS known to detectron2's catalog; what they hold is not looked at.
-
-    Raises:
-        InputError: the data cannot feed the detector, an entry is malformed, or its name taken.
-    """
+    """Make VIRTEX.DATASETS known to detectron2's catalog; what they hold is not looked at."""
     for entry in cfg.VIRTEX.DATASETS:
         name, kind, rest = _entry(entry)
         TYPES[kind].register(name, *rest)

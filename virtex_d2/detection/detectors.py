@@ -34,12 +34,7 @@ _REFUSED: list[tuple[dict[str, object], str]] = [
 
 
 def check_detector(cfg: CfgNode, eval_only: bool = False) -> None:
-    """Check that the data sets of this project can feed the detector of a config.
-
-    Raises:
-        InputError: an unknown architecture or backbone, or one that needs what is not in the data,
-            or what detectron2 asserts; the message names the key.
-    """
+    """Check that the data sets of this project can feed the detector of a config."""
     for key, name, registry in (
         ("META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY),
         ("BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY),
@@ -75,9 +70,6 @@ def set_classes(cfg: CfgNode, source: str, names: list[str]) -> None:
         cfg: the config; changed.
         source: the data set, for messages.
         names: of its classes.
-
-    Raises:
-        InputError: the number is another.
     """
     group = cfg.MODEL.META_ARCHITECTURE.upper()
     if "NUM_CLASSES" not in cfg.MODEL.get(group, {}):

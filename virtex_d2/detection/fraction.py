@@ -12,9 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_fraction(fraction: float, name: str = "", num_images: int = 0) -> None:
-    """Raises:
-    InputError: the fraction is not in (0, 1], or comes to none of the images.
-    """
+    """Raise InputError if the fraction is not in (0, 1], or comes to none of the images."""
     if not 0 < fraction <= 1:
         raise InputError(f"VIRTEX.FRACTION {fraction}: expected more than 0, up to 1 for all.")
     if name and not round(fraction * num_images):

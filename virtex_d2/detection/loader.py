@@ -83,11 +83,7 @@ class TrainingSet:
 
 
 def read_training_set(cfg: CfgNode) -> TrainingSet:
-    """Read the annotations of DATASETS.TRAIN, or of VIRTEX.FRACTION of its images.
-
-    Raises:
-        InputError: DATALOADER.SAMPLER_TRAIN is none.
-    """
+    """Read the annotations of DATASETS.TRAIN, or of VIRTEX.FRACTION of its images."""
     fraction, seed = cfg.VIRTEX.FRACTION, cfg.VIRTEX.FRACTION_SEED
     dicts = get_detection_dataset_dicts(
         [register_fraction(name, fraction, seed) for name in cfg.DATASETS.TRAIN],

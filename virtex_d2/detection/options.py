@@ -13,11 +13,7 @@ CLIP_TYPES = ("value", "norm", FULL_MODEL)
 
 
 def check_training(cfg: CfgNode) -> None:
-    """Check the keys about precision, clipping, averaging and evaluation.
-
-    Raises:
-        InputError: a value is not one of those that there are, or not possible on this device.
-    """
+    """Check the keys about precision, clipping, averaging and evaluation."""
     if cfg.SOLVER.AMP.ENABLED:
         check_amp(cfg)
     if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
@@ -31,11 +27,7 @@ def check_training(cfg: CfgNode) -> None:
 
 
 def check_augmented_evaluation(cfg: CfgNode) -> None:
-    """Check that detectron2's test-time augmentation can do what TEST.AUG asks.
-
-    Raises:
-        InputError: it is for another kind of detector, or has no image size to work on.
-    """
+    """Check that detectron2's test-time augmentation can do what TEST.AUG asks."""
     if not cfg.TEST.AUG.ENABLED:
         return
     found = [

@@ -98,11 +98,7 @@ def build_sampler(
 
 
 def repeat_factors(cfg: CfgNode, records: Sequence[dict]) -> torch.Tensor | None:
-    """How often each image appears in an epoch; None where the sampler takes all alike.
-
-    Raises:
-        InputError: there is no sampler of this name.
-    """
+    """How often each image appears in an epoch; None where the sampler takes all alike."""
     name = cfg.DATALOADER.SAMPLER_TRAIN
     if name not in SAMPLERS:
         raise InputError(

@@ -34,9 +34,6 @@ def read_annotations(source: Sequence[str], name: str) -> AnnotationTable:
     Args:
         source: ("coco" or "lvis", JSON file, image folder) or ("voc", folder, split).
         name: what to call it.
-
-    Raises:
-        InputError: another type, or nothing can be read there.
     """
     kind, annotations, images = source
     if kind not in READERS:
@@ -55,11 +52,7 @@ def source_name(source: Sequence[str]) -> str:
 
 
 def read_catalog(name: str) -> AnnotationTable:
-    """Read a data set that detectron2's catalog knows, from the files that its metadata names.
-
-    Raises:
-        InputError: the name is unknown, it is of another format, or nothing can be read there.
-    """
+    """Read a data set that detectron2's catalog knows, from the files that its metadata names."""
     if name not in DatasetCatalog:
         known = [known for known in DatasetCatalog.list() if not known.startswith("__")]
         raise InputError(
@@ -85,11 +78,7 @@ def read_catalog(name: str) -> AnnotationTable:
 
 
 def read_config(cfg: CfgNode) -> tuple[list[AnnotationTable], list[AnnotationTable]]:
-    """The data sets of DATASETS.TRAIN and those of DATASETS.TEST.
-
-    Raises:
-        InputError: VIRTEX.DATASETS is malformed, no data set is named, or as `read_catalog`.
-    """
+    """The data sets of DATASETS.TRAIN and those of DATASETS.TEST."""
     register_entries(cfg)
     if not cfg.DATASETS.TRAIN and not cfg.DATASETS.TEST:
         raise InputError(

@@ -58,9 +58,6 @@ class DetectionTrainer(StoppableTrainer, DefaultTrainer):
     Attributes:
         cfg: scaled to the number of processes, with SOLVER.REFERENCE_WORLD_SIZE.
         ema: the average of the weights; None without VIRTEX.EMA.
-
-    Raises:
-        InputError: the config or the data cannot be used.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -94,9 +91,6 @@ class DetectionTrainer(StoppableTrainer, DefaultTrainer):
         """Evaluate MODEL.WEIGHTS, or with `resume` the last checkpoint, on DATASETS.TEST.
 
         With VIRTEX.EMA.ENABLED and EVALUATE that is the average which the checkpoint holds.
-
-        Raises:
-            InputError: there are no weights of the whole detector, or no average of them.
         """
         check_augmented_evaluation(cfg)
         model = cls.build_model(cfg)
@@ -122,11 +116,7 @@ class DetectionTrainer(StoppableTrainer, DefaultTrainer):
         return results
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Continue from OUTPUT_DIR's last checkpoint if `resume`, else start from MODEL.WEIGHTS.
-
-        Raises:
-            InputError: the file is missing, damaged or does not fit; nothing was loaded.
-        """
+        """Continue from OUTPUT_DIR's last checkpoint if `resume`, else start from MODEL.WEIGHTS."""
         resuming = resume and self.checkpointer.has_checkpoint()
         if not resuming and is_backbone(self.cfg.MODEL.WEIGHTS):
             report = load_backbone(self.model, self.cfg.MODEL.WEIGHTS, self.cfg)
@@ -168,12 +158,7 @@ class DetectionTrainer(StoppableTrainer, DefaultTrainer):
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """What `state_dict` gave.
-
-        Raises:
-            InputError: the optimizer's state is missing: the checkpoint is of stock detectron2; or
-                iterations are of another number of images.
-        """
+        """What `state_dict` gave."""
         if "_trainer" not in state_dict:
             raise InputError(
                 f"OUTPUT_DIR {self.cfg.OUTPUT_DIR}: its last checkpoint holds no optimizer state "
@@ -222,12 +207,7 @@ class DetectionTrainer(StoppableTrainer, DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """The detector on MODEL.DEVICE.
-
-        Raises:
-            InputError: a NAME in the config is of nothing that is registered, or detectron2 asserts
-                that keys are otherwise.
-        """
+        """The detector on MODEL.DEVICE."""
         try:
             model = super().build_model(cfg)
         except (KeyError, AssertionError) as error:

@@ -26,7 +26,6 @@ def atomic_path(dest: str | os.PathLike, overwrite: bool = True) -> Iterator[Pat
     fails, the file is removed.
 
     Raises:
-        InputError: `dest` exists and `overwrite` is False.
         FileNotFoundError: the body did not create the file.
     """
     dest = Path(dest)

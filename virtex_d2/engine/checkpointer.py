@@ -61,10 +61,6 @@ class _AtomicMixin:
         """Write `<save_dir>/<name>.pth` (model, checkpointables, `kwargs`), then tag it as last.
 
         With a writer in the background it returns when the state has been copied.
-
-        Raises:
-            InputError: the file cannot be written, or the one before could not. What is in the
-                folder is as it was.
         """
 
         def finish(state: State) -> None:
@@ -83,11 +79,7 @@ class _AtomicMixin:
         self._write(name, kwargs, then)
 
     def wait(self) -> None:
-        """Until all that was saved is on disk.
-
-        Raises:
-            InputError: it could not be written.
-        """
+        """Until all that was saved is on disk."""
         self.writer.wait()
 
     def states(self, **kwargs: Any) -> dict[str, Any]:
@@ -130,22 +122,14 @@ class _AtomicMixin:
         return bool(self.save_dir) and has_checkpoint(self.save_dir)
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """As the base class; a last checkpoint that is damaged falls back to the one before.
-
-        Raises:
-            InputError: as `load`; there are checkpoints, and none is whole.
-        """
+        """As the base class; a last checkpoint that is damaged falls back to the one before."""
         if resume and self.has_checkpoint():
             self.resumed_from = last_whole_checkpoint(self.save_dir)
             return self.load(self.resumed_from)
         return self.load(path, checkpointables=[])
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As the base class.
-
-        Raises:
-            InputError: no such file, a truncated one, or one that holds code.
-        """
+        """As the base class."""
         try:
             return super().load(path, *args, **kwargs)
         except (AssertionError, FileNotFoundError) as error:

@@ -37,11 +37,6 @@ def load_config(
 
     Returns:
         `cfg`, not frozen.
-
-    Raises:
-        InputError: no such file, not YAML, an unknown key or a value of another type (each with the
-            file and the key; for a key, the nearest valid one), a key without a value, or a
-            variable that is not set.
     """
     cfg.defrost()
     result = cfg.clone()

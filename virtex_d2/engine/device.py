@@ -24,9 +24,6 @@ def resolve_device(device: str, num_gpus: int | None = None, name: str = "MODEL.
         device: of the config.
         num_gpus: of the flag; None where it was not given.
         name: what said `device`, for messages.
-
-    Raises:
-        InputError: it is CUDA, and there is none that can be used; the message says why.
     """
     asked = f"{name} {device}"
     if device == "auto":
@@ -76,11 +73,7 @@ def _why_not() -> str:
 
 
 def check_amp(cfg: CfgNode) -> None:
-    """Check SOLVER.AMP against what there is, and what MODEL.DEVICE, which is resolved, can do.
-
-    Raises:
-        InputError: it is no precision, or not one of this device.
-    """
+    """Check SOLVER.AMP against what there is, and what MODEL.DEVICE, which is resolved, can do."""
     name, device = cfg.SOLVER.AMP.DTYPE, cfg.MODEL.DEVICE
     if name not in AMP_DTYPES:
         raise InputError(

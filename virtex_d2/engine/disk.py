@@ -42,9 +42,6 @@ def stop_where_disk_is_full(folder: str | os.PathLike) -> Iterator[None]:
 
     Args:
         folder: that the run writes to.
-
-    Raises:
-        InputError: the body could not write.
     """
     try:
         yield

@@ -53,8 +53,6 @@ def launch(main: Main, args: argparse.Namespace) -> None:
         args: of `runtime.arguments.argument_parser`.
 
     Raises:
-        InputError: in a run of one process, or before there are others: the environment or the
-            flags do not fit together or this machine.
         SystemExit: in a run of several processes, where it does not end well.
     """
     gpus = 0 if _asks_for_cpu(args) or not torch.cuda.is_available() else torch.cuda.device_count()
@@ -289,11 +287,7 @@ def _machine(topology: Topology) -> dict[str, Any]:
 
 
 def _check_machines(records: Records) -> None:
-    """Machines may have different numbers of GPUs, but not none.
-
-    Raises:
-        InputError: they are not of one run.
-    """
+    """Machines may have different numbers of GPUs, but not none."""
     reference = records[min(records)]
     for node, record in records.items():
         if record["machines"] != reference["machines"]:

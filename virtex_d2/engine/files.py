@@ -29,11 +29,7 @@ def write_safetensors(
 
 
 def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Read a safetensors file: tensors on the CPU by name, and the metadata ({} where none).
-
-    Raises:
-        InputError: no such file, or not a whole safetensors file.
-    """
+    """Read a safetensors file: tensors on the CPU by name, and the metadata ({} where none)."""
     require_file(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -47,12 +43,7 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], 
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a torch checkpoint (.pth) onto the CPU; it may hold tensors and plain values only.
-
-    Raises:
-        InputError: no such file, one that is truncated or otherwise not what was written, one that
-            is no checkpoint, or one with Python objects in it, which could run code on loading.
-    """
+    """Read a torch checkpoint (.pth) onto the CPU; it may hold tensors and plain values only."""
     require_file(path)
     if found := damage(path):
         raise InputError(
@@ -77,12 +68,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_numpy_pickle(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a .pkl of the detectron2 model zoo (numpy arrays by name, latin-1), and nothing else.
-
-    Raises:
-        InputError: no such file, no whole pickle, or one that holds other than plain values and
-            numpy arrays.
-    """
+    """Read a .pkl of the detectron2 model zoo (numpy arrays by name, latin-1), and nothing else."""
     require_file(path)
     with open(path, "rb") as file:
         try:
@@ -98,11 +84,7 @@ def read_numpy_pickle(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """Read a text file in UTF-8, with or without a byte order mark; line ends stay as they are.
-
-    Raises:
-        InputError: no such file, or not UTF-8; the message has the line.
-    """
+    """Read a text file in UTF-8, with or without a byte order mark; line ends stay as they are."""
     try:
         with open(path, "rb") as file:
             content = file.read()
@@ -125,11 +107,7 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
-    """Read JSON whose top is an object (`kind` dict) or a list.
-
-    Raises:
-        InputError: no such file, or it is cut short, not UTF-8, not JSON, or of another kind.
-    """
+    """Read JSON whose top is an object (`kind` dict) or a list."""
     try:
         content = json.loads(read_text(path))
     except InputError:
@@ -191,9 +169,7 @@ def _unpickling_message(path: str | os.PathLike, reason: str) -> str:
 
 
 def require_file(path: str | os.PathLike) -> None:
-    """Raises:
-    InputError: there is no file, or a folder.
-    """
+    """Raise InputError if there is no file, or a folder."""
     if not os.path.isfile(path):
         found = "a folder" if os.path.isdir(path) else "nothing"
         raise InputError(f"{path}: expected a file, found {found} there. Check the path.")

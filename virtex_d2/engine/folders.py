@@ -25,9 +25,6 @@ def files_in(folder: str) -> list[str]:
 
     Links are followed, but none to a folder that it lies in. Names that begin with a dot are left
     out, and what is in such folders.
-
-    Raises:
-        InputError: a folder cannot be listed.
     """
 
     def below(path: str, prefix: str, above: frozenset) -> Iterator[str]:
@@ -53,9 +50,6 @@ def files_in(folder: str) -> list[str]:
 def images_in(folder: str, beside: Collection[str] = ()) -> list[str]:
     """Those of `files_in` that are images by their suffix; others, but those with suffixes that
     belong `beside` them (such as "txt"), are counted and named in the log.
-
-    Raises:
-        InputError: there are none, or a folder cannot be listed.
     """
     names = files_in(folder)
     images = [name for name in names if image_suffix(name)]

@@ -34,9 +34,6 @@ def last_whole_checkpoint(folder: str | os.PathLike, tell: bool = True) -> str:
     Args:
         folder: OUTPUT_DIR, of which `has_checkpoint` is true.
         tell: whether to log what was found where it is not the last.
-
-    Raises:
-        InputError: none is whole; the message says what is wrong with each.
     """
     path, problems, refused = "", [], ""
     if comm.is_main_process():

@@ -113,11 +113,7 @@ class RunLock:
         self._thread = threading.Thread(target=self._keep, name="run lock", daemon=True)
 
     def acquire(self) -> None:
-        """Take the lock; where its holder may be dead, wait until that is known.
-
-        Raises:
-            InputError: another run is alive in the folder.
-        """
+        """Take the lock; where its holder may be dead, wait until that is known."""
         while not self._create():
             holder = self._read()
             if holder is not None and not holder.token:
@@ -158,9 +154,7 @@ class RunLock:
             return Holder("", "an unknown machine", 0, "", "", 0, "an unknown time")
 
     def _is_dead(self, holder: Holder) -> bool:
-        """Raises:
-        InputError: it lives.
-        """
+        """Raise InputError if it lives."""
         alive = holder.alive()
         if alive is False or self._me.succeeds(holder):
             logger.info("%s: its holder is gone (%s).", self.path, holder)
@@ -249,11 +243,7 @@ _held: dict[Path, RunLock] = {}
 
 
 def lock_folder(folder: str | os.PathLike, on_lost: Callable[[InputError], None]) -> None:
-    """Hold the lock of a folder until `release_locks`; twice in one process is once.
-
-    Raises:
-        InputError: another run is alive in the folder.
-    """
+    """Hold the lock of a folder until `release_locks`; twice in one process is once."""
     key = Path(folder).resolve()
     if key in _held:
         return

@@ -60,12 +60,7 @@ class UpdateLoop(SimpleTrainer):
         self._max_norm, self._norm_type = max_norm, norm_type
 
     def run_step(self) -> None:
-        """One update: batch, losses and gradients pass by pass, clipping, optimizer.
-
-        Raises:
-            InputError: gradients are not finite, and there is no scaler that expects that. The
-                weights are those of before.
-        """
+        """One update: batch, losses and gradients pass by pass, clipping, optimizer."""
         assert self.model.training, "the model was left in evaluation mode"
         start = time.perf_counter()
         batch = next(self._data_loader_iter)

@@ -139,9 +139,6 @@ def watch(folder: str, budget: str | None = None) -> None:
     Args:
         folder: OUTPUT_DIR.
         budget: of `seconds_of`; None: what VIRTEX_TIME_BUDGET says.
-
-    Raises:
-        InputError: the budget is none.
     """
     global _watch
     name = "--time-budget"
@@ -270,11 +267,7 @@ def _raise_if_agreed(votes: torch.Tensor) -> None:
 
 
 def seconds_of(text: str, name: str) -> float:
-    """A time budget in seconds: "45m", "23.5h" (s, m, h, d), or "[DAYS-]HH:MM:SS".
-
-    Raises:
-        InputError: it is none; a number without a unit too, which means minutes to Slurm.
-    """
+    """A time budget in seconds: "45m", "23.5h" (s, m, h, d), or "[DAYS-]HH:MM:SS"."""
     if match := _CLOCK.fullmatch(text.strip()):
         days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
         return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)

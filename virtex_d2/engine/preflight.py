@@ -48,11 +48,7 @@ def identity(topology: Topology) -> dict[str, Any]:
 
 
 def check_records(records: Records) -> None:
-    """Compare each process that has come with the first that is there.
-
-    Raises:
-        InputError: two disagree on the size of the run, use one GPU, or run other code or versions.
-    """
+    """Compare each process that has come with the first that is there."""
     reference = records[min(records)]
     first = _name(min(records), reference)
     places: dict[tuple, str] = {}
@@ -133,9 +129,6 @@ def check_interfaces(environment: Mapping[str, str], on_gpu: bool) -> None:
 
     gloo takes names. NCCL takes beginnings of names, whole ones behind "=", and behind "^" those
     that it is to leave out, which need not be there.
-
-    Raises:
-        InputError: none is left, or gloo's is not there; it names those that are.
     """
     there = [name for _, name in socket.if_nameindex()]
     gloo, nccl = (environment.get(f"{name}_SOCKET_IFNAME", "") for name in ("GLOO", "NCCL"))
@@ -164,9 +157,6 @@ def check_collectives(topology: Topology, group: Any) -> float:
 
     Returns:
         Seconds that the second time took: the first builds connections.
-
-    Raises:
-        InputError: the sum is wrong.
     """
     device = "cpu" if topology.gpu is None else f"cuda:{topology.gpu}"
     rank, world_size = comm.get_rank(), comm.get_world_size()
@@ -196,9 +186,6 @@ def clock_skew(group: Any, names: list[str], rounds: int = 5) -> tuple[float, st
 
     Returns:
         The largest difference in seconds, and a warning or "".
-
-    Raises:
-        InputError: it is more than `SKEW_ERROR`.
     """
     times = []
     for _ in range(rounds):
@@ -218,9 +205,6 @@ def check_shared(folder: str) -> None:
     """Check that all processes see the same folder, and may write there.
 
     Collective; the folder exists in the first process.
-
-    Raises:
-        InputError: in all processes; it names those that do not see it.
     """
     if comm.get_world_size() == 1:
         return

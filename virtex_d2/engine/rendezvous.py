@@ -24,9 +24,6 @@ def open_store(topology: Topology, patience: float) -> tuple[dist.TCPStore | Non
 
     Returns:
         What keeps it open (None: somebody else does), and its port.
-
-    Raises:
-        InputError: the port is in use.
     """
     if not topology.serves:
         return None, topology.port
@@ -51,12 +48,7 @@ def open_store(topology: Topology, patience: float) -> tuple[dist.TCPStore | Non
 
 
 def connect(topology: Topology, port: int, patience: float) -> dist.Store:
-    """A connection of its own to the meeting place, with keys that are this run's alone.
-
-    Raises:
-        InputError: the address is not known here, or nobody has opened the meeting place in
-            `patience` seconds.
-    """
+    """A connection of its own to the meeting place, with keys that are this run's alone."""
     address = "localhost" if topology.serves else topology.address
     _require_known(address, port, topology.host)
     _await_listener(address, port, topology, patience)
@@ -103,9 +95,6 @@ def meet(
 
     Returns:
         The records of all.
-
-    Raises:
-        InputError: somebody is missing, is there twice, or does not fit.
     """
     _register(store, what, index, record)
     deadline = time.monotonic() + patience

@@ -60,11 +60,6 @@ def setup_run(
 
     Returns:
         `cfg`.
-
-    Raises:
-        InputError: OUTPUT_DIR holds another run and neither --resume nor --eval-only is given, or a
-            live one; it cannot be written, or not all processes see it; they have other configs; a
-            run that goes on has another config than before; CUDA is asked for, and cannot be used.
     """
     resume, eval_only = getattr(args, "resume", False), getattr(args, "eval_only", False)
     was_frozen = cfg.is_frozen()
@@ -125,9 +120,8 @@ def write_config(cfg: CfgNode) -> None:
 
 
 def _check_backend(device: str) -> None:
-    """Raises:
-    InputError: the processes have met for GPUs, and the config file says CPU; or all are to use
-        one GPU.
+    """Raise InputError if the processes have met for GPUs, and the config file says CPU; or all are
+    to use one GPU.
     """
     if device == "cpu" and comm.get_world_size() > 1 and dist.get_backend() == "nccl":
         raise InputError(

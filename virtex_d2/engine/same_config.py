@@ -44,11 +44,7 @@ def differences(before: dict[str, str], now: dict[str, str]) -> dict[str, tuple[
 
 
 def check_same(cfg: CfgNode) -> None:
-    """Check that all processes have one config. Collective.
-
-    Raises:
-        InputError: in all processes; it names the first that differs, and its keys.
-    """
+    """Check that all processes have one config. Collective."""
     if comm.get_world_size() == 1:
         return
     mine = texts(cfg)
@@ -73,9 +69,6 @@ def check_resumed(cfg: CfgNode, may_change: Collection[str] | None) -> None:
     Args:
         cfg: with OUTPUT_DIR, and all resolved that is in the file.
         may_change: patterns of keys that may differ; None: any may.
-
-    Raises:
-        InputError: another key differs; the message has them all.
     """
     path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
     if not os.path.exists(path):

@@ -30,9 +30,6 @@ def expanded(text: str, where: str) -> str:
     Args:
         text: such as a path of a config. $DETECTRON2_DATASETS is "datasets" where it is not set.
         where: the file and key, for messages.
-
-    Raises:
-        InputError: there is no such variable.
     """
 
     def value(match: re.Match) -> str:

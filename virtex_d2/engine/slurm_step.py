@@ -55,9 +55,6 @@ def find_step(
     Args:
         environment: such as os.environ.
         expand: as `expand_hosts`, which is the default.
-
-    Raises:
-        InputError: the variables are incomplete or contradict each other.
     """
     if not is_in_step(environment):
         return None
@@ -92,11 +89,7 @@ def is_in_step(environment: Mapping[str, str]) -> bool:
 
 
 def expand_hosts(nodelist: str) -> list[str]:
-    """The names in a list such as "gpu[01-03,7],login": by scontrol, or where it is absent by us.
-
-    Raises:
-        InputError: it is no list of hosts.
-    """
+    """Expand a list such as "gpu[01-03,7],login": by scontrol, or where it is absent by us."""
     scontrol = shutil.which("scontrol")
     if scontrol:
         done = subprocess.run(
@@ -114,11 +107,7 @@ def expand_hosts(nodelist: str) -> list[str]:
 
 
 def expand_brackets(nodelist: str) -> list[str]:
-    """`expand_hosts` without Slurm's programs.
-
-    Raises:
-        InputError: it is no list of hosts.
-    """
+    """`expand_hosts` without Slurm's programs."""
     names: list[str] = []
     for item in re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", nodelist):
         names += _expand(item, nodelist)

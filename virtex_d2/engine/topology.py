@@ -129,9 +129,7 @@ class _Flags:
         )
 
     def refuse_other_sizes(self, launcher: str, per_machine: int | None, machines: int | None):
-        """Raises:
-        InputError: they ask for other numbers than the launcher's.
-        """
+        """Raise InputError if they ask for other numbers than the launcher's."""
         for flag, asked, found, what in (
             (self.name, self.per_machine, per_machine, "processes on this machine"),
             ("--num-machines", self.machines if self.machines > 1 else 0, machines, "machines"),
@@ -153,9 +151,6 @@ def resolve(args: argparse.Namespace, environment: Mapping[str, str], machine: M
        node has one, it starts its machine's: `--num-processes`, `--num-gpus`, or one per GPU.
     4. `--num-processes` or `--num-gpus` above 1: so many processes of this machine.
     5. One process.
-
-    Raises:
-        InputError: flags, environment and machine do not fit together.
     """
     flags = _Flags.of(args)
     ranked = "WORLD_SIZE" in environment and _number(environment, "WORLD_SIZE") > 1

@@ -31,9 +31,6 @@ def batches_of(start: Callable[[], Iterator[Batch]]) -> Iterator[Batch]:
     """The batches of a loader, whose workers `start` starts; it makes the loader's iterator.
 
     Signals are noted, to be read between two iterations; while no batch comes, they end the run.
-
-    Raises:
-        InputError: a worker cannot hand a batch over, or a signal has come and no batch after it.
     """
     _require_short_sockets()
     iterator = signals.held_back(start)

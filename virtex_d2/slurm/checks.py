@@ -27,9 +27,7 @@ def processes_per_node(command: Command, options: JobOptions) -> int:
 
 
 def check_command(command: Command, options: JobOptions, cwd: Path) -> None:
-    """Raises:
-    InputError: the command cannot run as the options say, or would do something else.
-    """
+    """Raise InputError if the command cannot run as the options say, or would do something else."""
     if command.is_python and not (cwd / command.program).is_file():
         raise InputError(f"{command.program}: no such file in {cwd}, where the job would run.")
     if command.python and options.python not in ("", command.python):
@@ -102,10 +100,6 @@ def check_configs(
         defaults: by the file name of a tool with --resume, what makes its config, with every valid
             key; None from it: it cannot be made here, and keys are not looked at.
         earlier: commands that have ended before.
-
-    Raises:
-        InputError: no such file, a flag or a key that the tool does not know, or a value of another
-            type; of an array's jobs only the first is read.
     """
     if not command.is_own:
         return

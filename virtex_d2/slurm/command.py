@@ -71,9 +71,6 @@ def read_command(words: Sequence[str], cwd: Path, root: Path, unread: bool = Fal
         cwd: where it is run.
         root: the project's folder.
         unread: as `Command`'s.
-
-    Raises:
-        InputError: there is none, or it starts processes by itself, as torchrun does.
     """
     if not words:
         raise InputError("no command: expected -- tools/train_net.py ... after the options.")

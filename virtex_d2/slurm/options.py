@@ -34,11 +34,7 @@ def _about(text: str, metavar: str, flag: str = "") -> dict[str, str]:
 
 @dataclass(frozen=True)
 class JobOptions:
-    """A job's options; each is a key of TOML files and, with dashes, a flag of the tool.
-
-    Raises:
-        InputError: a value that Slurm would refuse, or that contradicts another.
-    """
+    """A job's options; each is a key of TOML files and, with dashes, a flag of the tool."""
 
     name: str = field(
         default="", metadata=_about("of the job (default: of the tool, or of the stage)", "NAME")
@@ -175,11 +171,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def given_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that stand on the command line, as in a TOML file.
-
-    Raises:
-        InputError: --env without "=", or a number below 1.
-    """
+    """The options that stand on the command line, as in a TOML file."""
     given = {name: value for name, value in vars(args).items() if name in FIELDS}
     for name, value in given.items():
         if FIELDS[name].type is int and value < 1:
@@ -193,11 +185,7 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_options(*layers: Mapping[str, Any]) -> JobOptions:
-    """One job's options: of two layers the later wins; lists add up, variables are merged.
-
-    Raises:
-        InputError: as `JobOptions`.
-    """
+    """One job's options: of two layers the later wins; lists add up, variables are merged."""
     merged: dict[str, Any] = {}
     for layer in layers:
         for name, value in layer.items():
@@ -216,11 +204,7 @@ def site_file() -> Path:
 
 
 def read_site(path: Path | None) -> dict[str, Any]:
-    """The site's defaults: of `path`, or of `site_file()`, which need not exist.
-
-    Raises:
-        InputError: the file cannot be read, or has another key or type of value.
-    """
+    """The site's defaults: of `path`, or of `site_file()`, which need not exist."""
     if path is None and not site_file().exists():
         return {}
     path = path or site_file()
@@ -228,9 +212,7 @@ def read_site(path: Path | None) -> dict[str, Any]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Raises:
-    InputError: no such file, or not TOML; the message has the line.
-    """
+    """Raise InputError if no such file, or not TOML; the message has the line."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -248,9 +230,6 @@ def check_table(
         table: keys and values.
         where: its file and place, for messages.
         others: keys that may stand there, too, but that are not options: to name the nearest.
-
-    Raises:
-        InputError: another key, or a value of another type.
     """
     return {name: _checked(name, value, where, others) for name, value in table.items()}
 

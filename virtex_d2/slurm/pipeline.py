@@ -52,9 +52,6 @@ def read_pipeline(path: Path, site: Mapping[str, Any], given: Mapping[str, Any])
         path: the TOML file.
         site: options that hold where the file says nothing.
         given: options of the command line, which hold for every stage whatever the file says.
-
-    Raises:
-        InputError: it is no such file; the message has the stage and the key.
     """
     content = read_toml(path)
     stages = content.pop("stages", None)

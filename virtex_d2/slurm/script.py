@@ -28,9 +28,6 @@ class Job:
         folder: for the script, its logs and its records; absolute.
         cwd: where the command is run; absolute.
         root: the project's folder, from which its packages are imported.
-
-    Raises:
-        InputError: the command cannot be run as the options say.
     """
 
     options: JobOptions

@@ -70,7 +70,6 @@ def slurm(*command: object, env: Mapping[str, str] | None = None) -> str:
     """What one of Slurm's commands prints.
 
     Raises:
-        InputError: it is not installed here.
         SlurmError: it failed, or the controller does not answer.
     """
     words = [str(word) for word in command]
@@ -105,10 +104,6 @@ def submit(job: Job, after: Sequence[str] = ()) -> Submitted:
     Args:
         job: whose folder does not exist yet.
         after: ids of jobs that must have ended well before it starts.
-
-    Raises:
-        InputError: the folder cannot be written, or Slurm refuses the job and says why. Of a job
-            that was not submitted nothing is left.
     """
     script = job.folder / SCRIPT
     new = [folder for folder in (job.folder, *job.folder.parents) if not folder.exists()]
@@ -166,11 +161,7 @@ def environment(job: Job) -> dict[str, str]:
 
 
 def submit_pipeline(jobs: Sequence[tuple[Stage, Job]]) -> list[Submitted]:
-    """Submit the stages in order, each dependent on those that it comes after.
-
-    Raises:
-        InputError: Slurm refuses one. Those before it are cancelled again.
-    """
+    """Submit the stages in order, each dependent on those that it comes after."""
     done: dict[str, Submitted] = {}
     try:
         for stage, job in jobs:
@@ -193,9 +184,6 @@ def stage_jobs(
         folder: of the pipeline; it is not made.
         cwd, root: as `Job`.
         defaults: as `checks.check_configs`.
-
-    Raises:
-        InputError: as `Job` and `checks.check_configs`; the message has the stage.
     """
     jobs: list[tuple[Stage, Job]] = []
     for stage in stages:
@@ -211,11 +199,7 @@ def stage_jobs(
 
 
 def find_submitted(logs: Path, wanted: Sequence[str]) -> list[Submitted]:
-    """Jobs by their ids or folders, or all of the folder of logs, the newest last.
-
-    Raises:
-        InputError: there is none, or a record is damaged.
-    """
+    """Jobs by their ids or folders, or all of the folder of logs, the newest last."""
     records = sorted([*logs.glob(f"*/{RECORD}"), *logs.glob(f"*/*/{RECORD}")])
     known = [_read(path) for path in records]
     if not wanted:
@@ -264,9 +248,6 @@ def single_job(
         logs: where its folder is to be; it is not made.
         cwd, root: as `Job`.
         defaults: as `checks.check_configs`.
-
-    Raises:
-        InputError: as `Job` and `checks.check_configs`.
     """
     command = read_command(words, cwd, root)
     job = Job(options, command, new_folder(logs, options.name or command.name), cwd, root)

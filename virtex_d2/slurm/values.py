@@ -53,11 +53,7 @@ def seconds(limit: str) -> int:
 
 
 def array_numbers(spec: str) -> Iterator[int]:
-    """The numbers of an array's jobs.
-
-    Raises:
-        InputError: it is no array, or has no number.
-    """
+    """The numbers of an array's jobs."""
     wrong = InputError(f"--array: expected numbers such as 0-17, 1,3,5 or 0-17%4, found '{spec}'.")
     if not _ARRAY.fullmatch(spec):
         raise wrong
@@ -78,9 +74,6 @@ def check_sbatch(line: str, gpus_per_node: str, memory: str) -> None:
     Args:
         line: an option of sbatch.
         gpus_per_node, memory: those of the job; "" where it has none.
-
-    Raises:
-        InputError: it contradicts the script or one of the two.
     """
     name, value = _of_sbatch(line)
     if name in _TAKEN:

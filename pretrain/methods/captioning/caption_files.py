@@ -16,9 +16,6 @@ def read_references(path: str) -> tuple[Captions, dict[str, list[int | str]]]:
 
     Returns:
         Captions by image id, for images that have any; and ids by base name of `file_name`.
-
-    Raises:
-        InputError: the file cannot be read or is not COCO captions.
     """
     content = read_json(path)
     captions: Captions = {}
@@ -50,10 +47,6 @@ def read_predictions(
         path: JSON lines with `caption` and `file` (as tools/caption_images.py writes) or
             `image_id`; or COCO results, a JSON list of `image_id` and `caption`.
         references, names: of `read_references`.
-
-    Raises:
-        InputError: the file cannot be read, an entry is of another form, or images lack a caption,
-            have several or are not among the references.
     """
     captions: Captions = {}
     for place, entry in _entries(path):

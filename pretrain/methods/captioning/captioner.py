@@ -64,11 +64,7 @@ class Captioner:
     def caption_files(
         self, files: Iterable[str], decode: Decode, batch_size: int
     ) -> Iterator[CaptionedImage]:
-        """Caption files in their order, `batch_size` at a time; what cannot be decoded says why.
-
-        Raises:
-            InputError: `batch_size` is not positive, or what `decode` raises.
-        """
+        """Caption files in their order, `batch_size` at a time; what cannot be decoded says why."""
         if batch_size < 1:
             raise InputError(f"Batch size {batch_size}: expected 1 or more.")
         files = iter(files)
@@ -95,9 +91,6 @@ class Captioner:
 def list_images(arguments: Iterable[str], stdin: TextIO) -> Iterator[str]:
     """Files as they are, the images of folders (with their subfolders, sorted), and for "-" the
     paths that standard input names, one a line, as they arrive.
-
-    Raises:
-        InputError: a folder has no image.
     """
     for argument in arguments:
         if argument == "-":
@@ -120,11 +113,6 @@ def load_captioner(
         tokenizer: SentencePiece model; "" is the config's DATA.TOKENIZER if that file exists, else
             `tokenizer.model` beside the checkpoint.
         device: "auto" is CUDA where there is a device, else the CPU.
-
-    Raises:
-        InputError: a file is missing or cannot be read; the objective has no decoder that captions
-            forward; the vocabulary or the sizes are not those of the checkpoint; there is no such
-            device.
     """
     device = resolve_device(device, name="Device")
     checkpoint = _checkpoint_in(model) if os.path.isdir(model) else model
@@ -152,11 +140,7 @@ def can_caption(objective: nn.Module) -> bool:
 
 
 def build_captioning(cfg: CfgNode, vocab_size: int) -> Captioning:
-    """The config's objective, of random weights.
-
-    Raises:
-        InputError: it cannot caption.
-    """
+    """The config's objective, of random weights."""
     objective = build_objective(cfg, vocab_size)
     if not can_caption(objective):
         raise InputError(
@@ -192,11 +176,7 @@ def _beside(folder: str, name: str, given: str, flag: str) -> str:
 
 
 def _check_vocabulary(checkpoint: str, tokenizer: str, pieces: int, cause: InputError) -> None:
-    """Say both sizes where the vocabulary is why a checkpoint does not fit.
-
-    Raises:
-        InputError: that is so.
-    """
+    """Say both sizes where the vocabulary is why a checkpoint does not fit."""
     content = read_checkpoint(checkpoint)
     state = content.get("model", content)
     for name in ("textual.output.weight", "module.textual.output.weight"):

@@ -66,9 +66,6 @@ def beam_search(
 
     Returns:
         N captions.
-
-    Raises:
-        InputError: `beam_size` or `max_words` is out of range.
     """
     if beam_size < 1:
         raise InputError(f"Beam size {beam_size}: expected 1 or more.")
@@ -114,9 +111,6 @@ def nucleus_sampling(
 
     Returns:
         N captions; `logprob` is the model's own, without temperature and nucleus.
-
-    Raises:
-        InputError: `top_p`, `temperature` or `max_words` is out of range.
     """
     if not 0 < top_p <= 1:
         raise InputError(f"Top-p {top_p}: expected a share above 0, and at most 1.")
@@ -148,11 +142,7 @@ def build_decode(
     max_words: int | None = None,
     with_attention: bool = False,
 ) -> Decode:
-    """`beam_search` or `nucleus_sampling` with settings, by name: "beam", "greedy", "nucleus".
-
-    Raises:
-        InputError: no such method; or, when it is called, what the method raises.
-    """
+    """`beam_search` or `nucleus_sampling` with settings, by name: "beam", "greedy", "nucleus"."""
     common = {"max_words": max_words, "with_attention": with_attention}
     if method == "nucleus":
         generator = torch.Generator().manual_seed(seed)

@@ -80,9 +80,6 @@ def score_captions(
         candidates: the same ids as `references`, as `read_predictions` checks.
         references: by image id.
         java_timeout: seconds that the tokenizer, METEOR and SPICE may take each.
-
-    Raises:
-        InputError: pycocoevalcap is not installed.
     """
     try:
         from pycocoevalcap.bleu.bleu import Bleu

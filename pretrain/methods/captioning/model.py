@@ -360,8 +360,8 @@ def multilabel_classification(cfg: CfgNode, num_outputs: int) -> Classification:
 
 
 def check_objective(cfg: CfgNode) -> None:
-    """Raises:
-    InputError: MODEL.OBJECTIVE is none of `OBJECTIVES`, or a share in MODEL.CAPTIONING is none.
+    """Raise InputError if MODEL.OBJECTIVE is none of `OBJECTIVES`, or a share in MODEL.CAPTIONING
+    is none.
     """
     name = cfg.MODEL.OBJECTIVE
     if name not in OBJECTIVES:
@@ -386,9 +386,6 @@ def build_objective(cfg: CfgNode, num_outputs: int) -> nn.Module:
     Args:
         cfg: the run's config.
         num_outputs: pieces of the tokenizer; classes, for an objective on labels.
-
-    Raises:
-        InputError: no objective has that name, or its sizes do not fit together.
     """
     check_objective(cfg)
     return OBJECTIVES.get(cfg.MODEL.OBJECTIVE)(cfg, num_outputs)

@@ -64,11 +64,7 @@ def attention_picture(
 
 
 class PictureFolder:
-    """A folder of attention pictures, each under its photograph's name.
-
-    Raises:
-        InputError: it cannot be created.
-    """
+    """A folder of attention pictures, each under its photograph's name."""
 
     def __init__(self, folder: str):
         try:

@@ -69,9 +69,6 @@ def build_data(cfg: CfgNode, with_training_data: bool = True) -> PretrainData:
     Args:
         cfg: of `pretrain.config.get_pretrain_cfg`.
         with_training_data: False to evaluate only; then DATA.TRAIN_CAPTIONS is not opened.
-
-    Raises:
-        InputError: the data cannot be used; the message names the key or the record.
     """
     plan = stream_plan(cfg) if with_training_data else None
     train = training_records(cfg) if with_training_data and plan is None else []
@@ -110,10 +107,6 @@ def load_or_train_tokenizer(cfg: CfgNode, records: Sequence[CaptionRecord]) -> T
     """DATA.TOKENIZER, else that of OUTPUT_DIR's checkpoint, else one trained on the captions.
 
     A vocabulary that is there already is used as it was learned, with or without accents.
-
-    Raises:
-        InputError: there is neither a tokenizer nor captions to train one, the captions are too
-            few for DATA.VOCAB_SIZE, or the tokenizer has accents and DATA.STRIP_ACCENTS wants none.
     """
     if cfg.DATA.TOKENIZER:
         return _as_learned(cfg, cfg.DATA.TOKENIZER)

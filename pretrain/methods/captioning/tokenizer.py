@@ -40,10 +40,6 @@ class Tokenizer:
 
     Attributes:
         strips_accents: whether captions lose their accents, as they did when it was learned.
-
-    Raises:
-        InputError: the file is missing or not SentencePiece's, or its first four pieces are not
-            one for unknown text and three control pieces: `SPECIAL_PIECES`, under any names.
     """
 
     pad_id, sos_id, eos_id, mask_id = range(4)
@@ -98,10 +94,6 @@ def train_tokenizer(
 
     The same captions in the same order give the same file. `strip_accents` as in
     `normalize_caption`; the file says which.
-
-    Raises:
-        InputError: the captions cannot be split into so many pieces, or need more; the message
-            says how many are possible. Nothing is written then.
     """
     model = io.BytesIO()
     try:

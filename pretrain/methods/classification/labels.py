@@ -18,10 +18,6 @@ class ImageLabels:
     Args:
         json_path: a COCO instances file; crowds count as well.
         file_names: of the records, in their order; of each the last part is read.
-
-    Raises:
-        InputError: the file is missing or not COCO instances, two of its images have one name, or
-            it knows none of the records' images.
     """
 
     def __init__(self, json_path: str | os.PathLike, file_names: Iterable[str]):
@@ -79,9 +75,7 @@ class ImageLabels:
 
 
 def check_same_classes(train: ImageLabels, val: ImageLabels, val_path: str) -> None:
-    """Raises:
-    InputError: the two files have different classes, by name and order.
-    """
+    """Raise InputError if the two files have different classes, by name and order."""
     if train.class_names != val.class_names:
         differing = set(train.class_names) ^ set(val.class_names)
         raise InputError(

@@ -57,9 +57,6 @@ def check(
         decode: whether to decode images; that they are there is seen in any case.
         sample: decode so many, drawn with `seed`; 0: all.
         workers: processes that decode.
-
-    Raises:
-        InputError: a process was killed.
     """
     problems = [*table.problems, *box_problems(table), *mask_problems(table)]
     missing = missing_images(table)

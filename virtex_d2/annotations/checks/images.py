@@ -43,11 +43,7 @@ def missing_images(table: AnnotationTable) -> list[int]:
 
 
 def decode_images(files: Sequence[str], workers: int, title: str = "") -> list[Decoded]:
-    """Decode files in `workers` processes, with a line of progress on stderr.
-
-    Raises:
-        InputError: a process was killed.
-    """
+    """Decode files in `workers` processes, with a line of progress on stderr."""
     bar = tqdm(
         total=len(files),
         desc=title or "images",

@@ -16,9 +16,6 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, folder: str = "inference") 
 
     Predictions and per_class.csv are stored in OUTPUT_DIR/<folder>, with several test sets in a
     folder of each.
-
-    Raises:
-        InputError: the data set says no type, or one that no evaluator is known for.
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
     if kind not in EVALUATORS:

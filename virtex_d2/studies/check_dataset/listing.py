@@ -14,19 +14,13 @@ _FIELDS = ("dataset", "kind", "serious", "record", "image", "why")
 
 
 def require_format(path: str | os.PathLike) -> None:
-    """Raises:
-    InputError: the path ends neither in .json nor in .csv.
-    """
+    """Raise InputError if the path ends neither in .json nor in .csv."""
     if os.path.splitext(path)[1] not in (".json", ".csv"):
         raise InputError(f"--output {path}: expected a name that ends in .json or .csv.")
 
 
 def write_listing(path: str | os.PathLike, datasets: Sequence[Checked]) -> None:
-    """Write all problems: as JSON with the counts of each data set, or as CSV, a problem a line.
-
-    Raises:
-        InputError: the path ends in neither, or cannot be written.
-    """
+    """Write all problems: as JSON with the counts of each data set, or as CSV, a problem a line."""
     require_format(path)
     try:
         with (

@@ -53,9 +53,6 @@ def run(
 
     Returns:
         The exit code: 0, or 1 where there are serious problems or training would not start.
-
-    Raises:
-        InputError: an option is out of its range, or a file cannot be written.
     """
     for name in ("sample", "sheet_images", "workers"):
         least = 0 if name == "sample" else 1

@@ -21,9 +21,7 @@ _LEAST_SHARE = 3  # at most one image of so many is shown for its problem
 
 
 def require_png(path: str) -> None:
-    """Raises:
-    InputError: the path does not end in .png.
-    """
+    """Raise InputError if the path does not end in .png."""
     if os.path.splitext(path)[1].lower() != ".png":
         raise InputError(f"--contact-sheet {path}: is a PNG; expected a name that ends in .png.")
 
@@ -36,9 +34,6 @@ def draw_sheets(path: str, datasets: Sequence[Checked], count: int, seed: int = 
 
     Returns:
         The paths.
-
-    Raises:
-        InputError: a PNG cannot be written.
     """
     paths = []
     for number, checked in enumerate(datasets, start=1):

@@ -18,10 +18,6 @@ def collect(patterns: Sequence[str]) -> tuple[list[str], list[Run]]:
 
     Returns:
         The starts' names in the order of the patterns, and all runs.
-
-    Raises:
-        InputError: a pattern is of another form or matches nothing, a folder holds no finished run,
-            or two runs have the same start, config, fraction and seed.
     """
     names: list[str] = []
     runs: dict[Cell, Run] = {}

@@ -33,9 +33,6 @@ class Comparison:
         plan: the runs.
         root: the project's folder, with tools/ and configs/.
         output: the comparison's; new, or of an earlier call.
-
-    Raises:
-        InputError: `root` is not the project's folder.
     """
 
     plan: Plan
@@ -54,11 +51,7 @@ class Comparison:
         return self.plan.stages(self.root, self.output)
 
     def commands(self) -> list[str]:
-        """The command of every run, to be numbered from 0 in a job array.
-
-        Raises:
-            InputError: a config or a checkpoint cannot be used.
-        """
+        """The command of every run, to be numbered from 0 in a job array."""
         check_plan(self.plan, self.root)
         return [shell(argv(stage, self.root)) for stage in self.stages]
 
@@ -74,8 +67,6 @@ class Comparison:
                 and no other process does all of them meanwhile.
 
         Raises:
-            InputError: a checkpoint cannot be used, a folder holds something else, or another
-                process is at work on all runs; nothing has been run then.
             pipeline.runner.StageFailedError: a run failed.
         """
         stages = self.stages
@@ -96,11 +87,7 @@ class Comparison:
         run_stages(stages, self.root, self.output, slots, alone=only is None)
 
     def finished(self) -> tuple[list[Run], list[str]]:
-        """The finished runs, and the names of the others.
-
-        Raises:
-            InputError: a run's folder is of another command than now, or damaged.
-        """
+        """The finished runs, and the names of the others."""
         runs, missing = [], []
         for cell, stage in zip(self.plan.cells, self.stages):
             if checked_marker(stage, self.root, self.output).get("complete"):
@@ -114,9 +101,6 @@ class Comparison:
 
         Returns:
             The report's path, and what is in it.
-
-        Raises:
-            InputError: no run is finished.
         """
         runs, missing = self.finished()
         if missing:
@@ -136,10 +120,6 @@ def report_collected(
         output: a folder for it; new, or of an earlier such report.
         patterns: "NAME=FOLDERS".
         baseline: a name; "": random where it is one of them, else the first.
-
-    Raises:
-        InputError: as `collect`, there are fewer than two starts or more than `MOST_INITS`, or
-            `output` holds something else.
     """
     names, runs = collect(patterns)
     if not 2 <= len(names) <= MOST_INITS:
@@ -167,9 +147,6 @@ def write_all(
         runs: the finished runs.
         missing: names of the others.
         commands: of runs, by their names.
-
-    Raises:
-        InputError: there is no finished run, or none of the baseline.
     """
     path = output / "report.html"
     path.unlink(missing_ok=True)  # it would not speak of these runs

@@ -130,10 +130,6 @@ def parse_inits(texts: Sequence[str], overrides: Sequence[Sequence[str]] = ()) -
     Args:
         texts: "random", or "NAME=CHECKPOINT".
         overrides: [NAME, KEY, VALUE, ...] of single starts.
-
-    Raises:
-        InputError: one is of another form, two have the same name, there are fewer than two or
-            more than `MOST_INITS`, or overrides are of none of them.
     """
     inits: dict[str, Init] = {}
     for text in texts:
@@ -168,11 +164,7 @@ def parse_inits(texts: Sequence[str], overrides: Sequence[Sequence[str]] = ()) -
 
 
 def choose_baseline(names: Sequence[str], given: str) -> str:
-    """The start that others are compared with: what is given, else random, else the first.
-
-    Raises:
-        InputError: no start has this name.
-    """
+    """The start that others are compared with: what is given, else random, else the first."""
     baseline = given or (RANDOM if RANDOM in names else names[0])
     if baseline not in names:
         raise InputError(
@@ -200,9 +192,6 @@ def make_plan(
         seeds, overrides, num_gpus: as in `Plan`.
         baseline: a start's name; "": random where it is one of them, else the first.
         root: where relative paths of configs begin.
-
-    Raises:
-        InputError: an argument cannot be used.
     """
     names = {init.name: init for init in inits}
     baseline = choose_baseline(list(names), baseline)
@@ -239,12 +228,7 @@ def make_plan(
 
 
 def check_plan(plan: Plan, root: Path) -> None:
-    """Read every config and checkpoint once, so that no day of training ends at the last one.
-
-    Raises:
-        InputError: a config has an unknown key or a value of another type; a checkpoint is missing,
-            damaged, or has no ResNet in it.
-    """
+    """Read every config and checkpoint once, so that no day of training ends at the last one."""
     for config in plan.configs.values():
         for init in plan.inits:
             cfg = load_config(get_virtex_cfg(), str(root / config), plan.overrides, "--opts")

@@ -98,12 +98,7 @@ class Run:
 
 
 def read_run(cell: Cell, folder: Path) -> Run:
-    """Read a run that has come to its end.
-
-    Raises:
-        InputError: something is missing, damaged or of another run, or the last evaluation is not
-            of the last iteration.
-    """
+    """Read a run that has come to its end."""
     config = read_run_config(folder)
     _check_cell(cell, folder, config)
     length = config["SOLVER"]["MAX_ITER"]
@@ -138,11 +133,7 @@ def read_run(cell: Cell, folder: Path) -> Run:
 
 
 def read_run_config(folder: Path) -> dict[str, Any]:
-    """A run's config.yaml.
-
-    Raises:
-        InputError: there is none, or it is not of a detector's run.
-    """
+    """A run's config.yaml."""
     path = folder / "config.yaml"
     config = read_config(path)
     length = config.get("SOLVER", {}).get("MAX_ITER")

@@ -29,7 +29,6 @@ def run_demo(root: Path, output: Path, scale: float = 1.0, num_seeds: int = 1) -
         The report's path.
 
     Raises:
-        InputError: an argument cannot be used, or `output` holds something else.
         pipeline.runner.StageFailedError: a stage failed; there is no report then.
     """
     root, output = root.resolve(), output.resolve()

@@ -54,9 +54,6 @@ def load_pictures(
         images: their folder.
         predictions: COCO-format results by start.
         count: how many.
-
-    Raises:
-        InputError: a file cannot be read, or refers to what is not there.
     """
     coco = read_json(annotations)
     names = {category["id"]: category["name"] for category in coco["categories"]}

@@ -80,11 +80,7 @@ class Plan:
 
 
 def make_budget(root: Path, scale: float) -> Budget:
-    """The demo's images and iterations at `scale`.
-
-    Raises:
-        InputError: the scale is not a positive number, or a config lacks a key that is needed.
-    """
+    """The demo's images and iterations at `scale`."""
     if not 0 < scale < float("inf"):
         raise InputError(f"--scale {scale}: expected a positive number; 1 is the default budget.")
     few = min(scale, 1.0)
@@ -104,9 +100,6 @@ def make_plan(root: Path, output: Path, budget: Budget, num_seeds: int) -> Plan:
     Seeds are 1 to `num_seeds`, so that a longer demo contains a shorter one. A seed sets the
     initialisation, the order of the images and their augmentation, in pretraining and in both
     detectors; the images of the world are the same for all.
-
-    Raises:
-        InputError: `num_seeds` is below 1.
     """
     if num_seeds < 1:
         raise InputError(f"--seeds {num_seeds}: expected at least 1.")

@@ -104,11 +104,7 @@ def verdict(row: Comparison) -> str:
 
 
 def find_predictions(run: Path) -> Path:
-    """The COCO-format predictions of a detector's last evaluation.
-
-    Raises:
-        InputError: there are none, or of several data sets.
-    """
+    """The COCO-format predictions of a detector's last evaluation."""
     found = sorted((run / "inference").rglob("coco_instances_results.json"))
     if len(found) != 1:
         raise InputError(

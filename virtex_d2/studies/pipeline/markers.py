@@ -22,12 +22,7 @@ def marker_path(stage: Stage, output: Path) -> Path:
 
 
 def checked_marker(stage: Stage, root: Path, output: Path) -> dict[str, Any]:
-    """What an earlier run of the stage has recorded; empty where there was none.
-
-    Raises:
-        InputError: it was another command, or had other configs or files; the message names what
-            differs.
-    """
+    """What an earlier run of the stage has recorded; empty where there was none."""
     path = marker_path(stage, output)
     if not path.is_file():
         return {}
@@ -55,11 +50,7 @@ def checked_marker(stage: Stage, root: Path, output: Path) -> dict[str, Any]:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A record in JSON.
-
-    Raises:
-        InputError: it cannot be read.
-    """
+    """A record in JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

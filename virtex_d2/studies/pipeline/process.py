@@ -71,9 +71,6 @@ class StageProcess:
 
         Returns:
             False where another process has done the stage meanwhile: nothing is started.
-
-        Raises:
-            InputError: another process is running the stage, or has run it with another command.
         """
         self._lock.acquire()
         try:

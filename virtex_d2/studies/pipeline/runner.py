@@ -62,10 +62,6 @@ def claim_output(output: Path, kind: str, settings: Mapping[str, Any]) -> None:
         output: the folder.
         kind: what it is, for people and for the name of its record: "demo".
         settings: what may not change between two calls.
-
-    Raises:
-        InputError: it holds something else, or the same with other settings; or this process is
-            one of several that srun or torchrun has started, which would all do the same work.
     """
     _refuse_several(kind, os.environ)
     record = output / f"{kind}.json"
@@ -127,8 +123,6 @@ def run_stages(
         Each stage's marker by its name: "command", "seconds" (over all its runs), "threads".
 
     Raises:
-        InputError: a stage's folder was written by another command or with another config, or
-            another process is at work on all of them.
         StageFailedError: a stage failed; the later ones were not started.
     """
     (output / FOLDER).mkdir(parents=True, exist_ok=True)
@@ -189,7 +183,6 @@ def _run_together(
     Where one fails, those that run come to their end, and no other begins.
 
     Raises:
-        InputError: `lost` has one: those that run are ended.
         StageFailedError: a stage failed.
     """
     news: queue.SimpleQueue[tuple[StageProcess, str | None]] = queue.SimpleQueue()

@@ -54,9 +54,6 @@ class Stage:
         Returns:
             "command", words; by name "configs", {key: text} each; "files", their SHA-256; "needs",
             fingerprints.
-
-        Raises:
-            InputError: a file cannot be read.
         """
         return {
             "command": list(self.command),
@@ -66,11 +63,7 @@ class Stage:
         }
 
     def fingerprint(self, root: Path) -> str:
-        """A hash of the command, its config files (with those they include), and its inputs.
-
-        Raises:
-            InputError: a file cannot be read.
-        """
+        """A hash of the command, its config files (with those they include), and its inputs."""
         digest = hashlib.sha256(json.dumps(self.command).encode())
         for config in self.configs:
             digest.update(json.dumps(read_config(root / config), sort_keys=True).encode())
@@ -100,11 +93,7 @@ def _interpreter(root: Path) -> str:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A YAML config with what it includes by `_BASE_`, as nested dicts.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
+    """A YAML config with what it includes by `_BASE_`, as nested dicts."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:

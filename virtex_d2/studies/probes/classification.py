@@ -39,7 +39,6 @@ def train_classifier(
         Metrics in percent, and a row for each class.
 
     Raises:
-        InputError: the data cannot be used, or a checkpoint is of another run.
         RuntimeError: a frozen network has changed.
     """
     frozen = cfg.TASK == "linear"

@@ -116,11 +116,7 @@ def get_probe_cfg() -> CN:
 
 
 def check_config(cfg: CN) -> None:
-    """Refuse values that no run could use.
-
-    Raises:
-        InputError: names the key, what was found and what was expected.
-    """
+    """Refuse values that no run could use."""
     _check_choices(cfg)
     solver, test = cfg.SOLVER, cfg.TEST
     positive = {

@@ -190,9 +190,6 @@ class RandomBatches:
         start_iteration: the first batch's.
         num_workers: processes that decode.
         max_skipped: so many of the images may be unusable.
-
-    Raises:
-        InputError: while iterating: more of them are, or `MAX_REPLACEMENTS` in a row.
     """
 
     def __init__(

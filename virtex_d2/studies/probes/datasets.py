@@ -41,11 +41,7 @@ class LabelledImages:
 
 
 def load_datasets(cfg: CfgNode) -> tuple[LabelledImages, LabelledImages]:
-    """The training and the test set that DATA names, of the same classes.
-
-    Raises:
-        InputError: something is missing or contradictory; the message names folder, file or record.
-    """
+    """The training and the test set that DATA names, of the same classes."""
     read = {"folders": _read_folders, "inaturalist": _read_inaturalist}[cfg.DATA.FORMAT]
     require_folder(cfg.DATA.ROOT, "DATA.ROOT")
     train, test = (read(cfg.DATA.ROOT, split) for split in (cfg.DATA.TRAIN, cfg.DATA.TEST))
@@ -59,9 +55,7 @@ def load_datasets(cfg: CfgNode) -> tuple[LabelledImages, LabelledImages]:
 
 
 def _refuse_one_class(train: LabelledImages) -> None:
-    """Raises:
-    InputError: all images are of one class, so that every answer would be right.
-    """
+    """Raise InputError if all images are of one class, so that every answer would be right."""
     name = train.classes[train.labels[0]]
     if (train.labels != train.labels[0]).any():
         return
@@ -78,9 +72,7 @@ def _refuse_one_class(train: LabelledImages) -> None:
 
 
 def require_folder(path: str, key: str) -> None:
-    """Raises:
-    InputError: there is no such folder; the message names the config key.
-    """
+    """Raise InputError if there is no such folder; the message names the config key."""
     if not os.path.isdir(path):
         raise InputError(
             f"{key} {path!r}: there is no such folder. Check the path, or for the configs' own "

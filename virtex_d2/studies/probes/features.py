@@ -69,7 +69,6 @@ class Extraction:
             name: of the list, for the log.
 
         Raises:
-            InputError: the cache folder cannot be written, or a file is missing.
             RuntimeError: the network changed while it was used.
         """
         before = fingerprint(self.network)
@@ -230,9 +229,6 @@ def usable_rows(
         features: of `files`.
         max_share: the fraction that may be unusable; 0 where every image counts.
         what: "training" or "test".
-
-    Raises:
-        InputError: more are unusable; the message names them.
     """
     named = {files[index]: reason for index, reason in features.unusable.items()}
     if len(named) > max_share * len(files):

@@ -100,9 +100,6 @@ def complete_config(cfg: CfgNode) -> list[str]:
 
     Returns:
         A line for the log about each preprocessing key that was changed.
-
-    Raises:
-        InputError: MODEL.WEIGHTS is empty or cannot be used, or VIRTEX.PREPROCESSING forbids it.
     """
     if not cfg.MODEL.WEIGHTS:
         raise InputError(
@@ -120,11 +117,7 @@ def complete_config(cfg: CfgNode) -> list[str]:
 
 
 def build_network(cfg: CfgNode) -> tuple[PooledResNet, dict[str, Any]]:
-    """The network on MODEL.DEVICE, in evaluation mode, and what it is, for results.json.
-
-    Raises:
-        InputError: the checkpoint does not load completely, or not into what it was.
-    """
+    """The network on MODEL.DEVICE, in evaluation mode, and what it is, for results.json."""
     torch.manual_seed(cfg.SEED)
     try:
         network = PooledResNet(cfg)

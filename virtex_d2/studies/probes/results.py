@@ -66,11 +66,7 @@ def write_results(
 
 
 def read_results(output_dir: str) -> dict[str, Any] | None:
-    """What a finished run left in its OUTPUT_DIR; None where there is none.
-
-    Raises:
-        InputError: the file is damaged.
-    """
+    """What a finished run left in its OUTPUT_DIR; None where there is none."""
     path = os.path.join(output_dir, RESULTS)
     return read_json(path) if os.path.exists(path) else None
 

@@ -55,9 +55,6 @@ def run_probe(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
 
     Returns:
         The metrics, in percent.
-
-    Raises:
-        InputError: config, checkpoint or data cannot be used, or OUTPUT_DIR holds another run.
     """
     if args.eval_only:
         raise InputError("--eval-only: a probe trains and evaluates in one; leave the flag out.")
@@ -116,11 +113,7 @@ def run_probe(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
 def _voc_svm(
     cfg: CfgNode, extract: Extraction, train: VocImages, test: VocImages, about: dict[str, Any]
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Metrics and a row for each class; empty in all processes but the first.
-
-    Raises:
-        InputError: no class can be evaluated, or an image cannot be decoded.
-    """
+    """Metrics and a row for each class; empty in all processes but the first."""
     parts = []
     for images, what in ((train, "training"), (test, "test")):
         share = cfg.DATA.MAX_SKIPPED_SHARE if what == "training" else 0.0

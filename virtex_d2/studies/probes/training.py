@@ -54,9 +54,6 @@ class ClassifierTrainer(TrainerBase):
         num_images: of an epoch.
         evaluate: (model in evaluation mode) -> metrics by name; called in every process.
         identity: what no resumed run may change, by name; goes into the checkpoints.
-
-    Raises:
-        InputError: SOLVER.IMS_PER_BATCH cannot be shared by the processes.
     """
 
     def __init__(
@@ -122,11 +119,7 @@ class ClassifierTrainer(TrainerBase):
         ]
 
     def resume_or_load(self, resume: bool) -> None:
-        """Continue from OUTPUT_DIR's last checkpoint if `resume` and if there is one.
-
-        Raises:
-            InputError: the checkpoint is damaged or of another run.
-        """
+        """Continue from OUTPUT_DIR's last checkpoint if `resume` and if there is one."""
         if resume and self.checkpointer.has_checkpoint():
             self.checkpointer.resume_or_load("", resume=True)
             write_config(self.cfg)
@@ -140,7 +133,6 @@ class ClassifierTrainer(TrainerBase):
             The last evaluation's metrics.
 
         Raises:
-            InputError: the loss is not finite, or the data cannot be used.
             RuntimeError: a frozen network has changed.
         """
         if self.start_iter >= self.max_iter:
@@ -201,16 +193,12 @@ class RunIdentity:
         return self._parts
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises:
-        InputError: the checkpoint is of another run; the message names what differs.
-        """
+        """Raise InputError if the checkpoint is of another run; the message names what differs."""
         refuse_other_run(state, self._parts)
 
 
 def refuse_other_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises:
-    InputError: a part of the identity differs; the message names it.
-    """
+    """Raise InputError if a part of the identity differs; the message names it."""
     differing = [
         f"{name} was {before[name]}, now it is {now[name]}"
         for name in sorted(before.keys() & now.keys())

@@ -36,12 +36,7 @@ class VocImages:
 
 
 def load_voc(cfg: CfgNode) -> tuple[VocImages, VocImages]:
-    """The splits DATA.TRAIN and DATA.TEST of the VOC folder DATA.ROOT, labelled from the XML files.
-
-    Raises:
-        InputError: a file is missing or damaged, an object has an unknown class, an image is in
-            both splits, or a class of DATA.CLASSES is in no annotation.
-    """
+    """Read the splits DATA.TRAIN and DATA.TEST of DATA.ROOT, labelled from the XML files."""
     root = cfg.DATA.ROOT
     require_folder(root, "DATA.ROOT")
     lacking = [name for name in FOLDERS if not os.path.isdir(os.path.join(root, name))]

@@ -32,9 +32,6 @@ class Metrics:
     Args:
         path: of JSON lines, each with "iteration", as detectron2's JSONWriter writes them.
         iterations: the run's length: what is recorded after the last iteration belongs to it.
-
-    Raises:
-        InputError: there is no such file, or nothing in it.
     """
 
     def __init__(self, path: Path, iterations: int):
@@ -74,11 +71,7 @@ class Metrics:
         return Curve(tuple(i for i, _ in ordered), tuple(value for _, value in ordered))
 
     def evaluated(self, key: str) -> Curve:
-        """As `curve`, of a number that an evaluation must have recorded.
-
-        Raises:
-            InputError: it was never recorded.
-        """
+        """As `curve`, of a number that an evaluation must have recorded."""
         curve = self.curve(key)
         if not curve:
             raise InputError(f"{self.path}: expected {key} of an evaluation; there is none.")

@@ -24,11 +24,7 @@ def draw_contact_sheet(
     max_objects: int = MOST_OBJECTS,
     count: int = 12,
 ) -> None:
-    """Draw the first `count` scenes of a world into a PNG, whose folder is made where absent.
-
-    Raises:
-        InputError: an argument is out of its range (see `render`), or `path` cannot be written.
-    """
+    """Draw the first `count` scenes of a world into a PNG, whose folder is made where absent."""
     rows = -(-count // _COLUMNS)
     figure, axes = plt.subplots(rows, _COLUMNS, figsize=(4.2 * _COLUMNS, 5.2 * rows), squeeze=False)
     for axis in axes.flat:

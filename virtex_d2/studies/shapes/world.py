@@ -72,9 +72,6 @@ def render(seed: int, index: int, size: int = 128, max_objects: int = MOST_OBJEC
         seed, index: not negative.
         size: side of the square image in pixels, 64 to 512.
         max_objects: at most so many objects, 1 to 6.
-
-    Raises:
-        InputError: an argument is out of its range, or no whole number.
     """
     seed, size, max_objects = check_world(seed, size, max_objects)
     index = _whole_number("index", index, 0, None)
@@ -87,11 +84,7 @@ def render(seed: int, index: int, size: int = 128, max_objects: int = MOST_OBJEC
 
 
 def check_world(seed: int, size: int, max_objects: int) -> tuple[int, int, int]:
-    """The arguments of `render` that hold for a whole world, as plain integers.
-
-    Raises:
-        InputError: one is out of its range, or no whole number.
-    """
+    """The arguments of `render` that hold for a whole world, as plain integers."""
     return (
         _whole_number("seed", seed, 0, None),
         _whole_number("size", size, SMALLEST, LARGEST),

@@ -54,9 +54,6 @@ def write_dataset(
         formats: of FORMATS.
         max_objects: 1 to 6.
         overwrite: replace the split where it exists, in every format that it was written in.
-
-    Raises:
-        InputError: an argument is out of its range, the split exists, or no folder can be made.
     """
     formats = tuple(formats)
     _check_arguments(split, num_images, formats)

@@ -39,9 +39,6 @@ figcaption { margin: 0 0 6px; }
 def picture(table: AnnotationTable, judged: Judged) -> Image.Image:
     """One image: its objects in the colours of their classes, then for each detector what is right,
     wrong and missed.
-
-    Raises:
-        InputError: the image cannot be read, or is of another size than recorded.
     """
     image = read_pixels(table.files[judged.index])
     width, height = (int(value) for value in table.sizes[judged.index])
@@ -86,10 +83,6 @@ def write_gallery(
 
     Returns:
         The page, and for each image that was left out why.
-
-    Raises:
-        InputError: the folder holds something, or cannot be written; no image can be drawn. Nothing
-            is left behind then.
     """
     output = Path(output)
     require_empty(output)
@@ -133,9 +126,7 @@ def not_drawn(reasons: Sequence[str]) -> list[str]:
 
 
 def require_empty(output: str | os.PathLike) -> None:
-    """Raises:
-    InputError: the path is a file, or a folder that holds something.
-    """
+    """Raise InputError if the path is a file, or a folder that holds something."""
     if os.path.exists(output) and (not os.path.isdir(output) or os.listdir(output)):
         raise InputError(f"--output {output}: it is there already. Choose another, or remove it.")
 

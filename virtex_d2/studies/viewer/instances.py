@@ -54,11 +54,7 @@ def to_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
 
 
 def read_pixels(path: str) -> np.ndarray:
-    """(H, W, 3) uint8 RGB, turned as its EXIF data says, as detectron2 reads it.
-
-    Raises:
-        InputError: it cannot be read.
-    """
+    """(H, W, 3) uint8 RGB, turned as its EXIF data says, as detectron2 reads it."""
     try:
         return np.asarray(read_image(path))
     except OSError as error:

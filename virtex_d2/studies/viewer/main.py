@@ -52,12 +52,7 @@ class Options:
 
 
 def read_truth(words: Sequence[str]) -> AnnotationTable:
-    """The data set that three words of the command line name.
-
-    Raises:
-        InputError: as `read_annotations`; or VOC's layout with classes of another list, whose
-            numbers in a results file are those of a config.
-    """
+    """The data set that three words of the command line name."""
     table = read_annotations(words, source_name(words))
     if table.kind == "voc" and tuple(table.categories.values()) != tuple(CLASS_NAMES):
         raise InputError(
@@ -68,11 +63,7 @@ def read_truth(words: Sequence[str]) -> AnnotationTable:
 
 
 def truth_of_config(cfg: CfgNode, name: str) -> AnnotationTable:
-    """The data set `name` of a config; "": the first of DATASETS.TEST.
-
-    Raises:
-        InputError: there is none, or as `read_catalog`.
-    """
+    """The data set `name` of a config; "": the first of DATASETS.TEST."""
     register_entries(cfg)
     if not name and not cfg.DATASETS.TEST:
         raise InputError("DATASETS.TEST is empty; name the data set with --dataset.")
@@ -96,9 +87,6 @@ def run(
 
     Returns:
         The page.
-
-    Raises:
-        InputError: something that was given cannot be used.
     """
     _check(options)
     wanted = class_ids(table, options.classes)

@@ -30,9 +30,6 @@ def predict(
 
     Returns:
         Records as COCOEvaluator writes them, with the data set's own category ids.
-
-    Raises:
-        InputError: the weights do not fit, or an image is unusable.
     """
     if is_backbone(weights):
         raise InputError(

@@ -33,9 +33,6 @@ def read_results(path: str, table: AnnotationTable, threshold: float) -> list[li
 
     Returns:
         For each image of the table its predictions; an empty list where it has none.
-
-    Raises:
-        InputError: it cannot be read, is of another data set, or a record is broken.
     """
     if path.endswith((".pth", ".pkl")) and os.path.isfile(path):
         raise InputError(f"{path}: is a binary file; {_EXPECTED}.")
@@ -63,9 +60,6 @@ def collect(
 ) -> list[list[Instance]]:
     """The predictions of each image, from records as `read_results` takes them; `source` names
     them in errors.
-
-    Raises:
-        InputError: as `read_results`.
     """
     for number, record in enumerate(records):
         if fault := _fault(record):

@@ -62,10 +62,6 @@ def judge(
         classes: category ids; objects and predictions of others are left out, and images without
             any. None: all.
         images: indices of the images; None: all.
-
-    Raises:
-        InputError: an image has no recorded size, or with "segm" an object has no mask that can be
-            read.
     """
     judged = []
     rows = table.objects_by_image()
@@ -98,11 +94,7 @@ def judge(
 
 
 def arrange(judged: Sequence[Judged], order: str, seed: int = 0) -> list[Judged]:
-    """The images in one of ORDERS, or "random".
-
-    Raises:
-        InputError: there is no such order.
-    """
+    """The images in one of ORDERS, or "random"."""
     if order == "random":
         return random.Random(seed).sample(list(judged), len(judged))
     if order not in ORDERS:
@@ -124,11 +116,7 @@ def count_classes(judged: Sequence[Judged], name: str) -> dict[Hashable, Counter
 
 
 def class_ids(table: AnnotationTable, names: Sequence[str]) -> set[Hashable] | None:
-    """Category ids of class names; None for no name at all.
-
-    Raises:
-        InputError: a name that the data set lacks.
-    """
+    """Category ids of class names; None for no name at all."""
     if not names:
         return None
     ids = {name: key for key, name in table.categories.items()}
