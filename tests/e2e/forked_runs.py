@@ -9,6 +9,7 @@ code or signal, and nothing that it does comes back.
         done = server.run(["tools/train_net.py", ...], environment)
 """
 
+import argparse
 import atexit
 import functools
 import json
@@ -18,6 +19,7 @@ import os
 import runpy
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -30,6 +32,7 @@ from pathlib import Path
 from virtex_d2.engine.parent import end_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = ["-m", "torch.distributed.run"]
 
 
 class Process:
@@ -108,7 +111,8 @@ class Forkserver:
     def start(self, argv: Sequence[str], environment: Mapping[str, str], log: Path) -> Process:
         """Run `python *argv` with this added to the environment; the output goes into `log`.
 
-        `argv` begins with a script, or with `-m` and a module.
+        `argv` begins with a script, or with `-m` and a module; `tests.processes.python(2)` makes
+        ranks of it, which are forked like itself.
         """
         return self._start(argv=list(argv), environment=dict(environment), log=str(log))
 
@@ -225,6 +229,8 @@ def _become(
     sys.stdin = os.fdopen(0, closefd=False)  # the one that was here has read ahead
     code = 0
     try:
+        if argv[:2] == TORCHRUN:
+            argv = _be_a_rank(argv[2:])
         if argv[0] == "-m":
             sys.argv = argv[1:]
             runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
@@ -241,6 +247,42 @@ def _become(
     logging.shutdown()
     sys.stdout.flush()
     os._exit(code)
+
+
+def _be_a_rank(arguments: list[str]) -> list[str]:
+    """Return in each of N forks, which is then a rank; this process waits for them and ends.
+
+    As torchrun does it: all are told to end where one fails. But torchrun starts Python anew for
+    each; what is about torchrun itself is tested in tests/engine.
+    """
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--standalone", action="store_true")
+    parser.add_argument("--nproc-per-node", type=int)
+    parser.add_argument("script", nargs=argparse.REMAINDER)
+    args = parser.parse_args(arguments)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    this = os.getpid()
+    world = {"WORLD_SIZE": str(args.nproc_per_node), "MASTER_ADDR": "127.0.0.1"}
+    world |= {"LOCAL_WORLD_SIZE": world["WORLD_SIZE"], "MASTER_PORT": port}
+    ranks = []
+    for rank in range(args.nproc_per_node):
+        pid = os.fork()
+        if not pid:
+            end_with_parent(signal.SIGKILL, this)
+            os.environ.update(world | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            return args.script
+        ranks.append(pid)
+    failed = False
+    while ranks:
+        pid, status = os.wait()
+        ranks.remove(pid)
+        if status and not failed:
+            failed = True
+            for other in ranks:
+                os.kill(other, signal.SIGTERM)
+    os._exit(int(failed))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 import json
 import os
-import subprocess
 from pathlib import Path
 
+from tests.e2e.forked_runs import shared_server
 from tests.processes import python
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,18 +87,10 @@ launch(main, argument_parser().parse_args())
 
 def run(script: str, options: list, output: Path, processes: int, stop_after: int) -> list[dict]:
     """Train up to an iteration; what was seen in each, by all processes together."""
-    command = [*python(processes), *recorder(script, options, output)]
-    done = subprocess.run(
-        list(map(str, command)),
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "STOP_AFTER": str(stop_after),
-        },
-        capture_output=True,
-        text=True,
-        timeout=400,
+    command = [*python(processes)[1:], *recorder(script, options, output)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = shared_server().run(
+        list(map(str, command)), environment | {"STOP_AFTER": str(stop_after)}, timeout=400
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return seen(output)
