@@ -65,7 +65,7 @@ def _background(step: Step) -> None:
     step.limit("against in place", (max(saving[1:]) - usual) / in_place, "of its time", most=0.7)
     step.limit("while it is written", statistics.mean(others) / usual, "times as long", most=1.5)
     step.limit("memory", grown / size, "checkpoints more in the CPU's", most=4)
-    last = sorted((step.folder / "trainer").glob("model_*.pth"))[-1]
+    last = sorted((step.folder / step.name / "trainer").glob("model_*.pth"))[-1]
     model = torch.load(last, map_location="cpu", weights_only=True)["model"]
     finite = all(bool(v.isfinite().all()) for v in model.values() if v.is_floating_point())
     step.check("what is written is whole", finite and len(model) > 0, f"{last.name} of {size:,} B")

@@ -118,7 +118,7 @@ def _training(step: Step) -> None:
 
 def _backbone(step: Step) -> Path:
     """Of the pretraining step; of another run where that has left none."""
-    path = step.folder / "whole" / "backbone.safetensors"
+    path = step.folder / "pretraining" / "whole" / "backbone.safetensors"
     if not path.is_file():
         folder = step.fresh("short")
         words = ("SOLVER.MAX_ITER", 3, "SOLVER.WARMUP_ITERS", 1)

@@ -17,11 +17,13 @@ class StepPlan:
         module: of benchmarks.gpu, with `run(step)`.
         share: of the time, relative to the other steps.
         what: it looks at.
+        needs: the step whose files it uses.
     """
 
     module: str
     share: float
     what: str
+    needs: str = ""
 
 
 STEPS = {
@@ -30,7 +32,9 @@ STEPS = {
     "numbers": StepPlan("numbers", 1, "CPU against CUDA, jitter, decoders, RoI features"),
     "timing": StepPlan("timing", 1.5, "whole steps: seconds, busy share, waits, memory"),
     "variants": StepPlan("variants", 3, "COMPILE against eager, bfloat16 against float16"),
-    "detection": StepPlan("detection", 2, "Mask R-CNN in three precisions, EMA, PreciseBN, TTA"),
+    "detection": StepPlan(
+        "detection", 2, "Mask R-CNN in three precisions, EMA, PreciseBN, TTA", "pretraining"
+    ),
     "processes": StepPlan("processes", 1, "NCCL with one rank, DDP, a clean end"),
     "loading": StepPlan("loading", 1.5, "the loader alone, and training at the best"),
     "checkpoints": StepPlan("checkpoints", 2.5, "in the background; a stop by USR1"),

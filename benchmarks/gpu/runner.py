@@ -1,4 +1,4 @@
-"""Run the steps one after the other, each in a process group of its own with its own time limit."""
+"""Run the steps, each in a process group of its own with its own time limit."""
 
 import contextlib
 import json
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
 from typing import Any
 
@@ -47,26 +48,59 @@ def run_steps(
     end = time.monotonic() + seconds
     results: dict[str, Any] = dict(before or {})
     found = {"started": time.strftime("%Y-%m-%d %H:%M %Z"), "seconds": seconds, "steps": results}
+    running: set[subprocess.Popen] = set()
     work = output / "work"
     work.mkdir(parents=True, exist_ok=True)
-    for place, name in enumerate(names):
-        allowed = limit(name, names[place + 1 :], end - time.monotonic())
+
+    futures: dict[str, Future] = {}
+
+    def step(name: str) -> tuple[str, dict[str, Any]]:
+        if STEPS[name].needs in futures:
+            wait([futures[STEPS[name].needs]])
+        following = names[names.index(name) + 1 :]
+        allowed = limit(name, following, end - time.monotonic())
         if allowed is None:
-            results[name] = {"state": "NOT RUN", "headline": "no time left: raise --minutes"}
-        else:
-            results[name] = run_step(name, allowed, work, output / "log.txt", options)
-        say(line(name, results[name]))
+            return name, {"state": "NOT RUN", "headline": "no time left: raise --minutes"}
+        return name, run_step(name, allowed, work, output / "log.txt", options, running)
+
+    def keep(name: str, result: dict[str, Any]) -> None:
+        results[name] = result
+        found["steps"] = {key: results[key] for key in (*(before or {}), *names) if key in results}
+        say(line(name, result))
         found["passed"] = all(result["state"] == "PASS" for result in results.values())
         found["complete"] = len(results) == len(names) + len(before or {})
         _write(output / "check_gpu.json", json.dumps(found, indent=1))
+
+    keep(*step(names[0]))
+    # On a CPU seconds say nothing of the machine, so that two steps may share it.
+    at_once = 2 if results[names[0]].get("device") == "cpu" else 1
+    with ThreadPoolExecutor(at_once) as threads:
+        try:
+            for name in names[1:]:
+                futures[name] = threads.submit(step, name)
+            for future in as_completed(futures.values()):
+                keep(*future.result())
+        except BaseException:  # told to end: no step may be left behind
+            threads.shutdown(wait=False, cancel_futures=True)
+            for process in list(running):
+                end_group(process)
+            raise
     _write(output / "summary.md", summary(found))
     return found
 
 
 def run_step(
-    name: str, allowed: float, work: Path, log: Path, options: Mapping[str, str]
+    name: str,
+    allowed: float,
+    work: Path,
+    log: Path,
+    options: Mapping[str, str],
+    running: set[subprocess.Popen],
 ) -> dict[str, Any]:
     """One step; its processes are ended at the latest after `allowed` seconds.
+
+    Args:
+        running: has its process while it runs.
 
     Returns:
         Its record with `state`: PASS where all checks, of which there are some, have passed and it
@@ -85,11 +119,13 @@ def run_step(
         process = subprocess.Popen(
             command, cwd=ROOT, env=_alone(), stdout=file, stderr=file, start_new_session=True
         )
+        running.add(process)
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = process.wait(allowed)
         finally:  # also where this process is told to end
             end_group(process)
+            running.discard(process)
     result = json.loads(record.read_text()) if record.is_file() else {"checks": []}
     result |= {"seconds": round(time.monotonic() - start, 1), "limit": round(allowed)}
     if code is None or not result.pop("ended", False):

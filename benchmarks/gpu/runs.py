@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from detectron2.engine import HookBase
+from filelock import FileLock
 
 from pretrain.config import get_pretrain_cfg
 from pretrain.methods.captioning.tokenizer import train_tokenizer
@@ -33,10 +34,18 @@ def world(step: Step) -> Path:
     On a GPU captions get words of no meaning behind them, so that their lengths and the vocabulary
     are as COCO's, which decoders' times depend on.
     """
-    folder, scale = step.folder / "world", step.scale
+    folder = step.folder / "world"
     captions = folder / "annotations" / "captions.json"
     if captions.is_file():
         return folder
+    with FileLock(step.folder / "world.lock"):  # two steps may need it at once
+        if not captions.is_file():
+            _write_world(step, folder, captions)
+    return folder
+
+
+def _write_world(step: Step, folder: Path, captions: Path) -> None:
+    scale = step.scale
     for seed, split in enumerate(("train", "val")):
         count = scale.images if split == "train" else max(4, scale.images // 8)
         write_dataset(folder, split, count, scale.side, seed=seed, overwrite=True)
@@ -50,7 +59,6 @@ def world(step: Step) -> Path:
     train_tokenizer(texts, step.scale.vocabulary, folder / "tokenizer.model")
     with atomic_path(captions) as temporary:
         temporary.write_text(json.dumps(content), encoding="utf-8")
-    return folder
 
 
 def options(step: Step, folder: Path, *words: object) -> list[str]:

@@ -93,10 +93,11 @@ class Step:
         return losses
 
     def fresh(self, name: str) -> Path:
-        """An empty folder of that name."""
-        shutil.rmtree(self.folder / name, ignore_errors=True)
-        (self.folder / name).mkdir(parents=True)
-        return self.folder / name
+        """An empty folder of that name among the step's own."""
+        folder = self.folder / self.name / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
 
     def free(self, *trainers: object) -> None:
         """Give the device's memory of trainers back that nobody else has."""
