@@ -24,10 +24,9 @@ from virtex_d2.engine.errors import exit_on_input_error
 
 def main(args: argparse.Namespace) -> None:
     from virtex_d2.checkpoint.transfer import apply_preprocessing
-    from virtex_d2.detection.config import get_virtex_cfg
+    from virtex_d2.detection.config import get_virtex_cfg, may_change
     from virtex_d2.detection.datasets import log_datasets, register_datasets
     from virtex_d2.detection.modeling import resolve_norms
-    from virtex_d2.detection.resumed import may_change
     from virtex_d2.detection.trainer import DetectionTrainer
     from virtex_d2.engine.config import load_config
     from virtex_d2.engine.run import setup_run

@@ -10,11 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain import colors, optim
 from pretrain.config import get_pretrain_cfg
-from pretrain.device import Readings, upload
+from pretrain.device import upload
 from pretrain.trainer import PretrainTrainer
 from tests.pretrain.test_trainer import options, write_captioned_images
 from tests.waits import Waits
 from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.loop import Readings, step_where_finite
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +45,11 @@ def test_no_operation_of_a_step_needs_a_number_off_the_device(images, tmp_path, 
     waits, found = Waits(), []
 
     def run_step(step=trainer.run_step):
-        batches = trainer._batches
-        trainer._batches = iter([next(batches)])  # what loading does is the host's
+        batches = trainer.loop._iterator
+        trainer.loop._iterator = iter([next(batches)])  # what loading does is the host's
         with waits:
             step()
-        trainer._batches = batches
+        trainer.loop._iterator = batches
         found.append(sorted(set(waits.found)))
         waits.found.clear()
 
@@ -145,8 +146,8 @@ class Broken:
         if what == "gradient":
             next(trainer.objective.textual.parameters()).register_hook(hook)
         else:
-            losses = trainer._losses
-            trainer._losses = lambda batch: {k: hook(v) for k, v in losses(batch).items()}
+            losses = trainer.loop.losses
+            trainer.loop.losses = lambda batch: {k: hook(v) for k, v in losses(batch).items()}
 
 
 @pytest.mark.parametrize(
@@ -240,7 +241,7 @@ def test_an_update_is_left_out_whole_where_the_norm_is_not_finite(fused, bad):
     optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9, weight_decay=0.1, fused=fused)
     for norm in (1.0, bad, 1.0):
         parameter.grad = torch.full((3,), norm)
-        optim.step_where_finite(optimizer, torch.tensor(norm))
+        step_where_finite(optimizer, torch.tensor(norm))
     expected = torch.nn.Parameter(torch.ones(3))
     other = torch.optim.SGD([expected], lr=0.1, momentum=0.9, weight_decay=0.1)
     for _ in range(2):

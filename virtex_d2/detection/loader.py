@@ -152,9 +152,10 @@ class TrainLoader:
         """The unusable files met so far."""
         return self.training_set.skipped
 
-    def start_at(self, iteration: int) -> None:
-        """Begin the next pass with the batch of this iteration, from 0."""
+    def start_at(self, iteration: int) -> "TrainLoader":
+        """Begin the next pass with the batch of this iteration, from 0; return the loader."""
         self._order.first = iteration
+        return self
 
     def __iter__(self) -> Iterator[list[dict]]:
         for batch in batches_of(lambda: iter(self._loader)):

@@ -1,12 +1,15 @@
 """What a config may ask of training and evaluation, checked before anything is built."""
 
 import math
+from collections.abc import Callable, Iterable
 
 import torch
 from detectron2.config import CfgNode
+from torch import nn
 
 from virtex_d2.engine.device import AMP_DTYPES, check_amp
 from virtex_d2.engine.errors import InputError, nearest
+from virtex_d2.engine.loop import UpdateLoop
 
 FULL_MODEL = "full_model"
 CLIP_TYPES = ("value", "norm", FULL_MODEL)
@@ -48,9 +51,30 @@ def check_augmented_evaluation(cfg: CfgNode) -> None:
         raise InputError("TEST.AUG.MIN_SIZES is empty; expected shortest edges in pixels.")
 
 
-def autocast_dtype(cfg: CfgNode) -> torch.dtype | None:
-    """What SOLVER.AMP says that losses are computed in; None without mixed precision."""
-    return AMP_DTYPES[cfg.SOLVER.AMP.DTYPE] if cfg.SOLVER.AMP.ENABLED else None
+def build_loop(
+    cfg: CfgNode,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Callable[[int], Iterable],
+) -> UpdateLoop:
+    """The loop that SOLVER.AMP, SOLVER.CLIP_GRADIENTS and VIRTEX.ACCUMULATE describe."""
+    dtype = AMP_DTYPES[cfg.SOLVER.AMP.DTYPE] if cfg.SOLVER.AMP.ENABLED else None
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    return UpdateLoop(
+        model,
+        optimizer,
+        batches,
+        seed=cfg.SEED,
+        passes=cfg.VIRTEX.ACCUMULATE,
+        dtype=dtype,
+        # bfloat16 has float32's range: nothing underflows that float32 would keep.
+        scaler=torch.amp.GradScaler("cuda") if dtype == torch.float16 else None,
+        max_norm=clip.CLIP_VALUE if clips_full_model(cfg) else None,
+        norm_type=clip.NORM_TYPE,
+        folder=cfg.OUTPUT_DIR,
+        advice="lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS, or compute in float32 "
+        "(SOLVER.AMP.ENABLED False)",
+    )
 
 
 def clips_full_model(cfg: CfgNode) -> bool:
