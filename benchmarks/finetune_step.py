@@ -19,8 +19,8 @@ from detectron2.utils.events import EventStorage
 
 from benchmarks.measuring import Clock, machine
 from benchmarks.rounds import count, ratios, spread, take_turns
+from virtex_d2.detection.batch import build_loop
 from virtex_d2.detection.config import get_virtex_cfg
-from virtex_d2.detection.options import build_loop
 from virtex_d2.detection.trainer import DetectionTrainer
 from virtex_d2.engine.config import load_config
 

@@ -10,8 +10,12 @@ from detectron2.data.common import DatasetFromList
 from detectron2.utils.events import EventStorage
 from PIL import Image
 
-from virtex_d2.detection.evaluation import CocoEvaluator, VocEvaluator, build_evaluator
-from virtex_d2.detection.evaluation.lvis import LvisEvaluator
+from virtex_d2.detection.evaluation import (
+    CocoEvaluator,
+    LvisEvaluator,
+    VocEvaluator,
+    build_evaluator,
+)
 from virtex_d2.detection.loader import ReplacingMapper, TestLoader, build_train_loader
 from virtex_d2.detection.trainer import DetectionTrainer
 from virtex_d2.engine.errors import InputError
