@@ -12,7 +12,7 @@ from torch import nn
 
 from virtex_d2.engine.device import AMP_DTYPES, check_amp
 from virtex_d2.engine.errors import InputError, nearest
-from virtex_d2.engine.loop import UpdateLoop
+from virtex_d2.engine.loop import UpdateLoop, share_of
 
 logger = logging.getLogger(__name__)
 
@@ -21,9 +21,7 @@ CLIP_TYPES = ("value", "norm", FULL_MODEL)
 
 # These are rounded; a period of 0 would mean "never", or divide by zero.
 _AT_LEAST_ONE = (
-    "SOLVER.MAX_ITER",
-    "SOLVER.CHECKPOINT_PERIOD",
-    "SOLVER.CHECKPOINT_KEEP_EVERY",
+    *("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.CHECKPOINT_KEEP_EVERY"),
     "TEST.EVAL_PERIOD",
 )
 
@@ -35,9 +33,6 @@ def resolve_batch(cfg: CfgNode) -> CfgNode:
     with another number of processes than this each keeps its share of images, and learning rate,
     schedule and periods follow; the decay of VIRTEX.EMA too (Busbridge et al., arXiv 2307.13813).
     VIRTEX.ACCUMULATE changes none of it: the images of an update come in as many passes.
-
-    Args:
-        cfg: frozen or not; it is not changed.
 
     Returns:
         `cfg`, or where it is scaled a copy.
@@ -58,14 +53,11 @@ def resolve_batch(cfg: CfgNode) -> CfgNode:
         )
     scaled = _scale(cfg, processes)
     images = scaled.SOLVER.IMS_PER_BATCH
-    if images % processes:
-        raise InputError(
-            f"SOLVER.IMS_PER_BATCH is {images}, which {processes} processes cannot share equally. "
-            "Start another number of processes, set it to a multiple of them, or set "
-            "SOLVER.REFERENCE_WORLD_SIZE to the number that the config is meant for, to scale "
-            "batch and schedule with it."
-        )
-    share = images // processes
+    share = share_of(
+        images,
+        ", or set SOLVER.REFERENCE_WORLD_SIZE to the number that the config is meant for, to scale "
+        "batch and schedule with it",
+    )
     if share % passes:
         possible = [str(n) for n in range(1, share + 1) if share % n == 0]
         raise InputError(
@@ -111,17 +103,8 @@ def _log(cfg: CfgNode, processes: int, images: int, given: CfgNode) -> None:
     logger.info(
         "An iteration is one update from %d images: %d process%s x %d pass%s x %d; learning rate "
         "%g, warm-up %d, steps %s, %d iterations%s.",
-        solver.IMS_PER_BATCH,
-        processes,
-        _es(processes),
-        passes,
-        _es(passes),
-        images,
-        solver.BASE_LR,
-        solver.WARMUP_ITERS,
-        tuple(solver.STEPS),
-        solver.MAX_ITER,
-        origin,
+        *(solver.IMS_PER_BATCH, processes, _es(processes), passes, _es(passes), images),
+        *(solver.BASE_LR, solver.WARMUP_ITERS, tuple(solver.STEPS), solver.MAX_ITER, origin),
     )
 
 

@@ -9,9 +9,10 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pycocotools.mask as mask_utils
@@ -92,14 +93,13 @@ def _of_classes(
     left_out: str,
     extra: Sequence[str] = (),
 ) -> list[ClassResult]:
-    """AP, AP50 and AP75 of each class, in percent.
+    """AP, AP50 and AP75 of each class of a file of COCO's or LVIS's format.
 
     Args:
         task: "bbox" or "segm".
         precision: (10 IoU thresholds from 0.5 to 0.95, recall thresholds, classes), -1 where a
-            class has no object, as COCO's and LVIS's evaluations give it.
-        classes: the file's categories in that order.
-        annotations: of the file.
+            class has no object, as pycocotools and lvis give it.
+        classes, annotations: of the file; the former in the order of `precision`.
         left_out: key of annotations that do not count.
         extra: keys of classes for the table.
     """
@@ -131,11 +131,7 @@ def report_classes(folder: str, results: Sequence[ClassResult], dataset_name: st
             shown = ", ".join(without[:10]) + (", ..." if len(without) > 10 else "")
             logger.info(
                 "%s: %d of the %d classes have no object in '%s' and are left out of the mean: %s",
-                task,
-                len(without),
-                len(of_task),
-                dataset_name,
-                shown,
+                *(task, len(without), len(of_task), dataset_name, shown),
             )
     names = [*_COLUMNS, *(key for result in results for key in (*result.metrics, *result.extra))]
     with (
@@ -161,30 +157,11 @@ def _log_without_truth(dataset_name: str, folder: str) -> None:
     )
 
 
-@contextlib.contextmanager
-def _handed_over(owner: Any, name: str, reader: Callable) -> Iterator[None]:
-    """Let detectron2's evaluators read a file by `reader` while they are built.
-
-    They name the class that opens the file (attribute `name` of `owner`) themselves, and it takes
-    values as they stand there.
-    """
-    original = getattr(owner, name)
-    setattr(owner, name, reader)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
-
-
 def _complete(annotations: list[dict[str, Any]], to_rle: Callable[[dict], Any]) -> None:
     """Complete a file's annotations for an evaluation, in place.
 
     Ids are counted from 1: both packages take a match with the id 0 for none. Without `iscrowd` an
-    object is no crowd. Without `area` (pixels) it is the mask's, or without one the box's.
-
-    Args:
-        annotations: of the file.
-        to_rle: an annotation with a segmentation -> its compressed run-length mask.
+    object is no crowd. Without `area` (pixels) it is the mask's (of `to_rle`), else the box's.
     """
     for number, item in enumerate(annotations, start=1):
         item["id"] = number
@@ -199,18 +176,16 @@ class CocoEvaluator(COCOEvaluator):
     """detectron2's, for files that leave out what it needs, and for no predictions.
 
     Where nothing is detected, AP is 0; where there is nothing to detect (no object of a size, say),
-    it is NaN. A class without an object is left out of the mean. Writes per_class.csv.
+    it is NaN. A class without an object is left out of the mean.
 
-    Args:
-        dataset_name: registered, with `json_file` in its metadata.
-        tasks: of "bbox" and "segm".
-        output_dir: for predictions and the table.
+    As all here it is called with a registered data set's name, tasks ("bbox", "segm") and a folder.
     """
 
     def __init__(self, dataset_name: str, tasks: tuple[str, ...], output_dir: str):
         # The fast implementation is compiled; the official one gives the same AP.
         fast = has_compiled_ops()
-        with _handed_over(coco_evaluation, "COCO", _read_coco):
+        # detectron2 names the class that opens the file, which takes values as they stand there
+        with mock.patch.object(coco_evaluation, "COCO", _read_coco):
             super().__init__(dataset_name, tasks, output_dir=output_dir, use_fast_impl=fast)
         if self._do_evaluation:
             _complete(self._coco_api.dataset["annotations"], self._coco_api.annToRLE)
@@ -283,18 +258,13 @@ class LvisEvaluator(LVISEvaluator):
 
     Reports AP, AP50, AP75, by size (APs, APm, APl) and by the frequency of the class in the
     training images (APr, APc, APf): NaN where there is nothing to detect, 0 where nothing is
-    detected. Writes per_class.csv.
-
-    Args:
-        dataset_name: registered, with `json_file` in its metadata.
-        tasks: of "bbox" and "segm".
-        output_dir: for predictions and the table.
+    detected.
     """
 
     def __init__(self, dataset_name: str, tasks: tuple[str, ...], output_dir: str):
         from lvis import LVIS  # it draws, too, and imports matplotlib: half a second
 
-        with _handed_over(LVIS, "_load_json", _read_lvis):
+        with mock.patch.object(LVIS, "_load_json", _read_lvis):
             super().__init__(dataset_name, tasks, output_dir=output_dir)
         annotations = self._lvis_api.dataset["annotations"]
         _complete(annotations, self._lvis_api.ann_to_rle)
@@ -369,13 +339,7 @@ class VocEvaluator(DatasetEvaluator):
     Plain "AP", "AP50" and "AP75" are by 11 points for VOC 2007 (`year` in the metadata) and by the
     area for all others; "AP50_11point", "AP50_area" and so on are both. AP is the mean over IoU
     thresholds of 0.5 to 0.95, as COCO's. A class without an object that is not difficult is left
-    out of the means, which detectron2's evaluator counts as 0 or NaN. Writes per_class.csv.
-
-    Args:
-        dataset_name: registered, with `dirname`, `split`, `year` and `thing_classes` in its
-            metadata.
-        tasks: ("bbox",).
-        output_dir: for predictions and the table.
+    out of the means, which detectron2's evaluator counts as 0 or NaN.
     """
 
     def __init__(self, dataset_name: str, tasks: tuple[str, ...], output_dir: str):

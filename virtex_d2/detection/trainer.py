@@ -15,6 +15,7 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from virtex_d2.checkpoint.transfer import config_preprocessing, is_backbone, load_backbone
+from virtex_d2.detection.averages import ExportEMA, PreciseBN, UpdateEMA, WeightEMA
 from virtex_d2.detection.batch import (
     build_loop,
     check_augmented_evaluation,
@@ -23,10 +24,8 @@ from virtex_d2.detection.batch import (
     resolve_batch,
 )
 from virtex_d2.detection.checkpointer import DetectorCheckpointer
-from virtex_d2.detection.ema import ExportEMA, UpdateEMA, WeightEMA
 from virtex_d2.detection.evaluation import build_evaluator
 from virtex_d2.detection.loader import TestLoader, TrainLoader, build_train_loader
-from virtex_d2.detection.precise_bn import PreciseBN
 from virtex_d2.engine.distributed import wrap_ddp
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.hooks import Evaluation, SkippedImages

@@ -62,13 +62,10 @@ class LearningRate(HookBase):
 class SkippedImages(HookBase):
     """Counts the files that training had to do without; stops the run when there are too many.
 
-    Writes `images_skipped` to the metrics.
-
     Args:
         skipped: () -> files that this process has met, all or the new ones.
         num_images: of the training set.
-        max_share: the fraction of them that may be skipped, 0 to 1.
-        key: of the config, which has that share.
+        max_share: the fraction of them that may be skipped, 0 to 1; `key` of the config has it.
         period: iterations between exchanges among processes, which make them wait.
     """
 
@@ -126,7 +123,6 @@ class SkippedSamples(SkippedImages):
         images_per_batch: over all processes.
         held: samples that have been read before the first is given: what is passed over among
             them is reported with the first batches.
-        max_share, key, period: of `SkippedImages`.
     """
 
     def __init__(
@@ -158,11 +154,9 @@ class SkippedSamples(SkippedImages):
 
 
 class StreamCursors(HookBase):
-    """Keeps in the checkpoint how far a stream has been read; comes before the checkpointer.
+    """Keeps in checkpoints how far a stream, with `gather(iterations)` and a state, has been read.
 
-    Args:
-        stream: with `gather(iterations)`, to be called in all processes, and its state.
-        period: iterations between checkpoints.
+    Stands before the checkpointer, with its period.
     """
 
     def __init__(self, stream: Any, period: int):
@@ -213,12 +207,7 @@ class Evaluation(hooks.EvalHook):
 
 
 class Pictures(HookBase):
-    """Draws into TensorBoard whenever it is validated. In the first process alone.
-
-    Args:
-        period: of the evaluation.
-        draw: () -> (name, (3, H, W) uint8) of each picture.
-    """
+    """Puts what `draw` gives, names and (3, H, W) uint8, into TensorBoard. In the first process."""
 
     def __init__(self, period: int, draw: Callable[[], list[tuple[str, np.ndarray]]]):
         self._period, self._draw = period, draw
@@ -261,10 +250,6 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
     Before the first iteration it says if the disk has too little room for the run's checkpoints.
     An error of a write is raised after the iteration in which it happened, and training ends when
     all is on disk, whether it ends well or not. In the first process alone.
-
-    Args:
-        checkpointer, period: of detectron2's.
-        optimizer: whose state, before its first step, is not yet there to be measured.
     """
 
     def __init__(
@@ -294,11 +279,7 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
                 "OUTPUT_DIR %s has room for %s, and the %d checkpoints to come take some %s, %s "
                 "each. Make room, keep fewer (SOLVER.CHECKPOINT_KEEP_LAST) or write fewer "
                 "(SOLVER.CHECKPOINT_PERIOD): the run stops where the disk is full.",
-                folder,
-                in_bytes(free),
-                count + 1,
-                in_bytes(needed),
-                in_bytes(size),
+                *(folder, in_bytes(free), count + 1, in_bytes(needed), in_bytes(size)),
             )
 
     def after_step(self) -> None:
@@ -333,11 +314,6 @@ class MetricsWriter(hooks.PeriodicWriter):
     Else a run that is killed before its next period would have evaluated for nothing. What an
     earlier part of the run has recorded after the checkpoint from which this one goes on, it takes
     back before the first iteration, so that each one is on record once.
-
-    Args:
-        printer: writes to the log.
-        folder: OUTPUT_DIR, for metrics.json and TensorBoard's events.
-        period: in iterations.
     """
 
     def __init__(self, printer: EventWriter, folder: str, period: int):
@@ -347,10 +323,7 @@ class MetricsWriter(hooks.PeriodicWriter):
     def before_train(self) -> None:
         start, path = self.trainer.start_iter, os.path.join(self._folder, "metrics.json")
         cut_records(path, start)
-        self._writers += [
-            JSONWriter(path),
-            TensorboardXWriter(self._folder, purge_step=start),
-        ]
+        self._writers += [JSONWriter(path), TensorboardXWriter(self._folder, purge_step=start)]
 
     def after_step(self) -> None:
         if not was_evaluated(self.trainer.storage, self.trainer.iter):
@@ -361,12 +334,7 @@ class MetricsWriter(hooks.PeriodicWriter):
 
 
 class ProgressPrinter(EventWriter):
-    """One line of progress: ETA, losses, learning rates, images a second, peak memory.
-
-    Args:
-        max_iter: of the run.
-        images_per_batch: over all processes.
-    """
+    """One line of progress: ETA, losses, learning rates, images a second, peak memory."""
 
     _WINDOW = 20  # iterations that a number is the median of
 

@@ -180,6 +180,19 @@ class UpdateLoop:
             )
 
 
+def share_of(images: int, or_else: str = "") -> int:
+    """How many of SOLVER.IMS_PER_BATCH images are this process's; refused where they differ."""
+    processes = comm.get_world_size()
+    if images % processes:
+        near = {max(images // processes, 1) * processes, -(-images // processes) * processes}
+        raise InputError(
+            f"SOLVER.IMS_PER_BATCH is {images}, which {processes} processes cannot share equally. "
+            "Start another number of processes, set it to "
+            f"{' or '.join(map(str, sorted(near)))}{or_else}."
+        )
+    return images // processes
+
+
 def step_where_finite(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
     """Update the weights, or if the norm is not finite leave them and all state as they are.
 

@@ -19,10 +19,9 @@ from fvcore.common.param_scheduler import (
 
 from virtex_d2.engine.checkpointer import AtomicCheckpointer
 from virtex_d2.engine.distributed import wrap_ddp
-from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.hooks import Evaluation
 from virtex_d2.engine.identity import RunIdentity
-from virtex_d2.engine.loop import UpdateLoop
+from virtex_d2.engine.loop import UpdateLoop, share_of
 from virtex_d2.engine.retention import Retention
 from virtex_d2.engine.stopping import StopHook
 from virtex_d2.engine.trainer import Trainer
@@ -64,13 +63,7 @@ class ClassifierTrainer(Trainer):
         epoch = math.ceil(num_images / cfg.SOLVER.IMS_PER_BATCH)
         periods = cfg.SOLVER.CHECKPOINT_PERIOD * epoch, cfg.TEST.EVAL_PERIOD * epoch, LOG_PERIOD
         super().__init__(cfg, cfg.SOLVER.EPOCHS * epoch, periods)
-        world_size = comm.get_world_size()
-        if cfg.SOLVER.IMS_PER_BATCH % world_size:
-            raise InputError(
-                f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {world_size} processes "
-                "cannot share equally. Start another number of processes, or set it to a multiple "
-                "of them."
-            )
+        share_of(cfg.SOLVER.IMS_PER_BATCH)
         self.classifier = model
         self.optimizer = torch.optim.SGD(
             [parameter for parameter in model.parameters() if parameter.requires_grad],
