@@ -4,6 +4,7 @@ import logging
 import os
 import traceback
 from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 from detectron2.config import CfgNode
@@ -81,6 +82,7 @@ class DetectionTrainer(Trainer, DefaultTrainer):
             preprocessing=config_preprocessing(cfg),
             ema=self.ema,
         )
+        self._last_eval_results: dict = OrderedDict()
         self.register_hooks(self.build_hooks())
 
     @property
@@ -172,15 +174,19 @@ class DetectionTrainer(Trainer, DefaultTrainer):
 
     def build_hooks(self) -> list[HookBase | None]:
         """detectron2's hooks and this project's."""
-        cfg, folder = self.cfg, self.cfg.OUTPUT_DIR
-        evaluates, period = bool(cfg.DATASETS.TEST), cfg.VIRTEX.LOG_PERIOD
-        loader, share = self.data_loader, cfg.VIRTEX.MAX_SKIPPED_SHARE
+        cfg, loader, period = self.cfg, self.data_loader, self.cfg.VIRTEX.LOG_PERIOD
+        evaluations = []
+        if cfg.DATASETS.TEST:
+            evaluations.append(self._evaluation(cfg.TEST.EVAL_PERIOD, self.test))
+            if cfg.TEST.AUG.ENABLED:
+                # Once, as detectron2's train_net.py: it takes as many times longer as it has sizes.
+                evaluations.append(self._evaluation(0, self.test_with_tta))
         return [
             hooks.IterationTimer(),
             hooks.LRScheduler(),
             SkippedImages(
                 *(lambda: loader.skipped, len(loader.training_set)),
-                *(share, "VIRTEX.MAX_SKIPPED_SHARE"),
+                *(cfg.VIRTEX.MAX_SKIPPED_SHARE, "VIRTEX.MAX_SKIPPED_SHARE"),
                 1 if comm.get_world_size() == 1 else period,
             ),
             UpdateEMA(self.ema) if self.ema else None,
@@ -190,11 +196,7 @@ class DetectionTrainer(Trainer, DefaultTrainer):
             # was trained is safe when that fails.
             *self.checkpoint_hooks(cfg.SOLVER.CHECKPOINT_PERIOD),
             ExportEMA(self._ema_checkpointer()) if self.ema and comm.is_main_process() else None,
-            Evaluation(cfg.TEST.EVAL_PERIOD, self._test, folder) if evaluates else None,
-            # Once, as detectron2's train_net.py: it takes as many times longer as there are sizes.
-            Evaluation(0, self._test_with_tta, folder)
-            if evaluates and cfg.TEST.AUG.ENABLED
-            else None,
+            *evaluations,
             *self.writer_hooks(cfg.SOLVER.IMS_PER_BATCH, period),  # of what the others found
         ]
 
@@ -296,13 +298,11 @@ class DetectionTrainer(Trainer, DefaultTrainer):
         )
         return self.ema.model if average else self.model
 
-    def _test(self) -> dict:
-        with own_randomness(self.cfg.SEED, self.iter, comm.get_rank()):
-            self._last_eval_results = settled(lambda: self.test(self.cfg, self._evaluated_model()))
-        return self._last_eval_results
+    def _evaluation(self, period: int, test: Callable[[CfgNode, nn.Module], dict]) -> Evaluation:
+        def evaluate() -> dict:
+            with own_randomness(self.cfg.SEED, self.iter, comm.get_rank()):
+                results = settled(lambda: test(self.cfg, self._evaluated_model()))
+            self._last_eval_results.update(results)
+            return results
 
-    def _test_with_tta(self) -> dict:
-        with own_randomness(self.cfg.SEED, self.iter, comm.get_rank()):
-            results = settled(lambda: self.test_with_tta(self.cfg, self._evaluated_model()))
-        self._last_eval_results.update(results)
-        return results
+        return Evaluation(period, evaluate, self.cfg.OUTPUT_DIR)
