@@ -25,8 +25,9 @@ from pretrain.colors import PIXEL_MEAN, PIXEL_STD, draw_jitter, normalize
 from pretrain.config import get_pretrain_cfg
 from pretrain.device import upload
 from pretrain.methods.captioning.model import build_objective
-from pretrain.optim import Lookahead, build_optimizer, step_where_finite
+from pretrain.optim import Lookahead, build_optimizer
 from pretrain.recomputation import BLOCKS, NORMS
+from virtex_d2.engine.loop import step_where_finite
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -57,20 +57,6 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     )
 
 
-def step_where_finite(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
-    """Update the weights, or if the norm is not finite leave them and all state as they are.
-
-    Args:
-        optimizer: a fused one decides on the device; for others the host waits.
-        norm: scalar, of all gradients.
-    """
-    if optimizer.defaults.get("fused"):
-        optimizer.found_inf = (~norm.isfinite()).float()  # as GradScaler tells it
-        optimizer.step()
-    elif norm.isfinite():
-        optimizer.step()
-
-
 def warmup_cosine(iteration: int, warmup_iters: int, max_iter: int) -> float:
     """Factor on the learning rate: linear from 0 over the warm-up, then half a cosine to 0."""
     if iteration < warmup_iters:

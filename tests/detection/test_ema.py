@@ -14,8 +14,8 @@ from torch import nn
 
 from tests.waits import Waits
 from virtex_d2.checkpoint.source import read_backbone
+from virtex_d2.detection.averages import WeightEMA
 from virtex_d2.detection.checkpointer import DetectorCheckpointer
-from virtex_d2.detection.ema import WeightEMA
 from virtex_d2.detection.trainer import DetectionTrainer
 from virtex_d2.engine.errors import InputError
 

@@ -10,8 +10,8 @@ import torch
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
+from virtex_d2.detection.averages import PreciseBN
 from virtex_d2.detection.loader import build_train_loader
-from virtex_d2.detection.precise_bn import PreciseBN
 from virtex_d2.detection.trainer import DetectionTrainer
 from virtex_d2.engine import preemption
 from virtex_d2.engine.randomness import own_randomness

@@ -1,21 +1,19 @@
 """The parts of fine-tuning that tools/train_net.py only shows from outside."""
 
 import json
+import logging
 import types
 from pathlib import Path
 
 import pytest
-from detectron2.data import MetadataCatalog
-from detectron2.data.common import DatasetFromList
+import torch
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
-from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from virtex_d2.detection.evaluation import CocoEvaluator, VocEvaluator, build_evaluator
-from virtex_d2.detection.evaluation.lvis import LvisEvaluator
-from virtex_d2.detection.hooks import SkippedImages
-from virtex_d2.detection.loader import ReplacingMapper, TestLoader, build_train_loader
 from virtex_d2.detection.trainer import DetectionTrainer
 from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.hooks import SkippedImages
 
 
 @pytest.fixture
@@ -23,59 +21,10 @@ def cfg(detection_cfg):
     return detection_cfg
 
 
-def _images(cfg):
-    return sorted(Path(cfg.VIRTEX.DATASETS[0][3]).iterdir())
-
-
-def test_the_next_readable_record_replaces_an_unusable_one(cfg):
-    images = _images(cfg)
-    for index in (4, 5):
-        images[index].write_bytes(images[index].read_bytes()[:100])
-    records = build_train_loader(cfg).training_set.records
-    mapper = ReplacingMapper(cfg, records)
-    by_file = {Path(record["file_name"]).name: record for record in records}
-    names = sorted(by_file)
-    for index, stands_in in ((3, 3), (4, 0), (5, 0)):
-        sample = mapper(dict(by_file[names[index]]))
-        assert Path(sample["file_name"]).name == names[stands_in]
-        skipped = [Path(file).name for file, _ in sample["unusable"]]
-        assert skipped == names[index : 6 if stands_in == 0 else index]
-
-
-def test_an_image_of_another_size_than_annotated_is_unusable_not_a_crash(cfg):
-    path = Path(cfg.VIRTEX.DATASETS[0][2])
-    content = json.loads(path.read_text())
-    content["images"][0]["width"] = 80
-    path.write_text(json.dumps(content))
-    records = build_train_loader(cfg).training_set.records
-    sample = ReplacingMapper(cfg, records)(dict(records[0]))
-    (unusable,) = sample["unusable"]
-    assert unusable[0] == records[0]["file_name"]
-    assert "Mismatched image shape" in unusable[1]
-
-
-def test_an_image_that_pillow_refuses_for_its_size_is_named_like_any_other(cfg, monkeypatch):
-    """More than 178 956 970 pixels in a file of 20 kB; here of a lower limit."""
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64)
-    path = Path(cfg.VIRTEX.DATASETS[0][2])
-    content = json.loads(path.read_text())
-    content["images"][0].update(width=64, height=129)
-    path.write_text(json.dumps(content))
-    Image.new("1", (64, 129)).save(_images(cfg)[0], "PNG")
-    records = build_train_loader(cfg).training_set.records
-    ((file, why),) = ReplacingMapper(cfg, records)(dict(records[0]))["unusable"]
-    assert file == records[0]["file_name"] == str(_images(cfg)[0])
-    assert "DecompressionBombError: Image size (8256 pixels) exceeds limit" in why
-    cfg.DATASETS.TEST = ("unit_train",)
-    with pytest.raises(InputError, match=f"{file}: this test image is unusable .Decompression"):
-        list(TestLoader(cfg, "unit_train"))
-
-
 def _hook(skipped, max_share, total=10):
-    hook = SkippedImages(max_share, period=20)
-    loader = types.SimpleNamespace(skipped=set(skipped), training_set=range(total))
+    hook = SkippedImages(lambda: skipped, total, max_share, "VIRTEX.MAX_SKIPPED_SHARE", period=1)
     storage = EventStorage()
-    hook.trainer = types.SimpleNamespace(iter=0, max_iter=5, data_loader=loader, storage=storage)
+    hook.trainer = types.SimpleNamespace(iter=0, max_iter=5, storage=storage)
     return hook, storage
 
 
@@ -104,34 +53,101 @@ def test_a_checkpoint_without_optimizer_is_not_resumed_as_if_nothing_were_lost(c
         trainer.load_state_dict(state)
 
 
-@pytest.mark.parametrize(
-    ("kind", "name", "evaluator"),
-    [
-        ("coco", "unit_train", CocoEvaluator),
-        ("lvis", "unit_lvis_v1", LvisEvaluator),
-        ("pascal_voc", "unit_voc", VocEvaluator),
-    ],
-)
-def test_the_evaluator_follows_the_data_sets_type(kind, name, evaluator, cfg, three_formats):
-    metadata = MetadataCatalog.get(name)
-    if kind == "lvis":
-        metadata.set(json_file=str(three_formats / "annotations/lvis_v1_test.json"))
-    if kind == "pascal_voc":
-        folder = str(three_formats / "VOC")
-        metadata.set(dirname=folder, split="test", year=2007, thing_classes=["circle"])
-        cfg.MODEL.MASK_ON = False
-    metadata.evaluator_type = kind
-    cfg.DATASETS.TEST = (name,)
-    assert type(build_evaluator(cfg, name)) is evaluator
+_LOSSES = {"loss_cls", "loss_box_reg", "loss_mask", "loss_rpn_cls", "loss_rpn_loc", "total_loss"}
 
 
-def test_a_data_set_without_a_known_type_is_told(cfg):
-    MetadataCatalog.get("unit_odd").evaluator_type = "cocoo"
-    with pytest.raises(InputError, match="evaluator_type 'cocoo'.*Did you mean 'coco'"):
-        build_evaluator(cfg, "unit_odd")
+def test_losses_rate_times_and_throughput_are_reported_once_an_iteration(detection_cfg, caplog):
+    cfg = detection_cfg
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH, cfg.VIRTEX.ACCUMULATE = 6, 4, 2
+    cfg.TEST.PRECISE_BN.ENABLED = False
+    with caplog.at_level(logging.INFO):
+        DetectionTrainer(cfg).train()
+    lines = (Path(cfg.OUTPUT_DIR) / "metrics.json").read_text().splitlines()
+    (line,) = [json.loads(line) for line in lines]
+    assert line["iteration"] == 5
+    expected = {*_LOSSES, "lr", "time", "data_time", "eta_seconds", "images_per_second"}
+    assert expected <= line.keys()
+    assert line["lr"] == cfg.SOLVER.BASE_LR
+    parts = sum(line[name] for name in _LOSSES - {"total_loss"})
+    assert line["total_loss"] == pytest.approx(parts, rel=0.2)  # medians over the iterations
+    assert line["images_per_second"] == pytest.approx(4 / line["time"], rel=0.5)
+    assert line["time"] > line["data_time"] > 0
+    (progress,) = [r.getMessage() for r in caplog.records if "eta: " in r.getMessage()]
+    assert all(f"{name}: " in progress for name in ("iter", "time", "data_time", "lr", *_LOSSES))
+    events = EventAccumulator(cfg.OUTPUT_DIR)
+    events.Reload()
+    assert expected <= set(events.Tags()["scalars"])
+    assert {event.step for event in events.Scalars("total_loss")} == {5}
 
 
-def test_records_survive_the_loaders_serialisation(cfg):
-    records = build_train_loader(cfg).training_set.records
-    assert isinstance(records, DatasetFromList)
-    assert [record["index"] for record in records] == list(range(6))
+def test_a_finished_run_evaluates_and_records_nothing_again(detection_cfg, caplog, monkeypatch):
+    cfg = detection_cfg
+    cfg.DATASETS.TEST, cfg.SOLVER.MAX_ITER, cfg.TEST.PRECISE_BN.ENABLED = ("unit_test",), 2, False
+    cfg.VIRTEX.LOG_PERIOD = 1
+
+    def train():
+        trainer = DetectionTrainer(cfg)
+        trainer.resume_or_load(resume=True)
+        return trainer.train()
+
+    train()
+    folder = Path(cfg.OUTPUT_DIR)
+    before = sorted(path.name for path in folder.iterdir())
+    records = (folder / "metrics.json").read_text()
+    monkeypatch.setattr(DetectionTrainer, "test", lambda *_: pytest.fail("evaluated again"))
+    with caplog.at_level(logging.INFO):
+        assert train() is None
+    assert "All 2 iterations are done and evaluated" in caplog.text
+    assert "iter: " not in caplog.text.split("All 2 iterations")[1]
+    assert (folder / "metrics.json").read_text() == records
+    assert sorted({path.name for path in folder.iterdir()} - {"config.yaml"}) == before
+
+
+def _first_update(cfg):
+    """The weights' change and the metrics of one iteration."""
+    cfg.SOLVER.WEIGHT_DECAY, cfg.SOLVER.BASE_LR = 0.0, 1.0
+    cfg.SOLVER.MAX_ITER, cfg.TEST.PRECISE_BN.ENABLED = 1, False
+    seed_all_rng(0)
+    trainer = DetectionTrainer(cfg)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    with EventStorage() as trainer.storage:
+        trainer.run_step()
+    change = [q.detach() - p for p, q in zip(before, trainer.model.parameters())]
+    return change, {name: value for name, (value, _) in trainer.storage.latest().items()}
+
+
+def test_clipping_each_parameters_gradient_comes_from_the_config(detection_cfg):
+    clip = detection_cfg.SOLVER.CLIP_GRADIENTS
+    clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE = True, "norm", 1e-3
+    change, _ = _first_update(detection_cfg)
+    norms = torch.stack([part.norm() for part in change])
+    assert norms.max() == pytest.approx(1e-3, rel=0.01)
+    assert norms.norm() > 5e-3  # all together: more than that
+
+
+def test_clipping_all_gradients_together_keeps_their_direction(detection_cfg):
+    free, _ = _first_update(detection_cfg)
+    clip = detection_cfg.SOLVER.CLIP_GRADIENTS
+    clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE = True, "full_model", 0.01
+    change, metrics = _first_update(detection_cfg)
+    # in float64: a float32 sum over millions of squares is wrong in its third digit
+    whole, clipped = (
+        torch.cat([part.flatten().double() for part in parts]) for parts in (free, change)
+    )
+    assert whole.norm() > 0.1
+    assert clipped.norm() == pytest.approx(0.01, rel=1e-3)
+    assert torch.dot(whole, clipped) / whole.norm() / clipped.norm() > 0.9999
+    assert metrics["grad_norm"] == pytest.approx(whole.norm().item(), rel=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="float16 training needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_detector_trains_in_mixed_precision_on_a_gpu(dtype, detection_cfg):
+    cfg = detection_cfg
+    cfg.MODEL.DEVICE = "cuda"
+    cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE = True, dtype
+    cfg.VIRTEX.ACCUMULATE = 2
+    change, metrics = _first_update(cfg)
+    assert all(part.isfinite().all() for part in change)
+    assert ("grad_scale" in metrics) == (dtype == "float16")
+    assert metrics["total_loss"] > 0

@@ -68,11 +68,14 @@ def write_package(folder, files):
     return folder
 
 
-def test_importing_the_package_imports_nothing_heavy(run):
-    loaded = run(
-        "import sys, virtex_d2; print({'torch', 'numpy', 'detectron2'} & set(sys.modules))"
-    )
-    assert loaded == "set()"
+def test_importing_the_package_imports_nothing_heavy_and_bridges_what_comes_later(run):
+    run("""
+        import sys, virtex_d2
+        assert not {"torch", "numpy", "PIL", "detectron2"} & set(sys.modules)
+        import numpy, PIL.Image
+        assert numpy.float is float
+        assert PIL.Image.LINEAR == PIL.Image.BILINEAR
+    """)
 
 
 def test_without_detectron2_the_import_says_how_to_install_it(run_python):
@@ -94,10 +97,16 @@ def test_a_folder_that_is_only_called_detectron2_is_not_taken_for_it(run_python,
     assert f"only a folder of that name, {tmp_path / 'detectron2'}" in result.stderr
 
 
-def test_a_second_apply_changes_nothing(run):
+def test_what_is_imported_already_is_bridged_at_once_and_only_once(run):
     run("""
-        import sys, numpy, virtex_d2
+        import sys, numpy, PIL.Image
+        existing = numpy.bool if "bool" in vars(numpy) else bool
+        import virtex_d2
         from virtex_d2.engine import compat
+        assert (numpy.int, numpy.float, numpy.str, numpy.object) == (int, float, str, object)
+        assert numpy.bool is existing
+        assert PIL.Image.LINEAR == PIL.Image.BILINEAR
+        assert {"numpy aliases", "Pillow LINEAR"} <= set(compat.applied)
         finders, applied, init = list(sys.meta_path), list(compat.applied), numpy.float
         compat.apply()
         assert (finders, applied, init) == (sys.meta_path, compat.applied, numpy.float)
@@ -116,12 +125,13 @@ def test_nothing_of_detectron2_is_touched_where_it_is_the_newer_official_build(r
     write_package(tmp_path, {"pkg_resources.py": "REAL = True"})
     run(
         """
-        import numpy, PIL.Image
+        import sys, numpy, PIL.Image
         for name in ("bool", "int", "float", "str", "object"):
             setattr(numpy, name, __builtins__.__dict__[name])
         PIL.Image.LINEAR = 2
         import virtex_d2
         from virtex_d2.engine import compat
+        assert compat.has_compiled_ops() and "detectron2" not in sys.modules
         import detectron2.engine.hooks, detectron2.data.common
         from detectron2.evaluation import coco_evaluation
         from detectron2 import _C
@@ -130,6 +140,8 @@ def test_nothing_of_detectron2_is_touched_where_it_is_the_newer_official_build(r
         every = ["caffe2", "torch warnings", "distributed CPU models"]
         assert compat.applied == every, compat.applied
         assert _C.COMPILED and compat.has_compiled_ops() and pkg_resources.REAL
+        assert _C.__file__.endswith("_C.py")
+        assert PIL.Image.LINEAR == 2
         assert coco_evaluation.COCOeval_opt is not coco_evaluation.COCOeval
         assert torch.optim.lr_scheduler._LRScheduler is not torch.optim.lr_scheduler.LRScheduler
     """,
@@ -162,19 +174,6 @@ class TestCompiledOps:
             else:
                 raise SystemExit("nothing raised")
         """)
-
-    def test_a_compiled_extension_is_never_shadowed(self, run, tmp_path):
-        write_package(tmp_path / "detectron2", NEWER_OFFICIAL)
-        run(
-            """
-            import sys, virtex_d2
-            from virtex_d2.engine import compat
-            assert compat.has_compiled_ops() and "detectron2" not in sys.modules
-            import detectron2._C
-            assert detectron2._C.__file__.endswith("_C.py") and compat.has_compiled_ops()
-        """,
-            first_on_path=tmp_path,
-        )
 
     def test_a_compiled_extension_that_does_not_load_is_not_hidden(self, run, tmp_path):
         broken = {**NEWER_OFFICIAL, "_C.py": "raise ImportError('undefined symbol: _ZN3c10')"}
@@ -241,66 +240,6 @@ class TestPkgResources:
             path = model_zoo.get_config_file("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml")
             assert open(path).read().startswith("_BASE_")
             assert importlib.util.find_spec("pkg_resources") is not None
-        """)
-
-    def test_an_installed_one_is_used(self, run, tmp_path):
-        write_package(tmp_path, {"pkg_resources.py": "REAL = True"})
-        run(
-            """
-            import virtex_d2, pkg_resources
-            from virtex_d2.engine import compat
-            assert pkg_resources.REAL and "pkg_resources" not in compat.applied
-        """,
-            first_on_path=tmp_path,
-        )
-
-
-class TestNumpyAliases:
-    def test_removed_aliases_are_back_and_existing_ones_stay(self, run):
-        run("""
-            import numpy
-            existing = numpy.bool if "bool" in vars(numpy) else bool
-            import virtex_d2
-            from virtex_d2.engine import compat
-            assert (numpy.int, numpy.float, numpy.str, numpy.object) == (int, float, str, object)
-            assert numpy.bool is existing
-            assert "numpy aliases" in compat.applied
-        """)
-
-    def test_numpy_imported_afterwards_is_bridged_too(self, run):
-        run("""
-            import sys, virtex_d2
-            assert "numpy" not in sys.modules
-            import numpy
-            assert numpy.float is float
-        """)
-
-    def test_aliases_that_are_there_stay_as_they_are(self, run):
-        run("""
-            import numpy
-            marks = {name: object() for name in ("bool", "int", "float", "str", "object")}
-            vars(numpy).update(marks)
-            import virtex_d2
-            from virtex_d2.engine import compat
-            assert all(getattr(numpy, name) is mark for name, mark in marks.items())
-            assert "numpy aliases" not in compat.applied
-        """)
-
-
-class TestPillow:
-    @pytest.mark.parametrize("order", ["PIL.Image, virtex_d2", "virtex_d2, PIL.Image"])
-    def test_the_old_name_of_bilinear_is_back(self, run, order):
-        run(f"""
-            import {order}
-            assert PIL.Image.LINEAR == PIL.Image.BILINEAR
-        """)
-
-    def test_a_name_that_is_there_stays(self, run):
-        run("""
-            import PIL.Image
-            PIL.Image.LINEAR = "own"
-            import virtex_d2
-            assert PIL.Image.LINEAR == "own"
         """)
 
 
@@ -377,27 +316,6 @@ def test_only_a_model_on_a_cpu_is_distributed_without_device_ids(monkeypatch, de
     monkeypatch.setattr(defaults, "DistributedDataParallel", lambda model, **kwargs: kwargs)
     kwargs = create_ddp_model(torch.nn.Linear(1, 1, device=device), broadcast_buffers=False)
     assert kwargs == {"broadcast_buffers": False, "device_ids": device_ids}
-
-
-def test_metrics_are_written_by_versions_that_want_the_iteration_and_by_those_that_do_not(
-    monkeypatch,
-):
-    from detectron2.engine import SimpleTrainer
-
-    from virtex_d2.engine.compat import write_metrics
-
-    calls = []
-
-    def newer(loss_dict, data_time, cur_iter, prefix=""):
-        calls.append((loss_dict, data_time, cur_iter))
-
-    def older(loss_dict, data_time, prefix=""):
-        calls.append((loss_dict, data_time))
-
-    for version in (newer, older):
-        monkeypatch.setattr(SimpleTrainer, "write_metrics", staticmethod(version))
-        write_metrics({"loss": 1.0}, 0.5, 7)
-    assert calls == [({"loss": 1.0}, 0.5, 7), ({"loss": 1.0}, 0.5)]
 
 
 def test_breaks_that_are_mended_already_are_left_alone(run):

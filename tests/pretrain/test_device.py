@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.utils.events import EventStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain import colors, optim
 from pretrain.config import get_pretrain_cfg
-from pretrain.device import Readings, upload
+from pretrain.device import upload
 from pretrain.trainer import PretrainTrainer
 from tests.pretrain.test_trainer import options, write_captioned_images
 from tests.waits import Waits
@@ -44,11 +43,11 @@ def test_no_operation_of_a_step_needs_a_number_off_the_device(images, tmp_path, 
     waits, found = Waits(), []
 
     def run_step(step=trainer.run_step):
-        batches = trainer._batches
-        trainer._batches = iter([next(batches)])  # what loading does is the host's
+        batches = trainer.loop._iterator
+        trainer.loop._iterator = iter([next(batches)])  # what loading does is the host's
         with waits:
             step()
-        trainer._batches = batches
+        trainer.loop._iterator = batches
         found.append(sorted(set(waits.found)))
         waits.found.clear()
 
@@ -100,27 +99,6 @@ def test_what_is_uploaded_comes_from_pinned_memory(monkeypatch):
     assert pinned == [tensor]
 
 
-def test_numbers_read_late_are_written_down_at_their_own_iteration():
-    seen = []
-    readings = Readings(lambda iteration, numbers: seen.append((iteration, numbers)))
-    with EventStorage(5) as storage:
-        for iteration in range(5, 9):
-            numbers = {"loss_a": torch.tensor(float(iteration)), "loss_b": torch.tensor(0.5)}
-            readings.take(iteration, 0.1 * iteration, {**numbers, "grad_norm": torch.tensor(2.0)})
-            assert [i for i, _ in seen] == list(range(5, iteration)), "it waits for the newest"
-            storage.step()
-        assert not storage.histories()
-        readings.record(storage)
-        assert storage.iter == 9
-        histories = storage.histories()
-        assert histories["loss_a"].values() == [(float(i), i) for i in range(5, 9)]
-        assert histories["total_loss"].values() == [(i + 0.5, i) for i in range(5, 9)]
-        assert histories["data_time"].latest() == pytest.approx(0.8)
-        assert histories["grad_norm"].latest() == 2.0
-        readings.record(storage)  # nothing is left
-        assert len(histories["loss_a"].values()) == 4
-
-
 def metrics(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
 
@@ -145,8 +123,8 @@ class Broken:
         if what == "gradient":
             next(trainer.objective.textual.parameters()).register_hook(hook)
         else:
-            losses = trainer._losses
-            trainer._losses = lambda batch: {k: hook(v) for k, v in losses(batch).items()}
+            losses = trainer.loop.losses
+            trainer.loop.losses = lambda batch: {k: hook(v) for k, v in losses(batch).items()}
 
 
 @pytest.mark.parametrize(
@@ -231,19 +209,3 @@ def test_sgd_is_fused_from_torch_2_5_on_and_adamw_always(monkeypatch, version, f
     assert optim.build_optimizer(cfg, model).defaults["fused"] == fused
     cfg.SOLVER.OPTIMIZER = "adamw"
     assert optim.build_optimizer(cfg, model).defaults["fused"]
-
-
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_an_update_is_left_out_whole_where_the_norm_is_not_finite(fused, bad):
-    parameter = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9, weight_decay=0.1, fused=fused)
-    for norm in (1.0, bad, 1.0):
-        parameter.grad = torch.full((3,), norm)
-        optim.step_where_finite(optimizer, torch.tensor(norm))
-    expected = torch.nn.Parameter(torch.ones(3))
-    other = torch.optim.SGD([expected], lr=0.1, momentum=0.9, weight_decay=0.1)
-    for _ in range(2):
-        expected.grad = torch.ones(3)
-        other.step()
-    torch.testing.assert_close(parameter, expected)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.checkpoint.layout_files import DETECTORS, EXAMPLES, THIN, random_resnet, write
+from virtex_d2.engine import preemption, signals
 from virtex_d2.engine.errors import InputError
 from virtex_d2.studies.probes.network import Classifier, build_network, complete_config, fingerprint
 from virtex_d2.studies.probes.training import ClassifierTrainer
@@ -148,6 +149,26 @@ def test_a_stopped_run_goes_on_to_the_same_end(probe, folders, tmp_path, monkeyp
     assert len(kept) == 3, f"the last two and the final one, not {kept}"
 
 
+def test_a_probe_stops_where_it_is_asked_to_and_goes_on(probe, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(signals, "ignore", lambda: None)
+    options = [*LINEAR, "DATA.ROOT", folders, *SOLVER]
+    step = ClassifierTrainer.run_step
+
+    def ask_in_the_second_epoch(trainer):
+        step(trainer)
+        if trainer.iter == 4:
+            (tmp_path / "run" / "STOP").touch()
+
+    monkeypatch.setattr(preemption, "STOP_FILE_PERIOD", 0.0)
+    monkeypatch.setattr(ClassifierTrainer, "run_step", ask_in_the_second_epoch)
+    with pytest.raises(preemption.Unfinished):
+        probe(*options)
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_0000004.pth"
+    monkeypatch.setattr(ClassifierTrainer, "run_step", step)
+    assert "top1" in probe(*options, resume=True)
+    preemption.stop_watching()
+
+
 def test_random_crops_follow_from_the_position_and_not_from_the_workers(probe, folders, tmp_path):
     options = [*LINEAR, "DATA.ROOT", folders, *SOLVER, "INPUT.AUGMENT", "True"]
     ends = []
@@ -188,7 +209,7 @@ def test_inaturalist_is_fine_tuned(probe, inaturalist, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(probe, folders):
-    with pytest.raises(InputError, match=r"loss became .*lower SOLVER.BASE_LR"):
+    with pytest.raises(InputError, match=r"not finite at iteration .*lower SOLVER.BASE_LR"):
         probe(*LINEAR, "DATA.ROOT", folders, *SOLVER, "SOLVER.BASE_LR", "1e38")
 
 

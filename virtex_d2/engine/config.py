@@ -9,8 +9,8 @@ import yaml
 from fvcore.common.config import BASE_KEY
 from yacs.config import CfgNode
 
+from virtex_d2.engine.cli import expanded
 from virtex_d2.engine.errors import InputError, nearest
-from virtex_d2.engine.shell import expanded
 
 _LISTED = 5  # problems of one file that are named
 
@@ -29,14 +29,11 @@ def load_config(
     every text a leading ~ and variables are replaced, except in commands ("pipe:...").
 
     Args:
-        cfg: every valid key with its default. Changed only when all is valid.
+        cfg: every valid key with its default. Changed only when all is valid; returned thawed.
         config_file: path of a YAML file; None or "" for none.
         opts: ["KEY", "VALUE", ...] from the command line, applied last.
         opts_from: where they stand, for messages: a flag's name.
         expand: False where the config is only looked at, and used on another machine.
-
-    Returns:
-        `cfg`, not frozen.
     """
     cfg.defrost()
     result = cfg.clone()

@@ -21,9 +21,6 @@ def exit_on_input_error() -> Iterator[None]:
     """Turn an `InputError` into `error: <message>` on stderr and exit code 2, without a traceback.
 
     Works as a context manager and as a decorator of a tool's `main`.
-
-    Raises:
-        SystemExit: with code 2, where the body raised an `InputError`.
     """
     try:
         yield

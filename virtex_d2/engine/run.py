@@ -19,11 +19,11 @@ from virtex_d2.engine.distributed import describe
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.failures import abort
 from virtex_d2.engine.files import atomic_path
+from virtex_d2.engine.identity import check_resumed, check_same
 from virtex_d2.engine.last_checkpoint import has_checkpoint
 from virtex_d2.engine.lock import lock_folder, release_locks
 from virtex_d2.engine.preemption import watch
 from virtex_d2.engine.preflight import check_shared
-from virtex_d2.engine.same_config import check_resumed, check_same
 from virtex_d2.engine.signals import stop_listening
 from virtex_d2.engine.stopping import remove_stale_marker
 
@@ -39,27 +39,20 @@ def setup_run(
     check_output: bool = True,
     may_change: Collection[str] | None = None,
 ) -> CfgNode:
-    """Prepare a run: checks the output folder, opens the log, seeds, resolves the device.
+    """Prepare a run: lock the output folder, open the log, seed, resolve the device.
 
-    The folder is locked until the run ends, so that no other one writes there meanwhile.
-
-    In every process of the run: compares the config with that of the first one; resolves
-    MODEL.DEVICE "auto" to "cuda" or "cpu" and a negative SEED to a drawn one (the recorded one on
-    --resume), both in `cfg` and in the log; logs to stdout (first process) and OUTPUT_DIR/log.txt;
-    seeds Python, numpy and torch with SEED + rank. The first process writes OUTPUT_DIR/config.yaml,
-    except with --eval-only, and except where --resume finds a checkpoint: then `write_config` is
-    for after it has been loaded.
+    In every process: compares the config with that of the first one; resolves MODEL.DEVICE "auto"
+    to "cuda" or "cpu" and a negative SEED to a drawn one (the recorded one on --resume); logs to
+    stdout (first process) and OUTPUT_DIR/log.txt; seeds Python, numpy and torch with SEED + rank.
+    The first process writes OUTPUT_DIR/config.yaml, except with --eval-only, and except where
+    --resume finds a checkpoint: then `write_config` is for after it has been loaded.
 
     Args:
-        cfg: with OUTPUT_DIR, SEED and MODEL.DEVICE. Changed in place; frozen again if it was.
-        args: of `runtime.arguments.argument_parser`; read are config_file, resume and eval_only.
+        cfg: with OUTPUT_DIR, SEED and MODEL.DEVICE. Changed in place, and returned.
+        args: of `virtex_d2.engine.cli.argument_parser`.
         check_output: whether to refuse an OUTPUT_DIR that holds another run.
         may_change: patterns of the keys that may differ from OUTPUT_DIR/config.yaml when the run
-            goes on from a checkpoint. None: any, where something else looks at them. Either way
-            the log says what differs.
-
-    Returns:
-        `cfg`.
+            goes on from a checkpoint. None: any, where something else looks at them.
     """
     resume, eval_only = getattr(args, "resume", False), getattr(args, "eval_only", False)
     was_frozen = cfg.is_frozen()
@@ -113,16 +106,14 @@ _as_given: dict[str, str] = {}
 
 
 def write_config(cfg: CfgNode) -> None:
-    """Write OUTPUT_DIR/config.yaml as `setup_run` knew it, in the first process alone."""
+    """Write OUTPUT_DIR/config.yaml as `setup_run` was given it. In the first process alone."""
     if comm.is_main_process():
         with atomic_path(os.path.join(cfg.OUTPUT_DIR, "config.yaml")) as temporary:
             temporary.write_text(_as_given.get(cfg.OUTPUT_DIR, cfg.dump()), encoding="utf-8")
 
 
 def _check_backend(device: str) -> None:
-    """Raise InputError if the processes have met for GPUs, and the config file says CPU; or all are
-    to use one GPU.
-    """
+    """Refuse MODEL.DEVICE where the processes have met for another, or all would use one GPU."""
     if device == "cpu" and comm.get_world_size() > 1 and dist.get_backend() == "nccl":
         raise InputError(
             "MODEL.DEVICE cpu is in the config file, which is read after the processes have met to "

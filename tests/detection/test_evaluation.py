@@ -17,7 +17,13 @@ from detectron2.structures import Boxes, Instances
 from tests.detection.detections import evaluate, nothing, perfect
 from virtex_d2.detection.config import get_virtex_cfg
 from virtex_d2.detection.datasets import register_datasets
-from virtex_d2.detection.evaluation import build_evaluator
+from virtex_d2.detection.evaluation import (
+    CocoEvaluator,
+    LvisEvaluator,
+    VocEvaluator,
+    build_evaluator,
+)
+from virtex_d2.engine.errors import InputError
 from virtex_d2.studies.shapes.draw import CLASSES
 
 pytestmark = pytest.mark.usefixtures("catalog_as_before")
@@ -316,3 +322,32 @@ def test_voc_counts_the_second_detection_of_an_object_as_wrong_and_skips_difficu
     predictions = json.loads((run.folder / "voc_instances_results.json").read_text())
     assert predictions[0]["image_id"] == "a"
     assert predictions[0]["bbox"] == of_easy
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "evaluator"),
+    [
+        ("coco", "unit_train", CocoEvaluator),
+        ("lvis", "unit_lvis_v1", LvisEvaluator),
+        ("pascal_voc", "unit_voc", VocEvaluator),
+    ],
+)
+def test_the_evaluator_follows_the_data_sets_type(
+    kind, name, evaluator, detection_cfg, three_formats
+):
+    metadata = MetadataCatalog.get(name)
+    if kind == "lvis":
+        metadata.set(json_file=str(three_formats / "annotations/lvis_v1_test.json"))
+    if kind == "pascal_voc":
+        folder = str(three_formats / "VOC")
+        metadata.set(dirname=folder, split="test", year=2007, thing_classes=["circle"])
+        detection_cfg.MODEL.MASK_ON = False
+    metadata.evaluator_type = kind
+    detection_cfg.DATASETS.TEST = (name,)
+    assert type(build_evaluator(detection_cfg, name)) is evaluator
+
+
+def test_a_data_set_without_a_known_type_is_told(detection_cfg):
+    MetadataCatalog.get("unit_odd").evaluator_type = "cocoo"
+    with pytest.raises(InputError, match="evaluator_type 'cocoo'.*Did you mean 'coco'"):
+        build_evaluator(detection_cfg, "unit_odd")

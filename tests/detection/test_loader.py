@@ -1,16 +1,30 @@
 """The order of a detector's images: a function of seed and iteration, whoever asks and when."""
 
 import itertools
+import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from detectron2.data.common import DatasetFromList
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from virtex_d2.detection.loader import TrainLoader, build_train_loader, read_training_set
-from virtex_d2.detection.order import SAMPLERS, TrainingOrder, build_sampler, repeat_factors
+from virtex_d2.detection.loader import (
+    SAMPLERS,
+    Draw,
+    TestLoader,
+    TrainingOrder,
+    TrainingSamples,
+    TrainLoader,
+    build_sampler,
+    build_train_loader,
+    read_training_set,
+    repeat_factors,
+)
 from virtex_d2.engine.errors import InputError
 
 
@@ -123,3 +137,57 @@ def test_loading_leaves_the_generators_as_they_are(cfg):
     np.random.seed(1)
     take(build_train_loader(cfg, seed=3), 2)
     assert (float(torch.rand(1)), float(np.random.rand())) == expected
+
+
+def _images(cfg):
+    return sorted(Path(cfg.VIRTEX.DATASETS[0][3]).iterdir())
+
+
+def test_the_next_readable_record_replaces_an_unusable_one(cfg):
+    images = _images(cfg)
+    for index in (4, 5):
+        images[index].write_bytes(images[index].read_bytes()[:100])
+    records = build_train_loader(cfg).training_set.records
+    samples = TrainingSamples(cfg, records, 0)
+    by_file = {Path(record["file_name"]).name: record for record in records}
+    names = sorted(by_file)
+    for index, stands_in in ((3, 3), (4, 0), (5, 0)):
+        sample = samples[Draw(by_file[names[index]]["index"], 0)]
+        assert Path(sample["file_name"]).name == names[stands_in]
+        skipped = [Path(file).name for file, _ in sample["unusable"]]
+        assert skipped == names[index : 6 if stands_in == 0 else index]
+
+
+def test_an_image_of_another_size_than_annotated_is_unusable_not_a_crash(cfg):
+    path = Path(cfg.VIRTEX.DATASETS[0][2])
+    content = json.loads(path.read_text())
+    content["images"][0]["width"] = 80
+    path.write_text(json.dumps(content))
+    records = build_train_loader(cfg).training_set.records
+    sample = TrainingSamples(cfg, records, 0)[Draw(0, 0)]
+    (unusable,) = sample["unusable"]
+    assert unusable[0] == records[0]["file_name"]
+    assert "Mismatched image shape" in unusable[1]
+
+
+def test_an_image_that_pillow_refuses_for_its_size_is_named_like_any_other(cfg, monkeypatch):
+    """More than 178 956 970 pixels in a file of 20 kB; here of a lower limit."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64)
+    path = Path(cfg.VIRTEX.DATASETS[0][2])
+    content = json.loads(path.read_text())
+    content["images"][0].update(width=64, height=129)
+    path.write_text(json.dumps(content))
+    Image.new("1", (64, 129)).save(_images(cfg)[0], "PNG")
+    records = build_train_loader(cfg).training_set.records
+    ((file, why),) = TrainingSamples(cfg, records, 0)[Draw(0, 0)]["unusable"]
+    assert file == records[0]["file_name"] == str(_images(cfg)[0])
+    assert "DecompressionBombError: Image size (8256 pixels) exceeds limit" in why
+    cfg.DATASETS.TEST = ("unit_train",)
+    with pytest.raises(InputError, match=f"{file}: this test image is unusable .Decompression"):
+        list(TestLoader(cfg, "unit_train"))
+
+
+def test_records_survive_the_loaders_serialisation(cfg):
+    records = build_train_loader(cfg).training_set.records
+    assert isinstance(records, DatasetFromList)
+    assert [record["index"] for record in records] == list(range(6))

@@ -6,14 +6,12 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.solver.build import maybe_add_gradient_clipping
-from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 from virtex_d2.detection.loader import build_train_loader
-from virtex_d2.detection.trainer import DetectionTrainer
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.loop import UpdateLoop
+from virtex_d2.engine.loop import Readings, UpdateLoop, step_where_finite
 
 
 class _Regression(nn.Module):
@@ -34,9 +32,10 @@ class _Regression(nn.Module):
 def _run(model, batch, optimizer=None, **options):
     """One update; returns what it wrote to the metrics."""
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
-    loop = UpdateLoop(model, [batch], optimizer, **options)
+    loop = UpdateLoop(model, optimizer, lambda _: [batch], **options)
     with EventStorage() as storage:
-        loop.run_step()
+        loop.step(0)
+        loop.record(storage)
     return {name: value for name, (value, _) in storage.latest().items()}
 
 
@@ -153,10 +152,11 @@ def test_gradients_that_overflow_are_left_out_and_lower_the_scale(max_norm, mode
 def test_the_scale_goes_on_where_the_checkpoint_was(model, images):
     nn.init.constant_(model.last.weight, 100.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    loop = UpdateLoop(model, [images], optimizer, scaler=torch.amp.GradScaler("cpu", 2.0**127))
-    with EventStorage():
-        loop.run_step()
-    resumed = UpdateLoop(model, [images], optimizer, scaler=_scaler())
+    loop = UpdateLoop(
+        model, optimizer, lambda _: [images], scaler=torch.amp.GradScaler("cpu", 2.0**127)
+    )
+    loop.step(0)
+    resumed = UpdateLoop(model, optimizer, lambda _: [images], scaler=_scaler())
     resumed.load_state_dict(loop.state_dict())
     assert resumed.grad_scaler.state_dict() == loop.grad_scaler.state_dict()
     assert resumed.grad_scaler.get_scale() == 2.0**126
@@ -164,60 +164,10 @@ def test_the_scale_goes_on_where_the_checkpoint_was(model, images):
 
 def test_a_scale_that_the_checkpoint_does_not_know_is_told(model, images, caplog):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    state = UpdateLoop(model, [images], optimizer).state_dict()
+    state = UpdateLoop(model, optimizer, lambda _: [images]).state_dict()
     assert "grad_scaler" not in state
-    UpdateLoop(model, [images], optimizer, scaler=_scaler()).load_state_dict(state)
+    UpdateLoop(model, optimizer, lambda _: [images], scaler=_scaler()).load_state_dict(state)
     assert "not trained in float16" in caplog.text
-
-
-def _first_update(cfg):
-    """The weights' change and the metrics of one iteration."""
-    cfg.SOLVER.WEIGHT_DECAY, cfg.SOLVER.BASE_LR = 0.0, 1.0
-    cfg.SOLVER.MAX_ITER, cfg.TEST.PRECISE_BN.ENABLED = 1, False
-    seed_all_rng(0)
-    trainer = DetectionTrainer(cfg)
-    before = [p.detach().clone() for p in trainer.model.parameters()]
-    with EventStorage() as trainer.storage:
-        trainer.run_step()
-    change = [q.detach() - p for p, q in zip(before, trainer.model.parameters())]
-    return change, {name: value for name, (value, _) in trainer.storage.latest().items()}
-
-
-def test_clipping_each_parameters_gradient_comes_from_the_config(detection_cfg):
-    clip = detection_cfg.SOLVER.CLIP_GRADIENTS
-    clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE = True, "norm", 1e-3
-    change, _ = _first_update(detection_cfg)
-    norms = torch.stack([part.norm() for part in change])
-    assert norms.max() == pytest.approx(1e-3, rel=0.01)
-    assert norms.norm() > 5e-3  # all together: more than that
-
-
-def test_clipping_all_gradients_together_keeps_their_direction(detection_cfg):
-    free, _ = _first_update(detection_cfg)
-    clip = detection_cfg.SOLVER.CLIP_GRADIENTS
-    clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE = True, "full_model", 0.01
-    change, metrics = _first_update(detection_cfg)
-    # in float64: a float32 sum over millions of squares is wrong in its third digit
-    whole, clipped = (
-        torch.cat([part.flatten().double() for part in parts]) for parts in (free, change)
-    )
-    assert whole.norm() > 0.1
-    assert clipped.norm() == pytest.approx(0.01, rel=1e-3)
-    assert torch.dot(whole, clipped) / whole.norm() / clipped.norm() > 0.9999
-    assert metrics["grad_norm"] == pytest.approx(whole.norm().item(), rel=1e-3)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="float16 training needs a CUDA device")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_detector_trains_in_mixed_precision_on_a_gpu(dtype, detection_cfg):
-    cfg = detection_cfg
-    cfg.MODEL.DEVICE = "cuda"
-    cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE = True, dtype
-    cfg.VIRTEX.ACCUMULATE = 2
-    change, metrics = _first_update(cfg)
-    assert all(part.isfinite().all() for part in change)
-    assert ("grad_scale" in metrics) == (dtype == "float16")
-    assert metrics["total_loss"] > 0
 
 
 @pytest.mark.parametrize("options", [{}, {"max_norm": 1.0}, {"dtype": torch.bfloat16, "passes": 2}])
@@ -227,6 +177,43 @@ def test_a_gradient_that_is_not_finite_stops_before_a_weight_has_it(options, bad
     before = copy.deepcopy(model.state_dict())
     model.last.weight.register_hook(lambda gradient: gradient * bad)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    with pytest.raises(InputError, match=r"gradients is (nan|inf) at iteration 0.*from before"):
+    with pytest.raises(InputError, match=r"not finite at iteration 0: .*grad_norm (nan|inf)"):
         _run(model, images, optimizer, **options)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_numbers_read_late_are_written_down_at_their_own_iteration():
+    seen = []
+    readings = Readings(lambda iteration, numbers: seen.append((iteration, numbers)))
+    with EventStorage(5) as storage:
+        for iteration in range(5, 9):
+            numbers = {"loss_a": torch.tensor(float(iteration)), "loss_b": torch.tensor(0.5)}
+            readings.take(iteration, 0.1 * iteration, {**numbers, "grad_norm": torch.tensor(2.0)})
+            assert [i for i, _ in seen] == list(range(5, iteration)), "it waits for the newest"
+            storage.step()
+        assert not storage.histories()
+        readings.record(storage)
+        assert storage.iter == 9
+        histories = storage.histories()
+        assert histories["loss_a"].values() == [(float(i), i) for i in range(5, 9)]
+        assert histories["total_loss"].values() == [(i + 0.5, i) for i in range(5, 9)]
+        assert histories["data_time"].latest() == pytest.approx(0.8)
+        assert histories["grad_norm"].latest() == 2.0
+        readings.record(storage)  # nothing is left
+        assert len(histories["loss_a"].values()) == 4
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_update_is_left_out_whole_where_the_norm_is_not_finite(fused, bad):
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9, weight_decay=0.1, fused=fused)
+    for norm in (1.0, bad, 1.0):
+        parameter.grad = torch.full((3,), norm)
+        step_where_finite(optimizer, torch.tensor(norm))
+    expected = torch.nn.Parameter(torch.ones(3))
+    other = torch.optim.SGD([expected], lr=0.1, momentum=0.9, weight_decay=0.1)
+    for _ in range(2):
+        expected.grad = torch.ones(3)
+        other.step()
+    torch.testing.assert_close(parameter, expected)
