@@ -24,7 +24,7 @@ from benchmarks.rounds import count, ratios, split, spread, take_turns
 from pretrain.colors import PIXEL_MEAN, PIXEL_STD, draw_jitter, normalize
 from pretrain.config import get_pretrain_cfg
 from pretrain.device import upload
-from pretrain.methods.captioning.model import build_objective
+from pretrain.methods.method import build_method
 from pretrain.optim import Lookahead, build_optimizer, step_where_finite
 from pretrain.recomputation import BLOCKS, NORMS
 
@@ -86,7 +86,7 @@ class Setting:
         self._cfg = cfg
         torch.manual_seed(0)
         self.ours = self.plain = None
-        ours = build_objective(cfg, args.vocab)
+        ours = build_method(cfg, args.vocab)
         if set(needed) - {"ours"}:
             self.plain = PlainBicaptioner.of(ours, cfg.MODEL.TEXTUAL.DROPOUT).to(self.device)
         if "ours" in needed:

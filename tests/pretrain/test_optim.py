@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pretrain.config import get_pretrain_cfg
-from pretrain.methods.captioning.model import build_objective
+from pretrain.methods.method import build_method
 from pretrain.optim import (
     Lookahead,
     build_lr_scheduler,
@@ -28,7 +28,7 @@ def cfg():
 
 @pytest.fixture(scope="module")
 def model(cfg):
-    return build_objective(cfg, 50)
+    return build_method(cfg, 50)
 
 
 def test_each_parameter_is_in_one_group_with_its_rate_and_decay(cfg, model):
