@@ -19,10 +19,10 @@ from detectron2.utils.events import EventStorage
 
 from benchmarks.measuring import Clock, machine
 from benchmarks.rounds import count, ratios, spread, take_turns
+from virtex_d2.detection.batch import build_loop
 from virtex_d2.detection.config import get_virtex_cfg
 from virtex_d2.detection.trainer import DetectionTrainer
 from virtex_d2.engine.config import load_config
-from virtex_d2.engine.loop import build_loop
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "coco" / "mask_rcnn_R_50_FPN_2x.yaml"
@@ -92,17 +92,19 @@ class Way:
         batches: Iterable[list[dict]] | None = None,
     ):
         torch.manual_seed(0)
+        self._record = lambda: None  # detectron2's loops record in each step
         trainer = DefaultTrainer if stock else DetectionTrainer
         self.model = trainer.build_model(cfg).train()
         optimizer = trainer.build_optimizer(cfg, self.model)
         batches = batches or itertools.repeat(make_batch(args, cfg))
         if not stock:
-            self._loop = build_loop(cfg, self.model, batches, optimizer)
+            loop = build_loop(cfg, self.model, optimizer, lambda _: batches)
+            self._step = lambda: loop.step(self.storage.iter)
+            self._record = lambda: loop.record(self.storage)
         elif cfg.SOLVER.AMP.ENABLED:
-            self._loop = AMPTrainer(self.model, batches, optimizer)
+            self._step = AMPTrainer(self.model, batches, optimizer).run_step
         else:
-            self._loop = SimpleTrainer(self.model, batches, optimizer)
-        self._loop.iter = 0
+            self._step = SimpleTrainer(self.model, batches, optimizer).run_step
         self._clock = Clock(torch.device(args.device))
         self.storage = EventStorage(0)
 
@@ -110,9 +112,9 @@ class Way:
         torch.manual_seed(1)  # proposals and boxes are sampled
         with self.storage:
             self._clock.start()
-            self._loop.run_step()
+            self._step()
             self._clock.lap("step")
-        self._loop.iter += 1
+            self._record()
         self.storage.step()
         return dict(self._clock.parts)
 

@@ -25,8 +25,9 @@ from pretrain.colors import PIXEL_MEAN, PIXEL_STD, draw_jitter, normalize
 from pretrain.config import get_pretrain_cfg
 from pretrain.device import upload
 from pretrain.methods.method import build_method
-from pretrain.optim import Lookahead, build_optimizer, step_where_finite
+from pretrain.optim import Lookahead, build_optimizer
 from pretrain.recomputation import BLOCKS, NORMS
+from virtex_d2.engine.loop import step_where_finite
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -96,7 +97,7 @@ class Setting:
 
     def _ours(self) -> Callable[[], dict[str, float]]:
         cfg, model = self._cfg, self.ours
-        optimizer = build_optimizer(cfg, model)
+        optimizer = build_optimizer(cfg, model.parameter_groups(cfg))
         Lookahead(optimizer, cfg.SOLVER.LOOKAHEAD.STEPS, cfg.SOLVER.LOOKAHEAD.ALPHA)
 
         random = np.random.default_rng(0)

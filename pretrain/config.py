@@ -183,6 +183,30 @@ _C.TEST.NUM_CAPTIONS = 8
 # Iterations between log lines.
 _C.LOG_PERIOD = 20
 
+# What may differ between a run's parts: where things are, and what is watched how often. All other
+# keys change the weights that the run ends with.
+MAY_CHANGE = (
+    "OUTPUT_DIR",
+    "LOG_PERIOD",
+    "CUDNN_BENCHMARK",
+    "TEST.*",
+    "MODEL.DEVICE",
+    "MODEL.WEIGHTS",
+    "MODEL.VISUAL.RECOMPUTE",
+    "DATA.TRAIN_CAPTIONS",
+    "DATA.TRAIN_IMAGES",
+    "DATA.TRAIN_LABELS",
+    "DATA.TRAIN_SOURCES",
+    "DATA.FORMAT",
+    "DATA.VAL_*",
+    "DATA.TOKENIZER",
+    "DATA.VOCAB_SIZE",
+    "DATA.INDEX_DIR",
+    "DATA.NUM_WORKERS",
+    "DATA.MAX_SKIPPED_SHARE",
+    "SOLVER.CHECKPOINT_*",
+)
+
 
 def get_pretrain_cfg() -> CN:
     """A fresh, unfrozen copy of the defaults above."""

@@ -38,9 +38,8 @@ def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
     return list(groups.values())
 
 
-def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD with momentum or AdamW over `parameter_groups`."""
-    groups = parameter_groups(cfg, model)
+def build_optimizer(cfg: CfgNode, groups: list[dict]) -> torch.optim.Optimizer:
+    """SGD with momentum or AdamW over groups such as `parameter_groups` makes."""
     name, base_lr = cfg.SOLVER.OPTIMIZER, cfg.SOLVER.BASE_LR
     # One pass over the memory for all of an update. Not under a loss scaler: a fused step is called
     # for updates that it skips, too, and Lookahead would count them.
@@ -55,20 +54,6 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         f"SOLVER.OPTIMIZER: {name!r} is not one of {', '.join(OPTIMIZERS)}."
         + nearest(name, OPTIMIZERS)
     )
-
-
-def step_where_finite(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
-    """Update the weights, or if the norm is not finite leave them and all state as they are.
-
-    Args:
-        optimizer: a fused one decides on the device; for others the host waits.
-        norm: scalar, of all gradients.
-    """
-    if optimizer.defaults.get("fused"):
-        optimizer.found_inf = (~norm.isfinite()).float()  # as GradScaler tells it
-        optimizer.step()
-    elif norm.isfinite():
-        optimizer.step()
 
 
 def warmup_cosine(iteration: int, warmup_iters: int, max_iter: int) -> float:

@@ -23,8 +23,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from virtex_d2.engine.cli import expanded
 from virtex_d2.engine.errors import InputError, exit_on_input_error
-from virtex_d2.engine.shell import expanded
 from virtex_d2.slurm.follow import follow, status_table
 from virtex_d2.slurm.options import (
     LOGS,

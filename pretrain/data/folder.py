@@ -5,7 +5,7 @@ import os
 from pretrain.data.checks import refuse, require_folder
 from pretrain.data.records import Records
 from virtex_d2.engine.files import read_text
-from virtex_d2.engine.folders import files_in, images_in
+from virtex_d2.engine.images import files_in, images_in
 
 
 def load_folder_captions(captions_root: str | os.PathLike, image_root: str = "") -> Records:

@@ -13,8 +13,7 @@ from PIL import Image
 
 from virtex_d2.engine.atomic import atomic_path
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.folders import image_suffix
-from virtex_d2.engine.images import read_image
+from virtex_d2.engine.images import image_suffix, read_image
 from virtex_d2.engine.parent import end_with_parent
 
 _JPEG_SUFFIXES = ("jpg", "jpeg", "jfif", "jpe")

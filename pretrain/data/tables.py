@@ -11,7 +11,7 @@ from pretrain.data.checks import near_name, refuse_absent
 from pretrain.data.records import Records
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import read_text
-from virtex_d2.engine.folders import image_suffix
+from virtex_d2.engine.images import image_suffix
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,7 @@ from webdataset.tariterators import base_plus_ext
 from pretrain.data.folder import captions_in_text
 from pretrain.data.tables import text_lines
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.folders import image_suffix
-from virtex_d2.engine.images import IMAGE_SUFFIXES
+from virtex_d2.engine.images import IMAGE_SUFFIXES, image_suffix
 
 Content = TypeVar("Content")
 # What stops a run is no concern of a command that it reads from: a schedulers' signals go to all.

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from virtex_d2.engine.cli import shell
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.shell import shell
 from virtex_d2.studies.demo import plan as planning
 from virtex_d2.studies.demo.plan import Plan, make_budget, make_plan
 from virtex_d2.studies.pipeline.stage import Stage

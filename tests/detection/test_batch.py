@@ -123,7 +123,6 @@ _PROGRAM = """
     import json, sys
     import torch
     from detectron2.utils import comm
-    from detectron2.utils.events import EventStorage
     import virtex_d2
     from virtex_d2.engine.loop import UpdateLoop
     from virtex_d2.engine.distributed import launch, wrap_ddp
@@ -147,8 +146,7 @@ _PROGRAM = """
 
     def update(model, images, passes):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        with EventStorage():
-            UpdateLoop(model, [images], optimizer, passes=passes).run_step()
+        UpdateLoop(model, optimizer, lambda _: [images], passes=passes).step(0)
 
     def main(args):
         torch.manual_seed(0)

@@ -9,8 +9,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from virtex_d2.detection.loader import TrainLoader, build_train_loader, read_training_set
-from virtex_d2.detection.order import SAMPLERS, TrainingOrder, build_sampler, repeat_factors
+from virtex_d2.detection.loader import (
+    SAMPLERS,
+    TrainingOrder,
+    TrainLoader,
+    build_sampler,
+    build_train_loader,
+    read_training_set,
+    repeat_factors,
+)
 from virtex_d2.engine.errors import InputError
 
 

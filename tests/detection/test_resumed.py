@@ -1,10 +1,9 @@
 import pytest
 from detectron2.config import CfgNode
 
-from virtex_d2.detection.config import get_virtex_cfg
-from virtex_d2.detection.resumed import MAY_CHANGE, may_change
+from virtex_d2.detection.config import MAY_CHANGE, get_virtex_cfg, may_change
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.same_config import check_resumed, flat, matches
+from virtex_d2.engine.identity import check_resumed, flat, matches
 
 
 @pytest.fixture

@@ -10,12 +10,16 @@ from detectron2.data.common import DatasetFromList
 from detectron2.utils.events import EventStorage
 from PIL import Image
 
-from virtex_d2.detection.evaluation import CocoEvaluator, VocEvaluator, build_evaluator
-from virtex_d2.detection.evaluation.lvis import LvisEvaluator
-from virtex_d2.detection.hooks import SkippedImages
+from virtex_d2.detection.evaluation import (
+    CocoEvaluator,
+    LvisEvaluator,
+    VocEvaluator,
+    build_evaluator,
+)
 from virtex_d2.detection.loader import ReplacingMapper, TestLoader, build_train_loader
 from virtex_d2.detection.trainer import DetectionTrainer
 from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.hooks import SkippedImages
 
 
 @pytest.fixture
@@ -72,10 +76,9 @@ def test_an_image_that_pillow_refuses_for_its_size_is_named_like_any_other(cfg, 
 
 
 def _hook(skipped, max_share, total=10):
-    hook = SkippedImages(max_share, period=20)
-    loader = types.SimpleNamespace(skipped=set(skipped), training_set=range(total))
+    hook = SkippedImages(lambda: skipped, total, max_share, "VIRTEX.MAX_SKIPPED_SHARE", period=1)
     storage = EventStorage()
-    hook.trainer = types.SimpleNamespace(iter=0, max_iter=5, data_loader=loader, storage=storage)
+    hook.trainer = types.SimpleNamespace(iter=0, max_iter=5, storage=storage)
     return hook, storage
 
 

@@ -379,27 +379,6 @@ def test_only_a_model_on_a_cpu_is_distributed_without_device_ids(monkeypatch, de
     assert kwargs == {"broadcast_buffers": False, "device_ids": device_ids}
 
 
-def test_metrics_are_written_by_versions_that_want_the_iteration_and_by_those_that_do_not(
-    monkeypatch,
-):
-    from detectron2.engine import SimpleTrainer
-
-    from virtex_d2.engine.compat import write_metrics
-
-    calls = []
-
-    def newer(loss_dict, data_time, cur_iter, prefix=""):
-        calls.append((loss_dict, data_time, cur_iter))
-
-    def older(loss_dict, data_time, prefix=""):
-        calls.append((loss_dict, data_time))
-
-    for version in (newer, older):
-        monkeypatch.setattr(SimpleTrainer, "write_metrics", staticmethod(version))
-        write_metrics({"loss": 1.0}, 0.5, 7)
-    assert calls == [({"loss": 1.0}, 0.5, 7), ({"loss": 1.0}, 0.5)]
-
-
 def test_breaks_that_are_mended_already_are_left_alone(run):
     run("""
         import random, sys, types, torch

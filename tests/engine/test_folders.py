@@ -3,7 +3,7 @@
 import pytest
 
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.folders import files_in, image_suffix, images_in
+from virtex_d2.engine.images import files_in, image_suffix, images_in
 
 
 def test_folders_are_walked_alike_everywhere(tmp_path, caplog):

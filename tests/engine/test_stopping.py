@@ -12,10 +12,9 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils.events import CommonMetricPrinter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from virtex_d2.detection.hooks import Evaluation
 from virtex_d2.engine import preemption, signals
 from virtex_d2.engine.checkpointer import AtomicCheckpointer
-from virtex_d2.engine.evaluations import MetricsWriter, is_on_record
+from virtex_d2.engine.hooks import Evaluation, MetricsWriter, is_on_record
 from virtex_d2.engine.stopping import StopHook, StoppableTrainer, remove_stale_marker
 
 LAST = 6

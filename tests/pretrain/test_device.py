@@ -10,11 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain import colors, optim
 from pretrain.config import get_pretrain_cfg
-from pretrain.device import Readings, upload
+from pretrain.device import upload
 from pretrain.trainer import PretrainTrainer
 from tests.pretrain.test_trainer import options, write_captioned_images
 from tests.waits import Waits
 from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.loop import Readings, step_where_finite
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +45,11 @@ def test_no_operation_of_a_step_needs_a_number_off_the_device(images, tmp_path, 
     waits, found = Waits(), []
 
     def run_step(step=trainer.run_step):
-        batches = trainer._batches
-        trainer._batches = iter([next(batches)])  # what loading does is the host's
+        batches = trainer.loop._iterator
+        trainer.loop._iterator = iter([next(batches)])  # what loading does is the host's
         with waits:
             step()
-        trainer._batches = batches
+        trainer.loop._iterator = batches
         found.append(sorted(set(waits.found)))
         waits.found.clear()
 
@@ -143,10 +144,10 @@ class Broken:
             return grad * torch.nan if first <= trainer.iter <= last else grad
 
         if what == "gradient":
-            next(trainer.objective.textual.parameters()).register_hook(hook)
+            next(trainer.method.textual.parameters()).register_hook(hook)
         else:
-            losses = trainer._losses
-            trainer._losses = lambda batch: {k: hook(v) for k, v in losses(batch).items()}
+            losses = trainer.loop.losses
+            trainer.loop.losses = lambda batch: {k: hook(v) for k, v in losses(batch).items()}
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,7 @@ def test_nan_reaches_no_weight_and_no_checkpoint_and_is_told_by_its_iteration(
     Broken(trainer, what)
     with pytest.raises(InputError, match=r"not finite at iteration 3: .*nan"):
         trainer.train()
-    tensors = [*trainer.objective.state_dict().values()]
+    tensors = [*trainer.method.state_dict().values()]
     for key in ("optimizer", "lookahead"):
         state = trainer.checkpointer.checkpointables[key].state_dict()
         tensors += state["slow"] if key == "lookahead" else [
@@ -188,13 +189,13 @@ def test_a_gradient_that_is_nan_once_leaves_the_weights_of_before(images, tmp_pa
     before = {}
 
     def keep():
-        before[trainer.iter] = [p.detach().clone() for p in trainer.objective.parameters()]
+        before[trainer.iter] = [p.detach().clone() for p in trainer.method.parameters()]
         step()
 
     step, trainer.run_step = trainer.run_step, keep
     with pytest.raises(InputError, match=f"iteration {first}"):
         trainer.train()
-    after = before.get(first + 1) or list(trainer.objective.parameters())
+    after = before.get(first + 1) or list(trainer.method.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before[first], after, strict=True))
 
 
@@ -228,9 +229,9 @@ def test_sgd_is_fused_from_torch_2_5_on_and_adamw_always(monkeypatch, version, f
     cfg = get_pretrain_cfg()
     monkeypatch.setattr(optim.torch, "__version__", torch.torch_version.TorchVersion(version))
     model = torch.nn.Linear(2, 2)
-    assert optim.build_optimizer(cfg, model).defaults["fused"] == fused
+    assert optim.build_optimizer(cfg, optim.parameter_groups(cfg, model)).defaults["fused"] == fused
     cfg.SOLVER.OPTIMIZER = "adamw"
-    assert optim.build_optimizer(cfg, model).defaults["fused"]
+    assert optim.build_optimizer(cfg, optim.parameter_groups(cfg, model)).defaults["fused"]
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -240,7 +241,7 @@ def test_an_update_is_left_out_whole_where_the_norm_is_not_finite(fused, bad):
     optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9, weight_decay=0.1, fused=fused)
     for norm in (1.0, bad, 1.0):
         parameter.grad = torch.full((3,), norm)
-        optim.step_where_finite(optimizer, torch.tensor(norm))
+        step_where_finite(optimizer, torch.tensor(norm))
     expected = torch.nn.Parameter(torch.ones(3))
     other = torch.optim.SGD([expected], lr=0.1, momentum=0.9, weight_decay=0.1)
     for _ in range(2):

@@ -395,7 +395,7 @@ def run_of(
     cfg.SOLVER.CHECKPOINT_PERIOD = 2
     trainer = PretrainTrainer(cfg)
     trainer.resume_or_load(resume=True)
-    losses, seen = trainer._losses, {}
+    losses, seen = trainer.loop.losses, {}
 
     def watched(batch: dict) -> dict:
         if trainer.iter == stop_after:
@@ -403,7 +403,7 @@ def run_of(
         seen[trainer.iter] = rows(batch)
         return losses(batch)
 
-    trainer._losses = watched
+    trainer.loop.losses = watched
     with contextlib.suppress(StopError):
         trainer.train()
     return seen
@@ -422,7 +422,7 @@ def test_a_stopped_run_goes_on_with_the_batches_that_would_have_come(
 def test_a_run_whose_stream_is_mostly_of_no_use_ends_with_the_names(
     damaged, tokenizer_file, tmp_path
 ):
-    with pytest.raises(InputError, match=r"samples cannot be used.*DATA.MAX_SKIPPED_SHARE"):
+    with pytest.raises(InputError, match=r"images are unusable.*DATA.MAX_SKIPPED_SHARE"):
         run_of(tmp_path / "run", damaged, tokenizer_file, MAX_SKIPPED_SHARE=0.001)
 
 

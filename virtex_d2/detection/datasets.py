@@ -15,8 +15,8 @@ from virtex_d2.annotations.use import Found, Use, use_of
 from virtex_d2.annotations.voc_folder import VOC_CLASSES, check_voc_folder, load_voc_folder
 from virtex_d2.detection.detectors import check_detector, set_classes
 from virtex_d2.detection.fraction import check_fraction
+from virtex_d2.engine.cli import expanded
 from virtex_d2.engine.errors import InputError, nearest
-from virtex_d2.engine.shell import expanded
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,6 @@
 import logging
 import os
 import traceback
-import weakref
 from collections import OrderedDict
 
 import torch
@@ -12,36 +11,35 @@ from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
-from detectron2.utils.events import CommonMetricPrinter
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from virtex_d2.checkpoint.transfer import config_preprocessing, is_backbone, load_backbone
-from virtex_d2.detection.batch import resolve_batch
+from virtex_d2.detection.batch import (
+    build_loop,
+    check_augmented_evaluation,
+    check_training,
+    clips_full_model,
+    resolve_batch,
+)
 from virtex_d2.detection.checkpointer import DetectorCheckpointer
 from virtex_d2.detection.ema import ExportEMA, UpdateEMA, WeightEMA
 from virtex_d2.detection.evaluation import build_evaluator
-from virtex_d2.detection.hooks import Evaluation, ImagesPerSecond, SeedIteration, SkippedImages
 from virtex_d2.detection.loader import TestLoader, TrainLoader, build_train_loader
-from virtex_d2.detection.options import check_augmented_evaluation, check_training, clips_full_model
 from virtex_d2.detection.precise_bn import PreciseBN
-from virtex_d2.engine.background import StateWriter
-from virtex_d2.engine.disk import stop_where_disk_is_full
 from virtex_d2.engine.distributed import wrap_ddp
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.evaluations import MetricsWriter
-from virtex_d2.engine.hooks import PeriodicCheckpointer
-from virtex_d2.engine.loop import build_loop
+from virtex_d2.engine.hooks import Evaluation, SkippedImages
 from virtex_d2.engine.preemption import settled
 from virtex_d2.engine.randomness import own_randomness
 from virtex_d2.engine.retention import Retention
-from virtex_d2.engine.run import write_config
-from virtex_d2.engine.stopping import StopHook, StoppableTrainer
+from virtex_d2.engine.stopping import StopHook
+from virtex_d2.engine.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 
-class DetectionTrainer(StoppableTrainer, DefaultTrainer):
+class DetectionTrainer(Trainer, DefaultTrainer):
     """Trains a detector as the config says.
 
         trainer = DetectionTrainer(cfg)
@@ -61,30 +59,35 @@ class DetectionTrainer(StoppableTrainer, DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode):
+        check_training(cfg)
+        scaled = resolve_batch(cfg)
+        virtex, solver = scaled.VIRTEX, scaled.SOLVER
+        periods = virtex.LOG_PERIOD, solver.CHECKPOINT_PERIOD, scaled.TEST.EVAL_PERIOD
         # Not DefaultTrainer's own: that opens metrics.json before the weights are known to load,
         # and its mixed precision is for GPUs only.
-        TrainerBase.__init__(self)
-        check_training(cfg)
-        self._given_cfg = cfg
-        self.cfg = cfg = resolve_batch(cfg)
+        super().__init__(cfg, solver.MAX_ITER, periods)
+        self.cfg = cfg = scaled  # and the run goes on with the one that was given
         model = self.build_model(cfg)
-        self.ema = WeightEMA(model, cfg.VIRTEX.EMA.DECAY) if cfg.VIRTEX.EMA.ENABLED else None
+        self.ema = WeightEMA(model, virtex.EMA.DECAY) if virtex.EMA.ENABLED else None
         optimizer = self.build_optimizer(cfg, model)
-        self._trainer = build_loop(cfg, wrap_ddp(model), self.build_train_loader(cfg), optimizer)
+        self._data_loader = self.build_train_loader(cfg)
+        self.loop = build_loop(cfg, wrap_ddp(model), optimizer, self._data_loader.start_at)
+        self._trainer = self.loop  # detectron2's name: it has the model and the optimizer
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = DetectorCheckpointer(
+        self.checkpointer = self.build_checkpointer(
+            DetectorCheckpointer,
             self.model,
-            cfg.OUTPUT_DIR,
-            save_to_disk=comm.is_main_process(),
+            background=solver.CHECKPOINT_BACKGROUND,
+            retention=Retention(solver.CHECKPOINT_KEEP_LAST, solver.CHECKPOINT_KEEP_EVERY),
             preprocessing=config_preprocessing(cfg),
-            writer=StateWriter(cfg.SOLVER.CHECKPOINT_BACKGROUND),
-            retention=Retention(cfg.SOLVER.CHECKPOINT_KEEP_LAST, cfg.SOLVER.CHECKPOINT_KEEP_EVERY),
-            trainer=weakref.proxy(self),
-            **({"ema": self.ema} if self.ema else {}),
+            ema=self.ema,
         )
-        self.start_iter = 0
-        self.max_iter = cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
+
+    @property
+    def data_loader(self) -> TrainLoader:
+        """The training images."""
+        return self._data_loader
 
     @classmethod
     def evaluate_only(cls, cfg: CfgNode, resume: bool = False) -> dict:
@@ -115,19 +118,14 @@ class DetectionTrainer(StoppableTrainer, DefaultTrainer):
             verify_results(cfg, results)
         return results
 
-    def resume_or_load(self, resume: bool = True) -> None:
-        """Continue from OUTPUT_DIR's last checkpoint if `resume`, else start from MODEL.WEIGHTS."""
-        resuming = resume and self.checkpointer.has_checkpoint()
-        if not resuming and is_backbone(self.cfg.MODEL.WEIGHTS):
+    def load_weights(self) -> None:
+        """Load MODEL.WEIGHTS: a backbone, a detector, or nothing."""
+        if is_backbone(self.cfg.MODEL.WEIGHTS):
             report = load_backbone(self.model, self.cfg.MODEL.WEIGHTS, self.cfg)
             if comm.is_main_process():
                 report.write(self.cfg.OUTPUT_DIR)
         else:
-            super().resume_or_load(resume)
-        self.data_loader.start_at(self.start_iter)
-        if resuming:
-            # As at a first start: scaled once more from it, the run goes on as it was.
-            write_config(self._given_cfg)
+            self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
 
     def train(self) -> dict | None:
         """Train to SOLVER.MAX_ITER; a run that is finished is left as it is.
@@ -135,25 +133,19 @@ class DetectionTrainer(StoppableTrainer, DefaultTrainer):
         Returns:
             The last evaluation's results where TEST.EXPECTED_RESULTS asks for a check of them.
         """
-        if self.is_finished():
-            logger.info(
-                "All %d iterations are done and evaluated: nothing is left. --eval-only evaluates "
-                "once more.",
-                self.max_iter,
-            )
-            return None
-        cfg = self.cfg
-        if comm.is_main_process():  # last, so that it writes what the other hooks found
-            printer = CommonMetricPrinter(self.max_iter)
-            self.register_hooks([MetricsWriter(printer, cfg.OUTPUT_DIR, cfg.VIRTEX.LOG_PERIOD)])
-        with stop_where_disk_is_full(self.cfg.OUTPUT_DIR):
-            return super().train()
+        if not super().train():
+            logger.info("--eval-only evaluates once more.")
+        elif self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
+            verify_results(self.cfg, self._last_eval_results)
+            return self._last_eval_results
+        return None
 
     def state_dict(self) -> dict:
         """Iteration, schedule (of its hook), optimizer and scaler, and what an iteration is."""
+        state = TrainerBase.state_dict(self)
         return {
-            **TrainerBase.state_dict(self),
-            "_trainer": self._trainer.state_dict(),
+            **state,
+            "_trainer": {"iteration": state["iteration"], **self.loop.state_dict()},
             "images_per_iteration": self.cfg.SOLVER.IMS_PER_BATCH,
         }
 
@@ -177,32 +169,34 @@ class DetectionTrainer(StoppableTrainer, DefaultTrainer):
                 "may change."
             )
         TrainerBase.load_state_dict(self, state_dict)
-        self._trainer.load_state_dict(state_dict["_trainer"])
+        self.loop.load_state_dict(state_dict["_trainer"])
 
     def build_hooks(self) -> list[HookBase | None]:
-        """detectron2's hooks but for the writers, which `train` adds, and this project's."""
-        cfg, main = self.cfg, comm.is_main_process()
-        evaluates, folder = bool(cfg.DATASETS.TEST), cfg.OUTPUT_DIR
+        """detectron2's hooks and this project's."""
+        cfg, folder = self.cfg, self.cfg.OUTPUT_DIR
+        evaluates, period = bool(cfg.DATASETS.TEST), cfg.VIRTEX.LOG_PERIOD
+        loader, share = self.data_loader, cfg.VIRTEX.MAX_SKIPPED_SHARE
         return [
             hooks.IterationTimer(),
-            SeedIteration(cfg.SEED),
             hooks.LRScheduler(),
-            ImagesPerSecond(cfg.SOLVER.IMS_PER_BATCH),
-            SkippedImages(cfg.VIRTEX.MAX_SKIPPED_SHARE, cfg.VIRTEX.LOG_PERIOD),
+            SkippedImages(
+                *(lambda: loader.skipped, len(loader.training_set)),
+                *(share, "VIRTEX.MAX_SKIPPED_SHARE"),
+                1 if comm.get_world_size() == 1 else period,
+            ),
             UpdateEMA(self.ema) if self.ema else None,
             StopHook(),  # what stands behind it is what a resumed run makes up for
             self._precise_bn() if cfg.TEST.PRECISE_BN.ENABLED else None,
             # After PreciseBN, whose statistics are to be saved; before the evaluation, so that what
             # was trained is safe when that fails.
-            PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, self.optimizer)
-            if main
-            else None,
-            ExportEMA(self._ema_checkpointer()) if self.ema and main else None,
+            *self.checkpoint_hooks(cfg.SOLVER.CHECKPOINT_PERIOD),
+            ExportEMA(self._ema_checkpointer()) if self.ema and comm.is_main_process() else None,
             Evaluation(cfg.TEST.EVAL_PERIOD, self._test, folder) if evaluates else None,
             # Once, as detectron2's train_net.py: it takes as many times longer as there are sizes.
             Evaluation(0, self._test_with_tta, folder)
             if evaluates and cfg.TEST.AUG.ENABLED
             else None,
+            *self.writer_hooks(cfg.SOLVER.IMS_PER_BATCH, period),  # of what the others found
         ]
 
     @classmethod

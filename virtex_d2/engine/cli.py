@@ -1,14 +1,22 @@
-"""The command line of a training tool. Standard library alone, so that it answers at once."""
+"""Command lines: of training tools, and for shells. Standard library alone: it answers at once."""
 
 import argparse
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
-from virtex_d2.engine.errors import nearest
+from virtex_d2.engine.errors import InputError, exit_on_input_error, nearest
 
 # Seconds. detectron2's own: the others wait in a collective while the first process evaluates.
 COLLECTIVE_TIMEOUT = 1800
 # Seconds. The nodes of a large job start minutes apart, and read Python from one file server.
 LAUNCH_TIMEOUT = 600
+
+_DEFAULTS = {"DETECTRON2_DATASETS": "datasets"}  # detectron2's own
+_VARIABLE = re.compile(r"\$(\{)?([A-Za-z_]\w*)(?(1)\})", re.ASCII)
+_HOME = re.compile(r"(^|=)~(?=/|$)")
 
 
 class _FlagsFirstParser(argparse.ArgumentParser):
@@ -112,3 +120,59 @@ def _seconds(text: str) -> float:
     if not 0 < seconds < 1e6:
         raise argparse.ArgumentTypeError(f"expected a positive number of seconds, found {text}")
     return seconds
+
+
+def run_tool(description: str | None, main: Callable[[argparse.Namespace], None]) -> None:
+    """Parse the command line, start the processes that it asks for, and run `main` in each.
+
+    Args:
+        description: for --help.
+        main: given what was parsed. Its module should import nothing heavy at its top: --help and a
+            mistyped flag need not wait for torch.
+    """
+    arguments = argument_parser(description).parse_args()
+    from virtex_d2.engine.distributed import launch
+    from virtex_d2.engine.preemption import exit_at_once_if_unfinished
+
+    with exit_on_input_error(), exit_at_once_if_unfinished():
+        launch(main, arguments)
+
+
+def quote(word: str) -> str:
+    """A word for a shell; what has single quotes in it is put in double ones."""
+    if "'" in word and not set(word) & set('"$`\\!'):
+        return f'"{word}"'
+    return shlex.quote(word)
+
+
+def shell(words: Iterable[str]) -> str:
+    """A command line to paste."""
+    return " ".join(map(quote, words))
+
+
+def expanded(text: str, where: str) -> str:
+    """A text that no shell has read, with $NAME, ${NAME} and a leading ~ replaced.
+
+    Args:
+        text: such as a path of a config. $DETECTRON2_DATASETS is "datasets" where it is not set.
+        where: the file and key, for messages.
+    """
+
+    def value(match: re.Match) -> str:
+        found = os.environ.get(match[2], _DEFAULTS.get(match[2]))
+        if found is None:
+            raise InputError(
+                f"{where}: {text} holds {match[0]}, and the environment has no such variable. "
+                "Set it, or write the path out."
+            )
+        return found
+
+    return os.path.expanduser(_VARIABLE.sub(value, text))
+
+
+def quote_unread(word: str) -> str:
+    """A word for a shell that is to replace variables and ~ in it: the rest is quoted."""
+    parts = _VARIABLE.split(_HOME.sub(r"\1${HOME}", word))
+    texts = [quote(text) if text else "" for text in parts[::3]]
+    names = [f'"${name}"' for name in parts[2::3]]
+    return "".join(a + b for a, b in zip(texts, [*names, ""])) or "''"

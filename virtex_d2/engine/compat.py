@@ -9,7 +9,6 @@ importing `virtex_d2` imports nothing heavy; a module that is loaded already is 
 import functools
 import importlib.machinery
 import importlib.util
-import inspect
 import logging
 import os
 import random
@@ -78,21 +77,6 @@ def has_compiled_ops() -> bool:
     return bool(
         locations and importlib.machinery.PathFinder.find_spec("detectron2._C", list(locations))
     )
-
-
-def write_metrics(losses: dict[str, Any], data_time: float, iteration: int) -> None:
-    """`SimpleTrainer.write_metrics`, which the newer official build wants to know the iteration of.
-
-    Args:
-        losses: scalar tensors by name.
-        data_time: seconds.
-        iteration: of the trainer, from 0.
-    """
-    from detectron2.engine import SimpleTrainer
-
-    wanted = inspect.signature(SimpleTrainer.write_metrics).parameters
-    more = {"cur_iter": iteration} if "cur_iter" in wanted else {}
-    SimpleTrainer.write_metrics(losses, data_time, **more)
 
 
 def _provide_missing_ops() -> None:

@@ -9,8 +9,8 @@ import yaml
 from fvcore.common.config import BASE_KEY
 from yacs.config import CfgNode
 
+from virtex_d2.engine.cli import expanded
 from virtex_d2.engine.errors import InputError, nearest
-from virtex_d2.engine.shell import expanded
 
 _LISTED = 5  # problems of one file that are named
 

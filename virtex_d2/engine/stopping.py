@@ -18,8 +18,8 @@ from detectron2.engine import HookBase, TrainerBase
 from detectron2.utils import comm
 
 from virtex_d2.engine import preemption, signals
-from virtex_d2.engine.evaluations import MetricsWriter
 from virtex_d2.engine.files import atomic_path
+from virtex_d2.engine.hooks import MetricsWriter
 
 logger = logging.getLogger(__name__)
 

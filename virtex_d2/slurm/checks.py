@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from virtex_d2.engine.cli import argument_parser
+from virtex_d2.engine.cli import argument_parser, expanded
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.shell import expanded
 from virtex_d2.slurm.command import Command
 from virtex_d2.slurm.options import JobOptions
 from virtex_d2.slurm.values import array_numbers

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from virtex_d2.engine.cli import expanded, quote, quote_unread
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.shell import expanded, quote, quote_unread
 from virtex_d2.slurm.checks import ARRAY, check_command, processes_per_node
 from virtex_d2.slurm.command import Command
 from virtex_d2.slurm.options import JobOptions

@@ -25,8 +25,7 @@ from virtex_d2.engine.config import load_config
 from virtex_d2.engine.device import resolve_device
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import read_checkpoint, require_file
-from virtex_d2.engine.folders import images_in
-from virtex_d2.engine.images import read_image
+from virtex_d2.engine.images import images_in, read_image
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from virtex_d2.engine.cli import shell
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.shell import shell
 from virtex_d2.studies.compare import figures, pictures, report, tables
 from virtex_d2.studies.compare.collection import collect
 from virtex_d2.studies.compare.plan import MOST_INITS, Plan, check_plan, choose_baseline

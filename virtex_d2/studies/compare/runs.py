@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.same_config import flat
+from virtex_d2.engine.identity import flat
 from virtex_d2.studies.compare.plan import Cell
 from virtex_d2.studies.pipeline.stage import read_config
 from virtex_d2.studies.reporting.metrics import Metrics

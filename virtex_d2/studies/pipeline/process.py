@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from virtex_d2.engine.cli import shell
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.lock import RunLock
 from virtex_d2.engine.parent import end_with_parent
-from virtex_d2.engine.shell import shell
 from virtex_d2.studies.pipeline.markers import FOLDER, checked_marker, marker_path, write_record
 from virtex_d2.studies.pipeline.stage import Stage, argv
 

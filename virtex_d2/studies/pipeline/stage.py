@@ -15,7 +15,7 @@ import yaml
 
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import sha256
-from virtex_d2.engine.same_config import texts
+from virtex_d2.engine.identity import texts
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from detectron2.config import CfgNode
 
 from virtex_d2.engine.errors import InputError, nearest
 from virtex_d2.engine.files import read_json
-from virtex_d2.engine.folders import images_in
-from virtex_d2.engine.images import IMAGE_SUFFIXES
+from virtex_d2.engine.images import IMAGE_SUFFIXES, images_in
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,10 @@ from tabulate import tabulate
 
 from virtex_d2.checkpoint.transfer import config_preprocessing
 from virtex_d2.detection.modeling import resolve_norms
+from virtex_d2.engine.cli import expanded
 from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.identity import refuse_other_run
 from virtex_d2.engine.run import setup_run
-from virtex_d2.engine.shell import expanded
 from virtex_d2.studies.probes.classification import train_classifier
 from virtex_d2.studies.probes.config import check_config
 from virtex_d2.studies.probes.crops import CentralCrop
@@ -26,7 +27,6 @@ from virtex_d2.studies.probes.features import Extraction, Features, normalized, 
 from virtex_d2.studies.probes.network import build_network, complete_config
 from virtex_d2.studies.probes.results import RESULTS, read_results, write_results
 from virtex_d2.studies.probes.svm import evaluate_svms
-from virtex_d2.studies.probes.training import refuse_other_run
 from virtex_d2.studies.probes.voc import VocImages, load_voc
 
 logger = logging.getLogger(__name__)

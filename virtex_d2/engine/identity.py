@@ -1,4 +1,4 @@
-"""Whether configs are of one run: those of its processes, and those before and after a stop."""
+"""What makes a run this run: of all its processes, and before and after a stop."""
 
 import hashlib
 import logging
@@ -17,6 +17,44 @@ from virtex_d2.engine.files import read_text
 logger = logging.getLogger(__name__)
 
 
+class RunIdentity:
+    """A checkpoint's part that refuses to go on as another run.
+
+    Args:
+        parts: names and values, which torch can save; also grouped one deep.
+    """
+
+    def __init__(self, parts: Mapping[str, Any]):
+        self._parts = dict(parts)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._parts
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        refuse_other_run(_ungrouped(state), _ungrouped(self._parts))
+
+
+def refuse_other_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise InputError if a part of the identity differs; the message names it."""
+    differing = [
+        f"{name} was {old}, now it is {new}"
+        for name, (old, new) in differences(before, now).items()
+    ]
+    if differing:
+        raise InputError(
+            f"--resume: OUTPUT_DIR holds another run: {'; '.join(sorted(differing))}. Resume with "
+            "what it began with, or start another one in an OUTPUT_DIR of its own."
+        )
+
+
+def _ungrouped(parts: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: value
+        for key, part in parts.items()
+        for name, value in (part.items() if isinstance(part, Mapping) else [(key, part)])
+    }
+
+
 def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Nested dicts, or a CfgNode, as ("SOLVER.MAX_ITER", value) pairs."""
     for key, value in config.items():
@@ -26,9 +64,9 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def texts(config: Mapping[str, Any]) -> dict[str, str]:
-    """`flat` with values as text; lists and tuples are one, as in YAML."""
-    return {key: str(_listed(value)) for key, value in flat(config)}
+def texts(config: Mapping[str, Any], but: Collection[str] = ()) -> dict[str, str]:
+    """`flat` with values as text, without keys that match `but`; lists and tuples are one."""
+    return {key: str(_listed(v)) for key, v in flat(config) if not matches(key, but)}
 
 
 def matches(key: str, patterns: Collection[str]) -> bool:
@@ -36,8 +74,8 @@ def matches(key: str, patterns: Collection[str]) -> bool:
     return any(fnmatch(key, pattern) for pattern in patterns)
 
 
-def differences(before: dict[str, str], now: dict[str, str]) -> dict[str, tuple[str, str]]:
-    """Values that two configs' `texts` give to keys that both have: versions may know others."""
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Values that both give to a key, where they differ: versions may know other keys."""
     return {
         key: (before[key], now[key]) for key in now if key in before and before[key] != now[key]
     }

@@ -1,12 +1,30 @@
-"""Synchronised batch norm where it runs, and its equal where it does not."""
+"""What detectron2's models get: heads for its registry, and norms that run on the device."""
 
 import logging
 from collections.abc import Iterator
 
 from detectron2.config import CfgNode
+from detectron2.layers import get_norm
+from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads
 from detectron2.utils import comm
+from torch import nn
 
 logger = logging.getLogger(__name__)
+
+
+@ROI_HEADS_REGISTRY.register()
+class Res5ROIHeadsExtraNorm(Res5ROIHeads):
+    """Res5 heads of a C4 detector with one more norm behind res5 (`roi_heads.res5.norm`).
+
+    MoCo (arXiv 1911.05722, appendix) introduced it: features of a backbone that is trained with
+    batch norm arrive at the new box head on a scale it can work with. VirTex uses it for VOC.
+    """
+
+    @classmethod
+    def _build_res5_block(cls, cfg) -> tuple[nn.Sequential, int]:
+        res5, channels = super()._build_res5_block(cfg)
+        res5.add_module("norm", get_norm(cfg.MODEL.RESNETS.NORM, channels))
+        return res5, channels
 
 
 def resolve_norms(cfg: CfgNode) -> None:
