@@ -21,9 +21,8 @@ import torch
 from benchmarks.measuring import Clock, ceilings, machine, peak_memory, resident_memory
 from benchmarks.plain import PlainBicaptioner
 from benchmarks.rounds import count, ratios, split, spread, take_turns
-from pretrain.colors import PIXEL_MEAN, PIXEL_STD, draw_jitter, normalize
+from pretrain.colors import PIXEL_MEAN, PIXEL_STD, draw_jitter, normalize, upload
 from pretrain.config import get_pretrain_cfg
-from pretrain.device import upload
 from pretrain.methods.method import build_method
 from pretrain.optim import Lookahead, build_optimizer
 from pretrain.recomputation import BLOCKS, NORMS

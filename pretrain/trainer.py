@@ -12,11 +12,10 @@ from detectron2.utils import comm
 from pretrain.compilation import require_compiler
 from pretrain.config import MAY_CHANGE
 from pretrain.data.sources import open_data
-from pretrain.export import write_exports
+from pretrain.export import load_weights, write_exports
 from pretrain.methods.method import find_method
 from pretrain.optim import Lookahead, build_lr_scheduler, build_optimizer
 from pretrain.validation import check_metric, validate
-from pretrain.weights import load_weights
 from virtex_d2.engine.checkpointer import AtomicCheckpointer
 from virtex_d2.engine.device import AMP_DTYPES, check_amp
 from virtex_d2.engine.distributed import wrap_ddp

@@ -16,26 +16,21 @@ from torch import nn
 
 from pretrain import optim
 from pretrain.backbone import VisualBackbone
-from pretrain.colors import normalize
+from pretrain.colors import normalize, upload
 from pretrain.data import CaptionRecord
 from pretrain.data.loader import Samples, ValSet
-from pretrain.device import upload
 from pretrain.export import Exported, export_backbone
 from virtex_d2.engine.errors import InputError, nearest
 
-_CAPTIONING, _CLASSIFICATION = (
-    "pretrain.methods.captioning.model",
-    "pretrain.methods.classification",
-)
+_WORDS = "pretrain.methods.captioning.model"
+_LABELS = "pretrain.methods.classification.classifier"
 METHODS = {
-    "bicaptioning": f"{_CAPTIONING}:Captioning",
-    "captioning": f"{_CAPTIONING}:ForwardCaptioning",
-    "backward_captioning": f"{_CAPTIONING}:BackwardCaptioning",
-    "masked_lm": f"{_CAPTIONING}:MaskedLanguageModel",
-    "token_classification": f"{_CAPTIONING}:TokenClassification",
-    "multilabel_classification": (
-        "pretrain.methods.classification.classifier:MultilabelClassification"
-    ),
+    "bicaptioning": f"{_WORDS}:Captioning",
+    "captioning": f"{_WORDS}:ForwardCaptioning",
+    "backward_captioning": f"{_WORDS}:BackwardCaptioning",
+    "masked_lm": f"{_WORDS}:MaskedLanguageModel",
+    "token_classification": f"{_WORDS}:TokenClassification",
+    "multilabel_classification": f"{_LABELS}:MultilabelClassification",
 }
 
 Batch = dict[str, torch.Tensor]
@@ -80,11 +75,11 @@ class Method(nn.Module):
     def prepare(self, batch: dict) -> Batch:
         """Bring a loader's batch to the device, and make of its bytes what the network sees."""
         device = next(self.parameters()).device
-        ready = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor | int)}
-        jitter = ready.pop("jitter", None)  # read on the host
-        ready = {
-            k: upload(v, device) if isinstance(v, torch.Tensor) else v for k, v in ready.items()
-        }
+        jitter = batch.get("jitter")  # is read on the host
+        ready = {key: value for key, value in batch.items() if isinstance(value, int)}
+        for key, value in batch.items():
+            if isinstance(value, torch.Tensor) and key != "jitter":
+                ready[key] = upload(value, device)
         # as the backbone wants pixels: it would move them otherwise
         last = getattr(getattr(self, "visual", None), "channels_last", False)
         layout = torch.channels_last if last else torch.contiguous_format
@@ -118,20 +113,21 @@ class Method(nn.Module):
     @staticmethod
     def export(state: Batch, cfg: CfgNode) -> dict[str, Exported]:
         """OUTPUT_DIR/<name>.safetensors -> its content, of this method's state dict."""
-        return {"backbone": export_backbone(state, cfg)}
+        backbone = export_backbone(state, cfg)
+        return {"backbone": backbone} if backbone.tensors else {}
 
 
-def gather_instances(own: torch.Tensor) -> torch.Tensor:
-    """(N, ...) of each process -> (world size * N, ...) of all, in ranks' order, with gradients.
+def gather_instances(own: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """(N, ...) -> (world size * N, ...) of all processes, with gradients; and where its own begin.
 
     Collective: for training, where all processes have batches of one size. As gradients are means
     over processes, a loss over all instances is the mean over a process's own rows.
     """
     if comm.get_world_size() == 1:
-        return own
+        return own, 0
     from torch.distributed.nn.functional import all_gather
 
-    return torch.cat(all_gather(own.contiguous()))
+    return torch.cat(all_gather(own.contiguous())), comm.get_rank() * len(own)
 
 
 def find_method(cfg: CfgNode) -> type[Method]:

@@ -9,8 +9,8 @@ from detectron2.utils.events import EventStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain import colors, optim
+from pretrain.colors import upload
 from pretrain.config import get_pretrain_cfg
-from pretrain.device import upload
 from pretrain.trainer import PretrainTrainer
 from tests.pretrain.test_trainer import options, write_captioned_images
 from tests.waits import Waits

@@ -14,13 +14,13 @@ from torch import nn
 
 from pretrain.colors import normalize
 from pretrain.config import get_pretrain_cfg
+from pretrain.export import load_weights
 from pretrain.methods.captioning.decoding import Decode, Decoded
 from pretrain.methods.captioning.model import Captioning
 from pretrain.methods.captioning.samples import tokenizer_identity
 from pretrain.methods.captioning.tokenizer import Tokenizer
 from pretrain.methods.method import build_method
 from pretrain.transforms import EvalTransform
-from pretrain.weights import load_weights
 from virtex_d2.engine.config import load_config
 from virtex_d2.engine.device import resolve_device
 from virtex_d2.engine.errors import InputError
