@@ -249,13 +249,14 @@ def collate(samples: list[dict], padding: Mapping[str, int], pin: bool = False) 
     Returns:
         Of N samples: image (N, 3, S, S) uint8, channels last in memory, and other images likewise;
         rows that are padded to the longest (N, T); other tensors stacked; what is no tensor as a
-        list of N; position (N,) int64. Of all: skipped_files and skipped_reasons, lists of equal
-        length, and num_skipped, that length. Where N is 0 only the latter and position are there.
+        list of N, as image_id; position (N,) int64. Of all: skipped_files and skipped_reasons, lists of
+        equal length, and num_skipped, that length. Where N is 0 there are no images nor rows.
     """
     failures = [failure for sample in samples for failure in sample["failures"]]
     samples = [sample for sample in samples if "position" in sample]
     keys = [key for key in samples[0] if key not in ("position", "failures")] if samples else []
     return {
+        "image_id": [],
         **{key: _together([s[key] for s in samples], padding.get(key), pin) for key in keys},
         "position": torch.tensor([sample["position"] for sample in samples], dtype=torch.int64),
         "skipped_files": [path for path, _ in failures],
