@@ -248,9 +248,10 @@ def collate(samples: list[dict], padding: Mapping[str, int], pin: bool = False) 
 
     Returns:
         Of N samples: image (N, 3, S, S) uint8, channels last in memory, and other images likewise;
-        rows that are padded to the longest (N, T); other tensors stacked; what is no tensor as a
-        list of N, as image_id; position (N,) int64. Of all: skipped_files and skipped_reasons, lists of
-        equal length, and num_skipped, that length. Where N is 0 there are no images nor rows.
+        rows that are padded to the longest (N, T); other tensors stacked; image_id and what else is
+        no tensor as a list of N; position (N,) int64. Of all: skipped_files and skipped_reasons,
+        lists of equal length, and num_skipped, that length. Where N is 0 there are no images, nor
+        rows.
     """
     failures = [failure for sample in samples for failure in sample["failures"]]
     samples = [sample for sample in samples if "position" in sample]
