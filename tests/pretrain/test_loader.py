@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pretrain.data import CaptionRecord, load_coco_captions
+from pretrain.config import get_pretrain_cfg
+from pretrain.data import CaptionRecord, Source, load_coco_captions, load_records, take_fraction
 from pretrain.data import loader as loader_module
 from pretrain.data.loader import (
+    Samples,
     TrainSet,
     ValSet,
     build_train_loader,
@@ -372,6 +374,24 @@ def test_unigram_entropy_counts_every_token_that_is_predicted():
     share = np.array([3, 1, 3]) / 7  # of 4, of 5 and of [EOS]
     expected = -(share * np.log(share)).sum()
     assert unigram_entropy(validation(records, words)) == pytest.approx(expected)
+
+
+# Images of which nothing is said
+
+
+def test_images_alone_are_read_in_fractions_and_one_view_is_a_sample(tmp_path):
+    write_images(tmp_path)
+    records = load_records(Source("images", "", str(tmp_path)))
+    assert [record.captions for record in records] == [()] * NUM_IMAGES
+    half = take_fraction(records, 0.5, captions_per_image=1)
+    assert {record.file_name for record in half} < {record.file_name for record in records}
+    cfg = get_pretrain_cfg()
+    cfg.DATA.IMAGE_SIZE = 16
+    samples = Samples(cfg)
+    batch = take(build_train_loader(TrainSet(half, samples, 1), BATCH), 1)[0]
+    assert batch["image"].shape == (BATCH, 3, 16, 16)
+    assert batch["jitter"].shape == (BATCH, 4, 2)
+    assert sum(len(b["image"]) for b in build_val_loader(ValSet(records, samples), 3)) == NUM_IMAGES
 
 
 # Real photographs

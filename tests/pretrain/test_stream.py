@@ -20,6 +20,7 @@ from pretrain.data.lanes import Cursor, Lane, Plan
 from pretrain.data.sources import stream_plan
 from pretrain.data.stream import ImageStream, StreamLoader
 from pretrain.data.tars import stream_members
+from pretrain.methods.captioning.samples import load_or_train_tokenizer
 from pretrain.methods.captioning.tokenizer import Tokenizer, train_tokenizer
 from pretrain.trainer import PretrainTrainer
 from tests.pretrain.caption_files import train_set, write_images, write_shards, write_tar
@@ -359,7 +360,6 @@ def test_the_config_gives_the_plan():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"TOKENIZER": ""}, "DATA.TOKENIZER"),
         ({"STREAM_LANES": 0}, "DATA.STREAM_LANES 0"),
         ({"STREAM_BLOCK": 0}, "DATA.STREAM_BLOCK 0"),
         ({"FRACTION": 0.0}, "DATA.FRACTION 0"),
@@ -372,6 +372,12 @@ def test_the_config_gives_the_plan():
 def test_what_a_stream_cannot_do_is_refused(changes, message):
     with pytest.raises(InputError, match=message):
         stream_plan(config("pipe:cat a.tar", **changes))
+
+
+def test_a_stream_has_no_end_to_train_a_tokenizer_on():
+    cfg = config("pipe:cat a.tar", TOKENIZER="")
+    with pytest.raises(InputError, match="DATA.TOKENIZER is empty: pipe:cat a.tar"):
+        load_or_train_tokenizer(cfg, None)
 
 
 # A whole run
