@@ -44,13 +44,7 @@ def tensors_of(model: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torc
 def export_backbone(
     model: Mapping[str, torch.Tensor], cfg: CfgNode, prefix: str = "visual.cnn."
 ) -> Exported:
-    """The ResNet of a method by torchvision names, with all that its user needs to feed it right.
-
-    Args:
-        model: a method's state dict.
-        cfg: of the run.
-        prefix: of the ResNet's tensors.
-    """
+    """The ResNet in a method's state dict by torchvision names, and how to feed it right."""
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,

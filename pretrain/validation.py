@@ -40,9 +40,8 @@ def validate(
 
     Args:
         method: its mode is restored.
-        measure: batch of the loader -> `Method.measure`.
-        data: with validation data.
-        cfg: of the run; read are TEST.IMS_PER_BATCH and DATA.
+        measure: batch of the loader -> `Method.measure` of it.
+        data, cfg: of the run.
 
     Returns:
         "loss" (the sum), "loss_..." and metrics each, what `Method.summarize` adds, and

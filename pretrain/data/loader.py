@@ -322,7 +322,15 @@ def build_train_loader(
     num_workers: int = 0,
     pin: bool = False,
 ) -> ImageLoader:
-    """Load endless batches from an iteration on; `batch_size_total` is over all processes."""
+    """Load endless batches of this process.
+
+    Args:
+        train: makes the samples.
+        batch_size_total: over all processes.
+        start_iteration: the number of iterations done.
+        num_workers: 0 loads in this process.
+        pin: whether batches lie in pinned memory, for a GPU.
+    """
     rank, world_size = comm.get_rank(), comm.get_world_size()
     return ImageLoader(
         train,

@@ -41,19 +41,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Data:
-    """What a run trains and validates on.
+    """What a run trains and validates on."""
 
-    Attributes:
-        samples: of both sets.
-        train: None to evaluate only.
-        val: None where there is none.
-        stream: where `train` gets its images from, if it has no records.
-    """
-
-    samples: Samples
-    train: TrainSet | None
+    samples: Samples  # of both sets
+    train: TrainSet | None  # None to evaluate only
     val: ValSet | None
-    stream: ImageStream | None = None
+    stream: ImageStream | None = None  # where `train` gets its images from, if it has no records
 
     def train_loader(self, cfg: CfgNode, start_iteration: int) -> ImageLoader | StreamLoader:
         """Endless training batches of this process, from an iteration on."""

@@ -29,17 +29,7 @@ Part = tuple[list[int], list[dict], dict[str, torch.Tensor], dict[int, Cursor]]
 
 
 class ImageStream:
-    """What is read, and how far training has come in it.
-
-        stream = ImageStream(plan)
-        stream.load_state_dict(checkpoint)          # to go on
-        for batch in StreamLoader(train, stream, 256): ...
-        stream.gather(iteration)                    # in all processes
-        checkpoint = stream.state_dict()
-
-    Args:
-        plan: of the lanes.
-    """
+    """What is read, and how far training has come in it; `gather` comes before `state_dict`."""
 
     def __init__(self, plan: Plan):
         self.plan = plan
@@ -47,7 +37,7 @@ class ImageStream:
         self._iteration = 0
 
     def gather(self, iteration: int) -> None:
-        """Bring together the cursors of all processes, after so many iterations."""
+        """Bring together the cursors of all processes after so many iterations. Collective."""
         for cursors in comm.all_gather(self.cursors):
             self.cursors.update({lane: c for lane, c in cursors.items() if self._is_ahead(lane, c)})
         self._iteration = iteration
@@ -106,10 +96,7 @@ class StreamLoader:
     Args:
         train: makes samples; has no records of its own.
         stream: what is read, and from where on.
-        batch_size_total: over all processes.
-        start_iteration: the number of iterations done.
-        num_workers: no more are started than there are lanes.
-        pin: whether batches are put together in pinned memory, for a GPU.
+        others: of `build_train_loader`; no more workers are started than there are lanes.
     """
 
     def __init__(

@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 class ImageLabels:
     """Classes by record: `labels[i]` is the sorted int64 array of those that image i shows.
 
-    Images are matched by the name of their file, because captions come from formats that know no
-    image ids. One that the instances file does not list has no labels, as has one without objects.
+    Images are matched by the name of their file: most formats know no ids. One that the instances
+    file does not list has no labels, as has one without objects.
 
     Args:
         json_path: a COCO instances file; crowds count as well.
@@ -83,12 +83,7 @@ class ImageLabels:
 
 
 class LabelSamples(Samples):
-    """Views of images with their classes: `labels` (K,) int64.
-
-    Args:
-        cfg: of the run; DATA.TRAIN_LABELS and DATA.VAL_LABELS name the files.
-        train, val: the images; empty where they are not used.
-    """
+    """Views of images with their classes: `labels` (K,) int64, of DATA.TRAIN_LABELS' file."""
 
     padding = {"labels": -1}
 
