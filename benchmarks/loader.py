@@ -35,12 +35,14 @@ from PIL import Image, ImageOps
 from benchmarks.measuring import machine
 from benchmarks.rounds import count
 from pretrain.colors import PIXEL_MEAN, PIXEL_STD, normalize
+from pretrain.config import get_pretrain_cfg
 from pretrain.crops import open_picture
 from pretrain.data import load_coco_captions
-from pretrain.data.loader import CaptionDataset, build_train_loader, collate, stack_images
+from pretrain.data.loader import TrainSet, build_train_loader, stack_images
 from pretrain.data.prepare import Settings, prepare_image
 from pretrain.data.records import Records
 from pretrain.jpeg import Box
+from pretrain.methods.captioning.samples import CaptionSamples
 from pretrain.methods.captioning.tokenizer import Tokenizer, train_tokenizer
 from pretrain.transforms import TrainTransform
 from virtex_d2.engine.images import read_image
@@ -104,12 +106,13 @@ def _measure(args: argparse.Namespace, folder: Path) -> dict:
         if found > TOLERANCE[way]:
             raise AssertionError(f"{way}: {found:.2f} levels from the plain way")
 
-    transform = TrainTransform(SIZE)
+    cfg = get_pretrain_cfg()
+    cfg.DATA.IMAGE_SIZE = SIZE
+    samples = CaptionSamples(cfg, tokenizer)
+    transform = samples.train_view
     captions = [record.captions for record in chosen]
     datasets = {
-        way: CaptionDataset(
-            Records.of_files(range(len(names)), names, captions, path), tokenizer, transform
-        )
+        way: TrainSet(Records.of_files(range(len(names)), names, captions, path), samples)
         for way, path in folders.items()
     }
     ways: dict[str, Callable[[int], object]] = {
@@ -238,10 +241,10 @@ def _pixel_batches(paths: list[str], transform: TrainTransform, turn: int) -> No
         torch.stack([jitter for _, _, jitter in views])
 
 
-def _sample_batches(dataset: CaptionDataset, count: int, turn: int) -> None:
+def _sample_batches(dataset: TrainSet, count: int, turn: int) -> None:
     for first in range(turn * count, (turn + 1) * count, BATCH):
         last = min(first + BATCH, (turn + 1) * count)
-        collate([dataset[position] for position in range(first, last)])
+        dataset.samples.collate([dataset[position] for position in range(first, last)])
 
 
 def _in_turns(ways: dict[str, Callable[[int], object]], rounds: int) -> dict[str, list[float]]:
@@ -270,8 +273,8 @@ def _difference(originals: list[str], files: list[str]) -> float:
     return float(np.mean(found))
 
 
-def _device_costs(dataset: CaptionDataset, rounds: int) -> dict[str, float]:
-    batch = collate([dataset[position] for position in range(BATCH)])
+def _device_costs(dataset: TrainSet, rounds: int) -> dict[str, float]:
+    batch = dataset.samples.collate([dataset[position] for position in range(BATCH)])
     ways = {
         "jitter and normalise": lambda _: normalize(batch["image"], batch["jitter"]),
         "normalise": lambda _: normalize(batch["image"]),
@@ -280,7 +283,7 @@ def _device_costs(dataset: CaptionDataset, rounds: int) -> dict[str, float]:
     return {way: 1e3 * statistics.median(turns) / BATCH for way, turns in seconds.items()}
 
 
-def _worker_rate(dataset: CaptionDataset, workers: int, rounds: int) -> float:
+def _worker_rate(dataset: TrainSet, workers: int, rounds: int) -> float:
     """Images a second of the clock, from the first batch on."""
     batches = iter(build_train_loader(dataset, BATCH, num_workers=workers))
     for _ in range(4 * workers):  # what was made before anyone waited for it

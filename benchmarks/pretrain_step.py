@@ -21,10 +21,9 @@ import torch
 from benchmarks.measuring import Clock, ceilings, machine, peak_memory, resident_memory
 from benchmarks.plain import PlainBicaptioner
 from benchmarks.rounds import count, ratios, split, spread, take_turns
-from pretrain.colors import PIXEL_MEAN, PIXEL_STD, draw_jitter, normalize
+from pretrain.colors import PIXEL_MEAN, PIXEL_STD, draw_jitter, normalize, upload
 from pretrain.config import get_pretrain_cfg
-from pretrain.device import upload
-from pretrain.methods.captioning.model import build_objective
+from pretrain.methods.method import build_method
 from pretrain.optim import Lookahead, build_optimizer
 from pretrain.recomputation import BLOCKS, NORMS
 from virtex_d2.engine.loop import step_where_finite
@@ -87,7 +86,7 @@ class Setting:
         self._cfg = cfg
         torch.manual_seed(0)
         self.ours = self.plain = None
-        ours = build_objective(cfg, args.vocab)
+        ours = build_method(cfg, args.vocab)
         if set(needed) - {"ours"}:
             self.plain = PlainBicaptioner.of(ours, cfg.MODEL.TEXTUAL.DROPOUT).to(self.device)
         if "ours" in needed:
@@ -97,7 +96,7 @@ class Setting:
 
     def _ours(self) -> Callable[[], dict[str, float]]:
         cfg, model = self._cfg, self.ours
-        optimizer = build_optimizer(cfg, model)
+        optimizer = build_optimizer(cfg, model.parameter_groups(cfg))
         Lookahead(optimizer, cfg.SOLVER.LOOKAHEAD.STEPS, cfg.SOLVER.LOOKAHEAD.ALPHA)
 
         random = np.random.default_rng(0)

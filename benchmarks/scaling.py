@@ -36,7 +36,7 @@ import torch.distributed as dist  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
 
 from pretrain.config import get_pretrain_cfg  # noqa: E402
-from pretrain.methods.captioning.model import build_objective  # noqa: E402
+from pretrain.methods.method import build_method  # noqa: E402
 from virtex_d2.engine.config import load_config  # noqa: E402
 from virtex_d2.engine.distributed import wrap_ddp  # noqa: E402
 
@@ -116,7 +116,7 @@ def _process(rank: int, world_size: int, folder: str) -> None:
     cfg.MODEL.VISUAL.NAME = "resnet18"
     cfg.MODEL.TEXTUAL.HIDDEN_SIZE = 128
     cfg.MODEL.TEXTUAL.ATTENTION_HEADS = 4
-    model = wrap_ddp(build_objective(cfg, VOCAB))
+    model = wrap_ddp(build_method(cfg, VOCAB))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     batch = {
         "image": torch.randn(IMAGES, 3, SIDE, SIDE),
@@ -157,7 +157,7 @@ def estimate(args: argparse.Namespace) -> None:
     """Print the two bounds for 8 to 256 GPUs."""
     cfg = load_config(get_pretrain_cfg(), str(PAPER), [])
     with torch.device("meta"):
-        model = build_objective(cfg, cfg.DATA.VOCAB_SIZE)
+        model = build_method(cfg, cfg.DATA.VOCAB_SIZE)
     count = sum(parameter.numel() for parameter in model.parameters())
     gbytes = 4 * count / 1e9
     computation = args.images_per_gpu / args.images_per_second

@@ -11,8 +11,6 @@ import functools
 import numpy as np
 import torch
 
-from pretrain.device import upload
-
 # ImageNet's, RGB, on the scale 0-255: what torchvision's ResNets expect.
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
@@ -26,6 +24,13 @@ _GREY = (0.2989, 0.587, 0.114)
 
 # Images at a time. One image fits a CPU's caches; a GPU wants as much as there is.
 _AT_A_TIME = {"cpu": 1}
+
+
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on the device; the copy is queued, from pinned memory."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # itself where it is pinned
+    return tensor.to(device, non_blocking=True)
 
 
 def draw_jitter(

@@ -4,7 +4,11 @@ The defaults are the VirTex base recipe (arXiv 2006.06666, section 3 and the rel
 bicaptioning, ResNet-50, one decoder layer of width 1024, 500 000 iterations of 256 images.
 """
 
+from collections.abc import Sequence
+
 from detectron2.config import CfgNode as CN  # noqa: N817 - as in detectron2
+
+from virtex_d2.engine.config import load_config
 
 _C = CN()
 _C.VERSION = 2
@@ -17,7 +21,7 @@ _C.CUDNN_BENCHMARK = True
 _C.MODEL = CN()
 # "auto" is CUDA where there is a device, else the CPU; the choice is logged.
 _C.MODEL.DEVICE = "auto"
-# Whose forward() gives the losses: a name in `pretrain.methods.captioning.model.OBJECTIVES`.
+# What the network learns: a word of `pretrain.methods.method.METHODS`, or "package.module:Class".
 _C.MODEL.OBJECTIVE = "bicaptioning"
 # A pretraining checkpoint whose weights to start from or to evaluate; "" is random initialisation.
 _C.MODEL.WEIGHTS = ""
@@ -70,7 +74,8 @@ _C.DATA = CN()
 # Annotation format: a name in `pretrain.data.FORMATS`; docs/pretraining-data.md has examples.
 _C.DATA.FORMAT = "coco"
 # The annotation file; for "folder" the folder of texts; for "webdataset" tar shards: a pattern as
-# shards/{00000..00099}.tar, a folder, a .txt list, or pipes as "pipe:curl -s URL/{0..9}.tar".
+# shards/{00000..00099}.tar, a folder, a .txt list, or pipes as "pipe:curl -s URL/{0..9}.tar"; for
+# "images", of which nothing is said, empty.
 _C.DATA.TRAIN_CAPTIONS = ""
 # The folder that the annotations' image paths are relative to.
 _C.DATA.TRAIN_IMAGES = ""
@@ -79,7 +84,7 @@ _C.DATA.TRAIN_SPLIT = ""
 # Sources to mix: [weight, format, captions, images], and a split where it is not TRAIN_SPLIT. Not
 # empty, they replace TRAIN_CAPTIONS and TRAIN_IMAGES, and FORMAT for training.
 _C.DATA.TRAIN_SOURCES = []
-# Empty: no validation.
+# Empty, and for "images" also VAL_IMAGES: no validation.
 _C.DATA.VAL_CAPTIONS = ""
 _C.DATA.VAL_IMAGES = ""
 _C.DATA.VAL_SPLIT = ""
@@ -168,16 +173,60 @@ _C.TEST = CN()
 # Iterations between validations; 0 validates at the end only.
 _C.TEST.EVAL_PERIOD = 2000
 _C.TEST.IMS_PER_BATCH = 256
-# A validation result, e.g. "val/loss": the checkpoint at which it was lowest is kept as
-# model_best.pth and backbone_best.safetensors. Empty: the last one alone counts.
+# A validation result, e.g. "val/loss": the checkpoint at which it was lowest (a method's metric:
+# highest) is kept as model_best.pth and backbone_best.safetensors. Empty: the last alone counts.
 _C.TEST.BEST_METRIC = ""
-# Validation images that are captioned greedily and drawn into TensorBoard at each validation.
+# Validation images that are drawn into TensorBoard at each validation, if the method draws any:
+# captioners do, with greedy captions.
 _C.TEST.NUM_CAPTIONS = 8
 
 # Iterations between log lines.
 _C.LOG_PERIOD = 20
 
+# What may differ between a run's parts: where things are, and what is watched how often. All other
+# keys change the weights that the run ends with.
+MAY_CHANGE = (
+    "OUTPUT_DIR",
+    "LOG_PERIOD",
+    "CUDNN_BENCHMARK",
+    "TEST.*",
+    "MODEL.DEVICE",
+    "MODEL.WEIGHTS",
+    "MODEL.VISUAL.RECOMPUTE",
+    "DATA.TRAIN_CAPTIONS",
+    "DATA.TRAIN_IMAGES",
+    "DATA.TRAIN_LABELS",
+    "DATA.TRAIN_SOURCES",
+    "DATA.FORMAT",
+    "DATA.VAL_*",
+    "DATA.TOKENIZER",
+    "DATA.VOCAB_SIZE",
+    "DATA.INDEX_DIR",
+    "DATA.NUM_WORKERS",
+    "DATA.MAX_SKIPPED_SHARE",
+    "SOLVER.CHECKPOINT_*",
+)
+
 
 def get_pretrain_cfg() -> CN:
     """A fresh, unfrozen copy of the defaults above."""
     return _C.clone()
+
+
+def load_pretrain_config(config_file: str | None, opts: Sequence[str]) -> CN:
+    """Merge a file and KEY VALUE pairs into the defaults and those of anybody's method.
+
+    Args:
+        config_file, opts: as of `engine.config.load_config`.
+    """
+    seen = get_pretrain_cfg()
+    seen.set_new_allowed(True)  # of a method whose keys are not known yet
+    pairs = list(zip(opts[::2], opts[1::2]))
+    named = [part for pair in pairs if pair[0] == "MODEL.OBJECTIVE" for part in pair]
+    objective = load_config(seen, config_file, named, expand=False).MODEL.OBJECTIVE
+    cfg = get_pretrain_cfg()
+    if ":" in objective:
+        from pretrain.methods.method import import_method  # which imports torch
+
+        import_method(objective).add_config(cfg)
+    return load_config(cfg, config_file, opts)

@@ -1,71 +1,135 @@
-"""Training checkpoint -> backbone file: the one thing that pretraining hands to detection."""
+"""A method's weights: all tensors of a checkpoint loaded, or none; files of what is exported."""
 
 import hashlib
+import logging
+import os
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torchvision
 from detectron2.config import CfgNode
+from torch import nn
 
 import virtex_d2
 from pretrain.colors import PIXEL_MEAN, PIXEL_STD
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.files import write_safetensors
+from virtex_d2.engine.files import read_checkpoint, write_safetensors
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "virtex_d2.backbone"
 FORMAT_VERSION = "1"
 
 
-_PREFIX = "visual.cnn."  # of the ResNet's tensors in an objective
+class Exported(NamedTuple):
+    """Content of a safetensors file: float32 tensors of the CPU, and what their user must know."""
+
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, str]
 
 
-def backbone_state_dict(model: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """An objective's tensors -> float32 CPU tensors by torchvision name, with running statistics.
+def tensors_of(model: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """A state dict's tensors below a prefix, by their names without it.
 
-    The batch counters (`num_batches_tracked`) stay behind: no detector uses them.
+    The batch counters (`num_batches_tracked`) stay behind: nobody uses them.
     """
     return {
-        name.removeprefix(_PREFIX): tensor.detach().to("cpu", torch.float32).contiguous()
+        name.removeprefix(prefix): tensor.detach().to("cpu", torch.float32).contiguous()
         for name, tensor in model.items()
-        if name.startswith(_PREFIX) and not name.endswith("num_batches_tracked")
+        if name.startswith(prefix) and not name.endswith("num_batches_tracked")
     }
 
 
 def export_backbone(
-    model: Mapping[str, torch.Tensor], cfg: CfgNode, iteration: int, path: str
+    model: Mapping[str, torch.Tensor], cfg: CfgNode, prefix: str = "visual.cnn."
+) -> Exported:
+    """The ResNet in a method's state dict by torchvision names, and how to feed it right."""
+    metadata = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "architecture": cfg.MODEL.VISUAL.NAME,
+        "channel_order": "RGB",
+        "pixel_mean": ",".join(map(str, PIXEL_MEAN)),
+        "pixel_std": ",".join(map(str, PIXEL_STD)),
+        "crop": str(cfg.DATA.IMAGE_SIZE),
+        "stride_in_1x1": "false",
+    }
+    return Exported(tensors_of(model, prefix), metadata)
+
+
+def write_exports(
+    exports: Mapping[str, Exported], cfg: CfgNode, iteration: int, suffix: str = ""
 ) -> None:
-    """Write the backbone with all that its user has to know to feed it right; atomic.
+    """Write OUTPUT_DIR/<name><suffix>.safetensors of each, atomically, with where it is from.
 
     Args:
-        model: an objective's state dict.
+        exports: by name.
         cfg: the run's config; its sha256 is recorded.
         iteration: iterations trained.
-        path: the file to write or replace, `.safetensors`.
+        suffix: "_best" of the best model.
     """
-    tensors = backbone_state_dict(model)
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if broken:
+    origin = {
+        "source": f"pretrain {cfg.MODEL.OBJECTIVE}",
+        "iteration": str(iteration),
+        "config_sha256": hashlib.sha256(cfg.dump().encode()).hexdigest(),
+        "virtex_d2_version": virtex_d2.__version__,
+        "torch_version": torch.__version__,
+        "torchvision_version": torchvision.__version__,
+    }
+    for name, (tensors, metadata) in exports.items():
+        path = os.path.join(cfg.OUTPUT_DIR, f"{name}{suffix}.safetensors")
+        broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+        if broken:
+            raise InputError(
+                f"{path} is not written: {len(broken)} of its tensors hold NaN or Inf, the first "
+                f"is {broken[0]}. The training has diverged: lower SOLVER.CNN_LR."
+            )
+        write_safetensors(path, tensors, {**metadata, **origin})
+
+
+def load_weights(
+    method: nn.Module, path: str, identity: Mapping[str, str] = {}, fresh: tuple[str, ...] = ()
+) -> None:
+    """Load every tensor of a pretraining checkpoint (ours or VirTex's).
+
+    Args:
+        method: the model.
+        path: the checkpoint.
+        identity: what the outputs mean: `Samples.identity`.
+        fresh: prefixes of tensors that stay as they are, in the checkpoint or not.
+    """
+    checkpoint = read_checkpoint(path)
+    state = checkpoint.get("model", checkpoint)
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(fresh)}
+    whole = method.state_dict()
+    own = {name: tensor for name, tensor in whole.items() if not name.startswith(fresh)}
+    problems = [f"{name} is missing" for name in own if name not in state]
+    problems += [f"{name} is not in the model" for name in state if name not in own]
+    problems += [
+        f"{name} has shape {tuple(state[name].shape)}, the model wants {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if problems:
         raise InputError(
-            f"{path} is not written: {len(broken)} tensors of the backbone hold NaN or Inf, the "
-            f"first is {broken[0]}. The training has diverged: lower SOLVER.CNN_LR."
+            f"MODEL.WEIGHTS {path} is not of this model (MODEL.OBJECTIVE "
+            f"{type(method).__name__}): {len(problems)} tensors differ: "
+            f"{'; '.join(problems[:5])}. Nothing was loaded. MODEL.VISUAL.NAME, MODEL.TEXTUAL.* "
+            "and the tokenizer must be those of the checkpoint."
         )
-    write_safetensors(
-        path,
-        tensors,
-        {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "architecture": cfg.MODEL.VISUAL.NAME,
-            "channel_order": "RGB",
-            "pixel_mean": ",".join(map(str, PIXEL_MEAN)),
-            "pixel_std": ",".join(map(str, PIXEL_STD)),
-            "crop": str(cfg.DATA.IMAGE_SIZE),
-            "stride_in_1x1": "false",
-            "source": f"pretrain {cfg.MODEL.OBJECTIVE}",
-            "iteration": str(iteration),
-            "config_sha256": hashlib.sha256(cfg.dump().encode()).hexdigest(),
-            "virtex_d2_version": virtex_d2.__version__,
-            "torch_version": torch.__version__,
-            "torchvision_version": torchvision.__version__,
-        },
-    )
+    # another vocabulary of the same size fits every tensor, and means other words by each
+    trained_with = checkpoint.get("run", {}).get("data", {})
+    for what, here in identity.items():
+        if trained_with.get(what, here) != here:
+            raise InputError(
+                f"{path}: was trained with another vocabulary ({what} was {trained_with[what]}, "
+                f"here it is {here}), whose numbers mean other words. Nothing was loaded. Give "
+                "what the model was trained with: tokenizer.model lies in the folder of its run."
+            )
+    method.load_state_dict({**whole, **state})
+    logger.info("Loaded all %d tensors of %s.", len(own), path)
+    if len(own) < len(whole):
+        left = [name for name in whole if name not in own]
+        logger.info("%d tensors start anew: %s", len(left), ", ".join(left))

@@ -38,9 +38,8 @@ def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
     return list(groups.values())
 
 
-def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD with momentum or AdamW over `parameter_groups`."""
-    groups = parameter_groups(cfg, model)
+def build_optimizer(cfg: CfgNode, groups: list[dict]) -> torch.optim.Optimizer:
+    """SGD with momentum or AdamW over groups such as `parameter_groups` makes."""
     name, base_lr = cfg.SOLVER.OPTIMIZER, cfg.SOLVER.BASE_LR
     # One pass over the memory for all of an update. Not under a loss scaler: a fused step is called
     # for updates that it skips, too, and Lookahead would count them.

@@ -1,31 +1,24 @@
-"""Validation: the mean loss over every caption, beside what a blind model would reach."""
+"""Validation: means over every sample of all processes, beside what a blind model would reach."""
 
 import logging
-import math
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.utils import comm
-from torch import nn
 
-from pretrain.data.loader import build_eval_loader
-from pretrain.methods.captioning.samples import PretrainData
+from pretrain.data.sources import Data
+from pretrain.methods.method import Method
 from virtex_d2.engine.errors import InputError, nearest
 from virtex_d2.engine.preemption import abandonable
 
 logger = logging.getLogger(__name__)
 
-# Losses of which a perplexity can be told: those that predict a word.
-_OF_WORDS = ("loss_captioning", "loss_masked_lm")
 
-
-def check_metric(metric: str, objective: nn.Module) -> None:
-    """Raise InputError if TEST.BEST_METRIC is none of the losses that validation records for the
-    objective.
-    """
-    possible = [f"val/{name}" for name in ("loss", *objective.losses)]
+def check_metric(metric: str, method: Method) -> None:
+    """Raise InputError if TEST.BEST_METRIC is none of what the method's validation records."""
+    possible = [f"val/{name}" for name in ("loss", *method.losses, *method.metrics)]
     if metric not in possible:
         raise InputError(
             f"TEST.BEST_METRIC: {metric!r} is none of what is validated: {', '.join(possible)}."
@@ -35,75 +28,60 @@ def check_metric(metric: str, objective: nn.Module) -> None:
 
 @torch.no_grad()
 def validate(
-    objective: nn.Module,
-    losses_of: Callable[[dict], dict[str, torch.Tensor]],
-    data: PretrainData,
+    method: Method,
+    measure: Callable[[dict], dict[str, tuple[torch.Tensor, int]]],
+    data: Data,
     cfg: CfgNode,
 ) -> dict[str, float]:
-    """Mean losses (nats a prediction) and perplexities on the validation data, over all processes.
+    """Means of losses and metrics over the validation samples of all processes.
 
     The model is that of the first process: normalisation statistics, which each process gathers
     for itself in training, are copied from there.
 
     Args:
-        objective: of `pretrain.methods.captioning.model`; its mode is restored.
-        losses_of: batch of the loader -> losses.
-        data: with validation data.
-        cfg: of the run; read are TEST.IMS_PER_BATCH and DATA.
+        method: its mode is restored.
+        measure: batch of the loader -> `Method.measure` of it.
+        data, cfg: of the run.
 
     Returns:
-        "loss" (the sum), "loss_..." each, "perplexity_..." of those that predict words, the
-        objective's baseline by its name ("unigram_entropy", "label_entropy": what a model would
-        reach that knows frequencies and nothing else) and "images_skipped".
+        "loss" (the sum), "loss_..." and metrics each, what `Method.summarize` adds, and
+        "images_skipped".
 
     Raises:
-        StopRequested: all processes are to stop; the objective is left in evaluation mode.
+        StopRequested: all processes are to stop; the method is left in evaluation mode.
     """
-    training = objective.training
-    objective.eval()
-    _share_buffers(objective)
+    training = method.training
+    method.eval()
+    if comm.get_world_size() > 1:
+        for buffer in method.buffers():
+            dist.broadcast(buffer, src=0)
     sums: dict[str, float] = {}
-    predicted = skipped = 0
-    loader = build_eval_loader(
-        data.val,
-        cfg.TEST.IMS_PER_BATCH,
-        cfg.DATA.NUM_WORKERS,
-        one_caption=data.val_labels is not None,
-        pin=cfg.MODEL.DEVICE.startswith("cuda"),
-    )
-    logger.info("Validating on %d captions or images ...", len(loader.dataset))
+    weights: dict[str, int] = {}
+    skipped = 0
+    loader = data.val_loader(cfg)
+    logger.info("Validating on %d samples ...", len(loader.dataset))
     for batch in abandonable(loader):
         skipped += int(batch["num_skipped"])
-        count = objective.num_predictions(batch) if len(batch["position"]) else 0
-        if not count:
-            continue
-        for name, loss in losses_of(batch).items():
-            sums[name] = sums.get(name, 0.0) + loss.item() * count
-        predicted += count
-    objective.train(training)
+        for name, (mean, weight) in measure(batch).items() if len(batch["position"]) else ():
+            if weight:
+                sums[name] = sums.get(name, 0.0) + float(mean) * weight
+                weights[name] = weights.get(name, 0) + weight
+    method.train(training)
 
-    gathered = comm.all_gather((sums, predicted, skipped))
-    predicted = sum(part[1] for part in gathered)
-    if not predicted:
+    gathered = comm.all_gather((sums, weights, skipped))
+    skipped = sum(part[2] for part in gathered)
+    names = dict.fromkeys([*method.losses, *(name for part in gathered for name in part[0])])
+    totals = {name: sum(part[1].get(name, 0) for part in gathered) for name in names}
+    if not any(totals.values()):
         raise InputError(
-            f"{cfg.DATA.VAL_CAPTIONS}: none of its images in {cfg.DATA.VAL_IMAGES} can be decoded "
-            f"and has something to predict ({sum(part[2] for part in gathered)} of "
-            f"{len(data.val.records)} cannot be decoded). Replace them."
+            f"{cfg.DATA.VAL_CAPTIONS or 'DATA.VAL_IMAGES'}: none of its images in {cfg.DATA.VAL_IMAGES} can be decoded "
+            f"and has something to predict ({skipped} of {len(data.val.records)} cannot be "
+            "decoded). Replace them."
         )
-    losses = {
-        name: sum(part[0].get(name, 0.0) for part in gathered) / predicted
-        for name in objective.losses
+    means = {
+        name: sum(part[0].get(name, 0.0) for part in gathered) / total
+        for name, total in totals.items()
+        if total
     }
-    results = {"loss": sum(losses.values()), **losses}
-    for name, loss in losses.items():
-        if name.startswith(_OF_WORDS):
-            results[name.replace("loss", "perplexity", 1)] = math.exp(min(loss, 50.0))
-    results[objective.baseline] = getattr(data, objective.baseline)
-    results["images_skipped"] = sum(part[2] for part in gathered)
-    return results
-
-
-def _share_buffers(module: nn.Module) -> None:
-    if comm.get_world_size() > 1:
-        for buffer in module.buffers():
-            dist.broadcast(buffer, src=0)
+    results = {"loss": sum(means[name] for name in method.losses if name in means), **means}
+    return {**results, **method.summarize(means, data.val), "images_skipped": skipped}

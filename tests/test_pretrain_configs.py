@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pretrain.config import get_pretrain_cfg
-from pretrain.methods.captioning.model import OBJECTIVES, build_objective
+from pretrain.methods.method import METHODS, build_method
 from virtex_d2.engine.config import load_config
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs" / "pretrain"
@@ -41,13 +41,13 @@ def test_a_config_of_the_paper_is_what_its_name_says_on_the_papers_recipe(name):
     assert cfg.DATA.STRIP_ACCENTS, "as the released vocabularies"
     assert not any(cfg.MODEL.CAPTIONING.values()), "the paper knows none of these additions"
     with torch.device("meta"):  # sizes without memory
-        model = build_objective(cfg, 10000)
+        model = build_method(cfg, 10000)
     assert model.visual.feature_size == 2048
 
 
 def test_every_task_of_the_paper_has_a_config():
     tasks = {load(name).MODEL.OBJECTIVE for name in PAPERS}
-    assert tasks == {name for name, _ in OBJECTIVES} - {"backward_captioning"}
+    assert tasks == set(METHODS) - {"backward_captioning"}
 
 
 @pytest.mark.parametrize("name", sorted(file.name for file in FOLDER.glob("*.yaml")))

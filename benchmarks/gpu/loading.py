@@ -10,7 +10,8 @@ from PIL import Image
 
 from pretrain.config import get_pretrain_cfg
 from pretrain.data.prepare import Settings, prepare_image
-from pretrain.methods.captioning.samples import build_data
+from pretrain.data.sources import open_data
+from pretrain.methods.method import find_method
 from virtex_d2.engine.config import load_config
 
 from . import runs
@@ -56,7 +57,7 @@ def _rate(step: Step, folder: Path, workers: int) -> float:
     """Images a second, behind the first batches, which were made before anyone waited."""
     words = ("DATA.TRAIN_IMAGES", folder, "DATA.NUM_WORKERS", workers)
     cfg = load_config(get_pretrain_cfg(), "", runs.options(step, step.fresh("loading"), *words))
-    batches = iter(build_data(cfg).train_loader(cfg, 0))
+    batches = iter(open_data(cfg, find_method(cfg).build_samples).train_loader(cfg, 0))
     for _ in range(2 * workers):
         next(batches)
     count, start = 0, time.perf_counter()

@@ -9,9 +9,9 @@ from detectron2.structures import Boxes
 
 from pretrain.colors import jitter_colors, normalize
 from pretrain.config import get_pretrain_cfg
+from pretrain.data.sources import open_data
 from pretrain.methods.captioning.cached_decoder import CachedDecoder
-from pretrain.methods.captioning.model import build_objective
-from pretrain.methods.captioning.samples import build_data
+from pretrain.methods.method import build_method, find_method
 from virtex_d2.checkpoint.probe import exact_float32
 from virtex_d2.engine.config import load_config
 
@@ -30,12 +30,12 @@ def run(step: Step) -> None:
     words = ["MODEL.TEXTUAL.DROPOUT", "0.0", "SOLVER.IMS_PER_BATCH", "8", "DATA.NUM_WORKERS", "0"]
     words += ["MODEL.VISUAL.ZERO_INIT_RESIDUAL", "False"]  # or most gradients are 0
     cfg = load_config(get_pretrain_cfg(), "", runs.options(step, step.fresh("numbers"), *words))
-    data = build_data(cfg)
+    data = open_data(cfg, find_method(cfg).build_samples)
     batch = next(iter(data.train_loader(cfg, 0)))
     given = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
     jitter = given.pop("jitter")
     torch.manual_seed(0)
-    objective = build_objective(cfg, data.num_outputs)
+    objective = build_method(cfg, data.samples.num_outputs)
     if not step.cuda:
         step.instead("CUDA's losses and gradients", "float32's beside float64's")
     with exact_float32():

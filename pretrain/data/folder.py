@@ -57,6 +57,13 @@ def load_folder_captions(captions_root: str | os.PathLike, image_root: str = "")
     return Records.of_files(list(images.values()), list(images.values()), captions, image_root)
 
 
+def load_images(root: str | os.PathLike) -> Records:
+    """Read all images of a folder and the folders in it; none has a caption."""
+    require_folder(root, "the images")
+    names = images_in(str(root))
+    return Records.of_files(names, names, [()] * len(names), root)
+
+
 def captions_in_text(text: str) -> list[str]:
     """The lines that are not blank."""
     return [line.strip() for line in text.split("\n") if line.strip()]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from pretrain.data.coco import load_coco_captions
 from pretrain.data.flickr import load_flickr_captions
-from pretrain.data.folder import load_folder_captions
+from pretrain.data.folder import load_folder_captions, load_images
 from pretrain.data.karpathy import load_karpathy_captions
 from pretrain.data.records import Records
 from pretrain.data.shards import load_shards
@@ -36,6 +36,13 @@ class Source:
     max_skipped_share: float = 0.01
     caption_key: str = ""
 
+    @property
+    def name(self) -> str:
+        """The path that tells it from others in messages."""
+        return self.captions or self.images
+
+
+IMAGES_ALONE = "images"  # a folder of images, of which nothing is said
 
 # A reader for each format.
 FORMATS: dict[str, Callable[[Source], Records]] = {
@@ -48,6 +55,7 @@ FORMATS: dict[str, Callable[[Source], Records]] = {
     "webdataset": lambda s: load_shards(
         s.captions, s.index_dir, s.max_skipped_share, s.caption_key
     ),
+    IMAGES_ALONE: lambda s: load_images(s.images),
 }
 # Those whose annotations hold several splits.
 SPLIT_FORMATS = ("karpathy", "flickr")

@@ -4,24 +4,27 @@ Position p of the endless training stream is image p % len of epoch p // len, in
 `order.py` says which, and mixes several sources. The order and everything random in a sample
 follow from (seed, epoch) and (seed, position) alone: not from the number of workers, processes or
 restarts. Iteration i takes the positions from i * batch on, and process r of W every W-th of them.
+
+What is made of an image is a method's (`Samples`). The loader opens images, replaces those that
+cannot be decoded, and puts samples together.
 """
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.utils import comm
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pretrain.crops import open_picture
-from pretrain.data import CaptionRecord, caption_counts
+from pretrain.crops import Picture, open_picture
+from pretrain.data import CaptionRecord
 from pretrain.data.order import order_of
 from pretrain.data.records import offsets
-from pretrain.methods.captioning.targets import SampleTarget
-from pretrain.methods.captioning.tokenizer import Tokenizer
 from pretrain.randomness import Stream, generator
 from pretrain.transforms import EvalTransform, TrainTransform
 from virtex_d2.engine.errors import InputError
@@ -36,61 +39,133 @@ MAX_REPLACEMENTS = 100
 # How many files are named in the log; what a stream skips has no end.
 MAX_NAMED = 10_000
 
-# Of what targets add: what stands behind the shorter rows of a batch.
-_PADDING = {"masked_tokens": Tokenizer.pad_id, "masked_labels": Tokenizer.pad_id, "labels": -1}
-
 # Path and reason of images that could not be decoded.
 Failures = list[tuple[str, str]]
 
 
-class CaptionDataset(Dataset):
-    """Training samples by position; images with one caption drawn for each visit.
+@dataclass(frozen=True, eq=False)
+class Visit:
+    """An image at its turn.
 
-    `dataset[position]` is a dict with
-        image           (3, S, S) uint8, RGB, channels last in memory
-        jitter          (4, 2) float32, what the device does to its colours (`pretrain.colors`)
-        caption_tokens  (T,) int64: [SOS] pieces [EOS], T <= max_length; a caption that is too long
-                        loses its end and keeps its [EOS]
-        image_id        of the record
-        position        as asked for
-        failures        (path, reason) of images that could not be decoded on the way
-    and what `targets` add.
-
-    An image that cannot be decoded is replaced by the next one of the epoch's order, and that by
-    its next: batches keep their size, and the sample stays a function of the position. Where
-    `MAX_REPLACEMENTS` in a row (or all) fail, `failures` is all there is.
-
-    Args:
-        records: at least one; `MixedRecords` are drawn by their weights.
-        tokenizer: makes the tokens.
-        transform: makes the pixels.
-        max_length: tokens of a caption, [SOS] and [EOS] included.
-        seed: not negative.
-        targets: what the objective wants besides (`pretrain.methods.captioning.targets`).
+    Attributes:
+        record: the image and what is said of it.
+        index: of the record; None in a stream, which has no numbers.
+        image: in training `size` and `crop(box, side, flip)`, decoded when it is called; in
+            validation the whole RGB image.
+        position: of the sample; in validation that of the image's first one.
+        seed: of the run.
     """
 
-    def __init__(
-        self,
-        records: Sequence[CaptionRecord],
-        tokenizer: Tokenizer,
-        transform: TrainTransform | EvalTransform,
-        max_length: int = 30,
-        seed: int = 0,
-        targets: Sequence[SampleTarget] = (),
-    ):
-        if max_length < 3:
-            raise InputError(
-                f"MODEL.TEXTUAL.MAX_LENGTH {max_length}: a caption has [SOS], [EOS] and at least "
-                "one piece; use 3 or more."
-            )
+    record: CaptionRecord
+    index: int | None
+    image: Picture | Image.Image
+    position: int
+    seed: int
+
+    def rng(self, stream: Stream = Stream.SAMPLE, number: int = 0) -> np.random.Generator:
+        """Random numbers for one purpose; in validation of the image's sample `number`."""
+        return generator(self.seed, stream, self.position + number)
+
+
+class Samples:
+    """Make samples of images. As it is: one view of each image, and nothing of its captions.
+
+    A sample is a dict of tensors; "image" is (3, S, S) uint8 RGB, channels last in memory, and
+    "jitter" what the device does to its colours. The loader adds image_id, position and failures.
+
+    Attributes:
+        num_outputs: what the method's last layer tells apart: pieces, classes; 0: nothing.
+        padding: key -> what stands behind the shorter rows of a batch. Tensors of other keys have
+            one shape.
+        train_view, val_view: of `pretrain.transforms`.
+    """
+
+    num_outputs: int = 0
+    padding: Mapping[str, int] = {}
+
+    def __init__(self, cfg: CfgNode):
+        data = cfg.DATA
+        self.train_view = TrainTransform(
+            data.IMAGE_SIZE,
+            scale=tuple(data.CROP_SCALE),
+            ratio=tuple(data.CROP_RATIO),
+            flip=data.FLIP_PROB,
+            jitter=tuple(data.COLOR_JITTER),
+            jitter_prob=data.COLOR_JITTER_PROB,
+        )
+        self.val_view = EvalTransform(data.IMAGE_SIZE)
+
+    def train(self, visit: Visit) -> dict[str, torch.Tensor]:
+        """The sample of a visit.
+
+        Raises:
+            OSError: the image cannot be decoded; the next one takes its place.
+        """
+        pixels, _, jitter = self.train_view(visit.image, "", visit.rng())
+        return {"image": pixels, "jitter": jitter}
+
+    def val(self, visit: Visit) -> list[dict[str, torch.Tensor]]:
+        """All validation samples of an image, as many as `val_counts` says."""
+        return [{"image": self.val_view(visit.image, "")[0]}]
+
+    def val_counts(self, records: Sequence[CaptionRecord]) -> np.ndarray:
+        """(images,) int64: how many validation samples each record has."""
+        return np.ones(len(records), np.int64)
+
+    def collate(self, samples: list[dict], pin: bool = False) -> dict:
+        """Samples -> a batch; `pin`: its images in pinned memory."""
+        return collate(samples, self.padding, pin)
+
+    def identity(self) -> dict[str, str]:
+        """What gives outputs their meaning (a vocabulary's checksum): a checkpoint keeps it, and
+        what is resumed or loaded must have the same.
+        """
+        return {}
+
+
+class _Images(Dataset):
+    """Records, what is made of them, and which files were named in the log."""
+
+    def __init__(self, records: Sequence[CaptionRecord], samples: Samples, seed: int = 0):
         self.records = records
-        self.tokenizer = tokenizer
-        self.transform = transform
-        self.max_length = max_length
+        self.samples = samples
         self.seed = seed
-        self.targets = targets
-        self.order = order_of(records, seed)
         self._named: set[str] = set()
+
+    def check(self, batch: dict, full_size: int) -> None:
+        """Log each file that could not be used, once; refuse a batch that lacks samples.
+
+        Called in the process that trains: workers know neither each other nor, where they are not
+        forked, how the log is set up.
+        """
+        for path, reason in zip(batch["skipped_files"], batch["skipped_reasons"]):
+            if path not in self._named and len(self._named) < MAX_NAMED:
+                self._named.add(path)
+                logger.warning("%s: it cannot be used and is skipped: %s", path, reason)
+        if len(batch["position"]) < full_size:
+            raise InputError(
+                f"{batch['skipped_files'][0]}: neither this image nor those after it in the order "
+                f"(at most {MAX_REPLACEMENTS} are tried) can be used: "
+                f"{batch['skipped_reasons'][0]}."
+            )
+
+
+class TrainSet(_Images):
+    """Training samples by position; an image that cannot be decoded is replaced.
+
+    By the next one of the epoch's order, and that by its next: batches keep their size, and the
+    sample stays a function of the position. Where `MAX_REPLACEMENTS` in a row (or all) fail,
+    `failures` is all there is.
+
+    Args:
+        records: `MixedRecords` are drawn by their weights; empty for a stream.
+        samples: what is made of an image.
+        seed: not negative.
+    """
+
+    def __init__(self, records: Sequence[CaptionRecord], samples: Samples, seed: int = 0):
+        super().__init__(records, samples, seed)
+        self.order = order_of(records, seed)
 
     def __getitem__(self, position: int) -> dict:
         candidates = ((i, self.records[i]) for i in self.order.candidates(position))
@@ -109,76 +184,33 @@ class CaptionDataset(Dataset):
             candidates: index and record of this position's image, then of its replacements.
             failures: becomes the sample's; images that cannot be decoded are added.
         """
+        smallest_side = self.samples.train_view.smallest_side
         for index, record in itertools.islice(candidates, MAX_REPLACEMENTS):
-            # a new one for each: a file may turn out to be damaged after its crop has been drawn
-            rng = generator(self.seed, Stream.SAMPLE, position)
-            caption = record.captions[rng.integers(len(record.captions))]
             try:
-                picture = open_picture(record.image_file(), self.transform.smallest_side)
-                pixels, caption, jitter = self.transform(picture, caption, rng)
+                picture = open_picture(record.image_file(), smallest_side)
+                sample = self.samples.train(Visit(record, index, picture, position, self.seed))
             except OSError as error:
                 failures.append((record.file_name, str(error)))
                 continue
-            sample = self.sample(index, record.image_id, position, pixels, caption, failures)
-            return {**sample, "jitter": jitter}
+            added = {"image_id": record.image_id, "position": position, "failures": failures}
+            return {**sample, **added}
         return {"failures": failures}
 
-    def sample(
-        self,
-        index: int | None,
-        image_id: int | str,
-        position: int,
-        pixels: torch.Tensor,
-        caption: str,
-        failures: Failures,
-    ) -> dict:
-        """The sample of record `index` (None: of a stream), with what targets draw for it."""
-        sample = {
-            "image": pixels,
-            "caption_tokens": torch.tensor(self.encode(caption)),
-            "image_id": image_id,
-            "position": position,
-            "failures": failures,
-        }
-        for target in self.targets:
-            target.extend(sample, index, generator(self.seed, target.stream, position))
-        return sample
 
-    def read(self, record: CaptionRecord, failures: Failures) -> Image.Image | None:
-        """The record's whole image; None where there is none, and a line more in `failures`."""
-        try:
-            return read_image(record.image_file(), self.transform.smallest_side)
-        except OSError as error:
-            failures.append((record.file_name, str(error)))
-            return None
+class ValSet(_Images):
+    """Validation samples: all of every image, in order; arguments as of `TrainSet`.
 
-    def encode(self, caption: str) -> list[int]:
-        """[SOS] pieces [EOS], at most `max_length` of them."""
-        pieces = self.tokenizer.encode(caption)[: self.max_length - 2]
-        return [self.tokenizer.sos_id, *pieces, self.tokenizer.eos_id]
-
-    def name_once(self, path: str, reason: str) -> None:
-        """Log a file that could not be used, the first time that it is met."""
-        if path not in self._named and len(self._named) < MAX_NAMED:
-            self._named.add(path)
-            logger.warning("%s: it cannot be used and is skipped: %s", path, reason)
-
-
-class EveryCaption(Dataset):
-    """Validation samples: every caption of every image once (or its first one alone), in order.
-
-    An image that cannot be decoded is in `failures` of its first caption, and no sample has it.
+    An image that cannot be decoded is in `failures` of its first sample, and has no other.
     """
 
-    def __init__(self, dataset: CaptionDataset, one_caption: bool = False):
-        self._dataset = dataset
-        counts = caption_counts(dataset.records)
-        # (images + 1,) where each image's captions begin: an array, because workers would copy a
+    def __init__(self, records: Sequence[CaptionRecord], samples: Samples, seed: int = 0):
+        super().__init__(records, samples, seed)
+        # (images + 1,) where each image's samples begin: an array, because workers would copy a
         # list (see `pretrain.data.records`)
-        self._firsts = offsets(np.minimum(counts, 1) if one_caption else counts)
-        # the image decoded last: its captions follow each other
+        self._firsts = offsets(samples.val_counts(records))
+        # the image decoded last: its samples follow each other
         self._index = -1
-        self._pixels: torch.Tensor | None = None
+        self._samples: list[dict] = []
         self._failures: Failures = []
 
     def __len__(self) -> int:
@@ -187,61 +219,64 @@ class EveryCaption(Dataset):
     def __getitem__(self, position: int) -> dict:
         index = int(np.searchsorted(self._firsts, position, side="right")) - 1
         number = position - int(self._firsts[index])
-        record = self._dataset.records[index]
         if index != self._index:
-            self._index, self._failures = index, []
-            image = self._dataset.read(record, self._failures)
-            self._pixels = None if image is None else self._dataset.transform(image, "", None)[0]
+            self._samples, self._failures = self.of_image(index)
+            self._index = index
         failures = self._failures if number == 0 else []
-        if self._pixels is None:
+        if not self._samples:
             return {"failures": failures}
-        caption = record.captions[number]
-        return self._dataset.sample(
-            index, record.image_id, position, self._pixels, caption, failures
-        )
+        return {**self._samples[number], "position": position, "failures": failures}
+
+    def of_image(self, index: int) -> tuple[list[dict], Failures]:
+        """All samples of a record, and none where its image cannot be decoded."""
+        record = self.records[index]
+        try:
+            image = read_image(record.image_file(), self.samples.val_view.smallest_side)
+        except OSError as error:
+            return [], [(record.file_name, str(error))]
+        visit = Visit(record, index, image, int(self._firsts[index]), self.seed)
+        return [{**one, "image_id": record.image_id} for one in self.samples.val(visit)], []
 
 
-def collate(samples: list[dict], pin: bool = False) -> dict:
-    """Samples -> a batch; `pin`: its images in pinned memory.
+def collate(samples: list[dict], padding: Mapping[str, int], pin: bool = False) -> dict:
+    """Samples -> a batch, without those that are nothing but failures.
+
+    Args:
+        samples: of a `TrainSet` or `ValSet`.
+        padding: of `Samples`.
+        pin: whether images are put together in pinned memory.
 
     Returns:
-        image (N, 3, S, S) uint8, channels last in memory; caption_tokens (N, T) int64, padded with
-        0 to the longest; caption_lengths (N,) int64; position (N,) int64; image_id, a list of N;
-        skipped_files and skipped_reasons, lists of equal length; num_skipped, that length; and of
-        what targets add, rows padded to the longest; jitter (N, 4, 2) float32 of training samples.
-        N leaves out samples that are nothing but failures.
+        Of N samples: image (N, 3, S, S) uint8, channels last in memory, and other images likewise;
+        rows that are padded to the longest (N, T); other tensors stacked; image_id and what else is
+        no tensor as a list of N; position (N,) int64. Of all: skipped_files and skipped_reasons,
+        lists of equal length, and num_skipped, that length. Where N is 0 there are no images, nor
+        rows.
     """
     failures = [failure for sample in samples for failure in sample["failures"]]
-    samples = [sample for sample in samples if "image" in sample]
-    images = [sample["image"] for sample in samples]
-    tokens = [sample["caption_tokens"] for sample in samples]
-    added = {
-        key: torch.nn.utils.rnn.pad_sequence(
-            [sample[key] for sample in samples], batch_first=True, padding_value=padding
-        )
-        for key, padding in _PADDING.items()
-        if samples and key in samples[0]
-    }
-    for key in ("parallel", "jitter"):
-        if samples and key in samples[0]:
-            added[key] = torch.stack([sample[key] for sample in samples])
+    samples = [sample for sample in samples if "position" in sample]
+    keys = [key for key in samples[0] if key not in ("position", "failures")] if samples else []
     return {
-        "image": stack_images(images, pin)
-        if images
-        else torch.empty(0, 3, 0, 0, dtype=torch.uint8),
-        "caption_tokens": torch.nn.utils.rnn.pad_sequence(
-            tokens, batch_first=True, padding_value=Tokenizer.pad_id
-        )
-        if tokens
-        else torch.empty(0, 0, dtype=torch.int64),
-        "caption_lengths": torch.tensor([len(row) for row in tokens], dtype=torch.int64),
+        "image_id": [],
+        **{key: _together([s[key] for s in samples], padding.get(key), pin) for key in keys},
         "position": torch.tensor([sample["position"] for sample in samples], dtype=torch.int64),
-        "image_id": [sample["image_id"] for sample in samples],
         "skipped_files": [path for path, _ in failures],
         "skipped_reasons": [reason for _, reason in failures],
         "num_skipped": len(failures),
-        **added,
     }
+
+
+def _together(values: list, padding: int | None, pin: bool) -> torch.Tensor | list:
+    if not isinstance(values[0], torch.Tensor):
+        return values
+    if padding is not None:
+        return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding)
+    return stack_images(values, pin) if is_image(values[0]) else torch.stack(values)
+
+
+def is_image(value: object) -> bool:
+    """Whether a part of a sample is pixels: (C, H, W)."""
+    return isinstance(value, torch.Tensor) and value.ndim == 3
 
 
 def stack_images(images: Sequence[torch.Tensor], pin: bool = False) -> torch.Tensor:
@@ -252,37 +287,17 @@ def stack_images(images: Sequence[torch.Tensor], pin: bool = False) -> torch.Ten
     return torch.stack(rows, out=memory).permute(0, 3, 1, 2)
 
 
-class CaptionLoader(DataLoader):
-    """A DataLoader that names in the log each file that could not be decoded, once.
+class ImageLoader(DataLoader):
+    """A DataLoader that has each batch checked; `full_size`: samples that it must have, or 0."""
 
-    That is done here, in the process that trains: workers know neither each other nor, where they
-    are not forked, how the log is set up.
-
-    Args:
-        named_by: the dataset that remembers which files have been named.
-        full_size: samples that every batch must have; 0 where it may lack some.
-    """
-
-    def __init__(self, *args, named_by: CaptionDataset, full_size: int = 0, **options):
-        super().__init__(*args, **options)
-        self._named_by = named_by
+    def __init__(self, images: _Images, *args, full_size: int = 0, **options):
+        super().__init__(images, *args, collate_fn=images.samples.collate, **options)
         self._full_size = full_size
 
     def __iter__(self) -> Iterator[dict]:
         for batch in batches_of(super().__iter__):
-            check_batch(batch, self._named_by, self._full_size)
+            self.dataset.check(batch, self._full_size)
             yield batch
-
-
-def check_batch(batch: dict, named_by: CaptionDataset, full_size: int) -> None:
-    """Name what could not be used; arguments as of `CaptionLoader`."""
-    for path, reason in zip(batch["skipped_files"], batch["skipped_reasons"]):
-        named_by.name_once(path, reason)
-    if len(batch["position"]) < full_size:
-        raise InputError(
-            f"{batch['skipped_files'][0]}: neither this image nor those after it in the order (at "
-            f"most {MAX_REPLACEMENTS} are tried) can be used: {batch['skipped_reasons'][0]}."
-        )
 
 
 class _Positions(Sampler):
@@ -295,60 +310,54 @@ class _Positions(Sampler):
         self._world_size = world_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        iteration = self._start_iteration
-        while True:
+        for iteration in itertools.count(self._start_iteration):
             first = iteration * self._batch_size_total
             yield list(range(first + self._rank, first + self._batch_size_total, self._world_size))
-            iteration += 1
 
 
 def build_train_loader(
-    dataset: CaptionDataset,
+    train: TrainSet,
     batch_size_total: int,
     start_iteration: int = 0,
     num_workers: int = 0,
     pin: bool = False,
-) -> CaptionLoader:
-    """Load endless batches from an iteration on; `batch_size_total` is over all processes."""
+) -> ImageLoader:
+    """Load endless batches of this process.
+
+    Args:
+        train: makes the samples.
+        batch_size_total: over all processes.
+        start_iteration: the number of iterations done.
+        num_workers: 0 loads in this process.
+        pin: whether batches lie in pinned memory, for a GPU.
+    """
     rank, world_size = comm.get_rank(), comm.get_world_size()
-    return CaptionLoader(
-        dataset,
+    return ImageLoader(
+        train,
         batch_sampler=_Positions(batch_size_total, start_iteration, rank, world_size),
-        named_by=dataset,
         full_size=len(range(rank, batch_size_total, world_size)),
         **loader_options(num_workers, pin),
     )
 
 
-def build_eval_loader(
-    dataset: CaptionDataset,
-    batch_size: int,
-    num_workers: int = 0,
-    one_caption: bool = False,
-    pin: bool = False,
-) -> CaptionLoader:
-    """Every caption of every image once over all processes, in batches of `batch_size` each.
+def build_val_loader(
+    val: ValSet, batch_size: int, num_workers: int = 0, pin: bool = False
+) -> ImageLoader:
+    """Load every sample once over all processes, in batches of `batch_size` each.
 
     Each process takes a stretch of neighbours, so that an image is decoded once and not for each
-    of its captions. With `one_caption` the first one of each image stands for all.
+    of its samples.
     """
-    captions = EveryCaption(dataset, one_caption)
-    share, extra = divmod(len(captions), comm.get_world_size())
+    share, extra = divmod(len(val), comm.get_world_size())
     rank = comm.get_rank()
     first = rank * share + min(rank, extra)
-    return CaptionLoader(
-        captions,
-        batch_size,
-        sampler=range(first, first + share + (rank < extra)),
-        named_by=dataset,
-        **loader_options(num_workers, pin),
-    )
+    positions = range(first, first + share + (rank < extra))
+    return ImageLoader(val, batch_size, sampler=positions, **loader_options(num_workers, pin))
 
 
 def loader_options(num_workers: int, pin: bool) -> dict:
-    """DataLoader's arguments wherever captioned images are loaded; `pin` for a GPU."""
+    """DataLoader's arguments wherever images are loaded; `pin` for a GPU."""
     return {
-        "collate_fn": collate,
         "num_workers": num_workers,
         "pin_memory": pin,
         "worker_init_fn": _start_worker,

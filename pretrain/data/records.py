@@ -33,7 +33,7 @@ class CaptionRecord:
     Attributes:
         image_id: as in the annotation file; the name or the key where the format has no ids.
         file_name: absolute path of the image, or `shard.tar/key.jpg`.
-        captions: at least one, none of them blank.
+        captions: none of them blank; of images alone there are none.
         content: where a shard's image lies, or its bytes; None for a file of its own.
     """
 
@@ -188,7 +188,7 @@ class Records(Sequence[CaptionRecord]):
         kept[images] = True
         counts = np.diff(self.firsts)
         captions = captions & np.repeat(kept, counts)
-        numbers = np.add.reduceat(captions.astype(np.int64), self.firsts[:-1])[images]
+        numbers = np.diff(offsets(captions)[self.firsts])[images]
         return Records(
             self.ids.take(images),
             self.names.take(images),
@@ -218,4 +218,6 @@ def caption_counts(records: Sequence[CaptionRecord]) -> np.ndarray:
     """(images,) int64: the number of captions of each image."""
     if isinstance(records, Records):
         return np.diff(records.firsts)
+    if parts := getattr(records, "parts", None):  # a mixture's
+        return np.concatenate([caption_counts(part) for part in parts])
     return np.array([len(record.captions) for record in records], np.int64)

@@ -1,29 +1,97 @@
-"""From the config's DATA keys to records: which sources, which part of them."""
+"""From the config's DATA keys to the data of a run: which sources, which part of them."""
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from pretrain.data import (
+    IMAGES_ALONE,
     KEYED_FORMATS,
     SPLIT_FORMATS,
     CaptionRecord,
     MixedRecords,
     Records,
     Source,
+    caption_counts,
     load_records,
     take_fraction,
 )
 from pretrain.data.lanes import Plan
+from pretrain.data.loader import (
+    ImageLoader,
+    Samples,
+    TrainSet,
+    ValSet,
+    build_train_loader,
+    build_val_loader,
+)
 from pretrain.data.order import quotas
+from pretrain.data.stream import ImageStream, StreamLoader
 from pretrain.data.subset import check_subset
 from pretrain.data.tars import is_pipe, list_shards
 from virtex_d2.engine.errors import InputError
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Data:
+    """What a run trains and validates on."""
+
+    samples: Samples  # of both sets
+    train: TrainSet | None  # None to evaluate only
+    val: ValSet | None
+    stream: ImageStream | None = None  # where `train` gets its images from, if it has no records
+
+    def train_loader(self, cfg: CfgNode, start_iteration: int) -> ImageLoader | StreamLoader:
+        """Endless training batches of this process, from an iteration on."""
+        pin = cfg.MODEL.DEVICE.startswith("cuda")
+        sizes = (cfg.SOLVER.IMS_PER_BATCH, start_iteration, cfg.DATA.NUM_WORKERS, pin)
+        if self.stream is not None:
+            return StreamLoader(self.train, self.stream, *sizes)
+        return build_train_loader(self.train, *sizes)
+
+    def val_loader(self, cfg: CfgNode) -> ImageLoader:
+        """This process's share of the validation samples."""
+        pin = cfg.MODEL.DEVICE.startswith("cuda")
+        return build_val_loader(self.val, cfg.TEST.IMS_PER_BATCH, cfg.DATA.NUM_WORKERS, pin)
+
+    def identity(self) -> dict[str, Any]:
+        """What a run that goes on must find again. Data may have moved: no paths, but numbers."""
+        own = {"outputs": self.samples.num_outputs, "read from pipes": self.stream is not None}
+        if self.train is not None and self.stream is None:
+            own["training images"] = len(self.train.records)
+            own["training captions"] = int(caption_counts(self.train.records).sum())
+        return {**self.samples.identity(), **own}
+
+
+def open_data(
+    cfg: CfgNode,
+    build_samples: Callable[[CfgNode, Sequence | None, Sequence], Samples],
+    with_training_data: bool = True,
+) -> Data:
+    """Open what the config names.
+
+    Args:
+        cfg: of `pretrain.config.get_pretrain_cfg`.
+        build_samples: of `pretrain.methods.method.Method`.
+        with_training_data: False to evaluate only; then no training data is opened.
+    """
+    plan = stream_plan(cfg) if with_training_data else None
+    train = None if plan else training_records(cfg) if with_training_data else []
+    val = validation_records(cfg) if has_validation(cfg) or not with_training_data else []
+    samples = build_samples(cfg, train, val)
+    return Data(
+        samples,
+        TrainSet(train or [], samples, cfg.SEED) if with_training_data else None,
+        ValSet(val, samples, cfg.SEED) if val else None,
+        None if plan is None else ImageStream(plan),
+    )
 
 
 def training_records(cfg: CfgNode) -> Sequence[CaptionRecord]:
@@ -33,7 +101,7 @@ def training_records(cfg: CfgNode) -> Sequence[CaptionRecord]:
     if len(parts) == 1:
         return parts[0]
     for source, quota in zip(sources, quotas(weights)):
-        logger.info("%s: %.1f %% of the training samples.", source.captions, quota / 10)
+        logger.info("%s: %.1f %% of the training samples.", source.name, quota / 10)
     return MixedRecords(parts, weights)
 
 
@@ -49,16 +117,6 @@ def stream_plan(cfg: CfgNode) -> Plan | None:
         raise InputError(
             f"DATA.TRAIN_SOURCES: {name} is read from pipes and cannot be mixed with other "
             "sources. Give it alone, or download the shards."
-        )
-    if not data.TOKENIZER:
-        raise InputError(
-            f"DATA.TOKENIZER is empty: {name} is read from pipes, which have no end to train a "
-            "tokenizer on. Name one."
-        )
-    if cfg.MODEL.OBJECTIVE == "multilabel_classification":
-        raise InputError(
-            f"MODEL.OBJECTIVE multilabel_classification: {name} is read from pipes, for whose "
-            "images no labels are read. Download the shards."
         )
     if data.STREAM_LANES < 1 or data.STREAM_BLOCK < 1:
         raise InputError(
@@ -85,13 +143,19 @@ def _piped(source: Source) -> bool:
     return is_pipe(list_shards(source.captions)[0])
 
 
+def has_validation(cfg: CfgNode) -> bool:
+    """Whether the config names validation data."""
+    alone = (cfg.DATA.VAL_FORMAT or cfg.DATA.FORMAT) == IMAGES_ALONE
+    return bool(cfg.DATA.VAL_IMAGES if alone else cfg.DATA.VAL_CAPTIONS)
+
+
 def validation_records(cfg: CfgNode) -> Sequence[CaptionRecord]:
-    """What DATA.VAL_CAPTIONS names, all of it."""
+    """What DATA.VAL_CAPTIONS names, or of images alone DATA.VAL_IMAGES; all of it."""
     data = cfg.DATA
-    if not data.VAL_CAPTIONS:
+    if not has_validation(cfg):
         raise InputError(
             "DATA.VAL_CAPTIONS is empty: name the annotation file, and DATA.VAL_IMAGES its folder "
-            "of images."
+            f"of images (of DATA.FORMAT {IMAGES_ALONE} the latter alone)."
         )
     source_format = data.VAL_FORMAT or data.FORMAT
     source = _source(cfg, source_format, data.VAL_CAPTIONS, data.VAL_IMAGES, data.VAL_SPLIT)
@@ -102,10 +166,10 @@ def training_sources(cfg: CfgNode) -> tuple[list[float], list[Source]]:
     """Weight and place of each training source."""
     data = cfg.DATA
     if not data.TRAIN_SOURCES:
-        if not data.TRAIN_CAPTIONS:
+        if not data.TRAIN_CAPTIONS and data.FORMAT != IMAGES_ALONE:
             raise InputError(
                 "DATA.TRAIN_CAPTIONS is empty: name the annotation file, and DATA.TRAIN_IMAGES "
-                "its folder of images."
+                f"its folder of images (of DATA.FORMAT {IMAGES_ALONE} the latter alone)."
             )
         source = _source(cfg, data.FORMAT, data.TRAIN_CAPTIONS, data.TRAIN_IMAGES, data.TRAIN_SPLIT)
         return [1.0], [source]
@@ -143,7 +207,7 @@ def _load(source: Source, key: str) -> Records:
     turns = _main_process_first() if source.format == "webdataset" else contextlib.nullcontext()
     with turns:
         records = load_records(source, key)
-    logger.info("%s: %d images, %d captions.", source.captions, len(records), records.num_captions)
+    logger.info("%s: %d images, %d captions.", source.name, len(records), records.num_captions)
     return records
 
 
@@ -166,7 +230,7 @@ def _subset(cfg: CfgNode, source: Source, records: Records) -> Records:
         logger.info(
             "%s: of these, %d images and %d captions (DATA.FRACTION %g, DATA.CAPTIONS_PER_IMAGE "
             "%d, DATA.SUBSET_SEED %d).",
-            source.captions,
+            source.name,
             len(chosen),
             chosen.num_captions,
             data.FRACTION,

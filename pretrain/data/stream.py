@@ -10,7 +10,7 @@ is needed to go on.
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import astuple
 
 import numpy as np
@@ -19,27 +19,17 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pretrain.data.lanes import Cursor, Lane, Plan
-from pretrain.data.loader import CaptionDataset, check_batch, collate, loader_options, stack_images
+from pretrain.data.loader import TrainSet, is_image, loader_options, stack_images
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.workers import batches_of
 
-# What a worker sends of an iteration: positions, samples without their pixels, all pixels, and
-# cursors of the lanes that gave them.
-Part = tuple[list[int], list[dict], torch.Tensor, dict[int, Cursor]]
+# What a worker sends of an iteration: positions, samples without their pixels, all pixels by key,
+# and cursors of the lanes that gave them.
+Part = tuple[list[int], list[dict], dict[str, torch.Tensor], dict[int, Cursor]]
 
 
-class CaptionStream:
-    """What is read, and how far training has come in it.
-
-        stream = CaptionStream(plan)
-        stream.load_state_dict(checkpoint)          # to go on
-        for batch in StreamLoader(dataset, stream, 256): ...
-        stream.gather(iteration)                    # in all processes
-        checkpoint = stream.state_dict()
-
-    Args:
-        plan: of the lanes.
-    """
+class ImageStream:
+    """What is read, and how far training has come in it; `gather` comes before `state_dict`."""
 
     def __init__(self, plan: Plan):
         self.plan = plan
@@ -47,7 +37,7 @@ class CaptionStream:
         self._iteration = 0
 
     def gather(self, iteration: int) -> None:
-        """Bring together the cursors of all processes, after so many iterations."""
+        """Bring together the cursors of all processes after so many iterations. Collective."""
         for cursors in comm.all_gather(self.cursors):
             self.cursors.update({lane: c for lane, c in cursors.items() if self._is_ahead(lane, c)})
         self._iteration = iteration
@@ -104,18 +94,15 @@ class StreamLoader:
     the next is asked for.
 
     Args:
-        dataset: makes samples; has no records of its own.
+        train: makes samples; has no records of its own.
         stream: what is read, and from where on.
-        batch_size_total: over all processes.
-        start_iteration: the number of iterations done.
-        num_workers: no more are started than there are lanes.
-        pin: whether batches are put together in pinned memory, for a GPU.
+        others: of `build_train_loader`; no more workers are started than there are lanes.
     """
 
     def __init__(
         self,
-        dataset: CaptionDataset,
-        stream: CaptionStream,
+        train: TrainSet,
+        stream: ImageStream,
         batch_size_total: int,
         start_iteration: int = 0,
         num_workers: int = 0,
@@ -133,15 +120,16 @@ class StreamLoader:
                     "STREAM_LANES no more count than there are shards.)"
                 )
         stream.check_iteration(start_iteration)
-        self._dataset = dataset
+        self._train = train
         self._stream = stream
         self._num_parts = max(1, min(num_workers, lanes // world_size))
         self._size = batch_size_total // world_size
         places = range(rank, batch_size_total, world_size)
-        parts = _StreamParts(dataset, stream, start_iteration, batch_size_total, places)
+        parts = _StreamParts(train, stream, start_iteration, batch_size_total, places)
         self._pin = pin
         options = loader_options(self._num_parts if num_workers else 0, pin=False)
-        self._parts = DataLoader(parts, batch_size=None, **{**options, "collate_fn": None})
+        # torch's own collate_fn would make tensors of arrays again
+        self._parts = DataLoader(parts, batch_size=None, collate_fn=_unchanged, **options)
 
     def __iter__(self) -> Iterator[dict]:
         # no variable for the iterator: a traceback that is kept would keep its workers
@@ -149,11 +137,16 @@ class StreamLoader:
             samples = {}
             for positions, part, pixels, _ in received:
                 samples.update(zip(positions, _with_pixels(part, pixels)))
-            batch = collate([samples[position] for position in sorted(samples)], self._pin)
-            check_batch(batch, self._dataset, self._size)
+            in_order = [samples[position] for position in sorted(samples)]
+            batch = self._train.samples.collate(in_order, self._pin)
+            self._train.check(batch, self._size)
             for *_, cursors in received:
                 self._stream.cursors.update(cursors)
             yield batch
+
+
+def _unchanged(part: Part) -> Part:
+    return part
 
 
 class _StreamParts(IterableDataset):
@@ -165,13 +158,13 @@ class _StreamParts(IterableDataset):
 
     def __init__(
         self,
-        dataset: CaptionDataset,
-        stream: CaptionStream,
+        train: TrainSet,
+        stream: ImageStream,
         start_iteration: int,
         batch_size_total: int,
         places: range,
     ):
-        self._dataset = dataset
+        self._train = train
         self._stream = stream
         self._start_iteration = start_iteration
         self._batch_size_total = batch_size_total
@@ -195,33 +188,35 @@ class _StreamParts(IterableDataset):
                 failures = []
                 records = ((None, record) for record in lanes[number].records(failures))
                 positions.append(position)
-                samples.append(self._dataset.first_usable(position, records, failures))
-                if "image" not in samples[-1]:  # the batch will be refused: say so at once
+                samples.append(self._train.first_usable(position, records, failures))
+                if "position" not in samples[-1]:  # the batch will be refused: say so at once
                     break
             cursors = {p % plan.lanes: lanes[p % plan.lanes].cursor for p in positions}
-            hopeless = bool(samples) and "image" not in samples[-1]
+            hopeless = bool(samples) and "position" not in samples[-1]
             yield positions, *_without_pixels(samples), cursors
             if hopeless:
                 return
 
 
-def _without_pixels(samples: list[dict]) -> tuple[list[dict], torch.Tensor]:
-    """All pixels as one tensor and all other tensors as arrays: a tensor that goes to another
-    process costs a file descriptor, of which there are a thousand."""
-    pixels = [sample.pop("image") for sample in samples if "image" in sample]
+def _without_pixels(samples: list[dict]) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """Take pixels out as one tensor for each key, and make other tensors arrays: a tensor that goes
+    to another process costs a file descriptor, of which there are a thousand."""
+    usable = [sample for sample in samples if "position" in sample]
+    keys = [key for key, value in usable[0].items() if is_image(value)] if usable else []
+    pixels = {key: stack_images([sample.pop(key) for sample in usable]) for key in keys}
     return [
         {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in sample.items()}
         for sample in samples
-    ], stack_images(pixels) if pixels else torch.empty(0)
+    ], pixels
 
 
-def _with_pixels(samples: list[dict], pixels: torch.Tensor) -> Iterator[dict]:
+def _with_pixels(samples: list[dict], pixels: Mapping[str, torch.Tensor]) -> Iterator[dict]:
     """The samples as they were."""
-    images = iter(pixels)
+    images = {key: iter(of_all) for key, of_all in pixels.items()}
     for sample in samples:
         whole = {
             k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in sample.items()
         }
-        if "caption_tokens" in sample:
-            whole["image"] = next(images)
+        if "position" in sample:
+            whole |= {key: next(of_key) for key, of_key in images.items()}
         yield whole

@@ -178,7 +178,8 @@ class Forkserver:
 @functools.cache
 def shared_server() -> Forkserver:
     """The server of this test process: started by its first use, ended with the process."""
-    server = Forkserver(("torch", "pretrain.trainer", "virtex_d2.detection.trainer"))
+    modules = "pretrain.trainer", "pretrain.methods.captioning.model", "virtex_d2.detection.trainer"
+    server = Forkserver(("torch", *modules))
     atexit.register(server.__exit__)
     return server.__enter__()
 

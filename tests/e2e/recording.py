@@ -48,7 +48,7 @@ def main(args):
     setup_run(cfg, args)
     trainer = PretrainTrainer(cfg)
     trainer.resume_or_load(args.resume)
-    record(trainer, trainer.objective, lambda batch: [
+    record(trainer, trainer.method, lambda batch: [
         digest(image, tokens[tokens != 0])  # which are padded to the longest of the process
         for image, tokens in zip(batch["image"], batch["caption_tokens"])
     ])

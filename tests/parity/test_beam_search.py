@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pretrain.methods.captioning.decoding import beam_search
-from pretrain.methods.captioning.model import build_objective
+from pretrain.methods.method import build_method
 from tests.parity.test_parity import FILES, _objective_config, _weights_module
 
 MAX_WORDS = 30
@@ -24,7 +24,7 @@ def test_beam_search_matches_the_reference(file):
     weights, expected, shapes = _weights_module(), case["expected"], case["shapes"]
     cfg = _objective_config(case["overrides"])
     cfg.MODEL.TEXTUAL.MAX_LENGTH = shapes["textual.embedding.positions.weight"][0]
-    model = build_objective(cfg, shapes["textual.output.weight"][0]).eval()
+    model = build_method(cfg, shapes["textual.output.weight"][0]).eval()
     state = weights.state_dict(shapes, case["ties"], case["seed"])
     model.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()}, strict=True)
     batch = weights.batch(**case["batch"], seed=case["seed"])

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from pretrain.config import get_pretrain_cfg
-from pretrain.methods.captioning.model import build_objective
 from pretrain.methods.captioning.tokenizer import Tokenizer
+from pretrain.methods.method import build_method
 from tests.pretrain.recompute import hidden_states
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,7 +79,7 @@ def test_losses_logits_and_features_match_the_reference(case):
     cfg = _objective_config(case["overrides"])
     weights = _weights_module()
     expected = case["expected"]
-    model = build_objective(cfg, case["shapes"]["textual.output.weight"][0]).eval()
+    model = build_method(cfg, case["shapes"]["textual.output.weight"][0]).eval()
     state = weights.state_dict(case["shapes"], case["ties"], case["seed"])
     model.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()}, strict=True)
     batch = _batch(case, weights)

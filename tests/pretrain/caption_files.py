@@ -9,7 +9,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pretrain.config import get_pretrain_cfg
 from pretrain.data import CaptionRecord, Source, load_records
+from pretrain.data.loader import TrainSet
+from pretrain.methods.captioning.samples import CaptionSamples
 
 CAPTIONS = {
     "a/1.jpg": ['one dog, left of "it"', "two dogs"],
@@ -19,6 +22,17 @@ CAPTIONS = {
     "c.jpg": ["ten eleven"],
 }
 LOSSLESS = {"png": {}, "webp": {"lossless": True}}
+
+
+def caption_samples(tokenizer, size: int, targets=(), max_length: int = 30) -> CaptionSamples:
+    """Of the paper's crops at a size."""
+    cfg = get_pretrain_cfg()
+    cfg.DATA.IMAGE_SIZE, cfg.MODEL.TEXTUAL.MAX_LENGTH = size, max_length
+    return CaptionSamples(cfg, tokenizer, targets)
+
+
+def train_set(records, tokenizer, size: int = 8, seed: int = 0, targets=()) -> TrainSet:
+    return TrainSet(records, caption_samples(tokenizer, size, targets), seed)
 
 
 def write_images(root: Path, names=CAPTIONS) -> Path:

@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain import colors, optim
+from pretrain.colors import upload
 from pretrain.config import get_pretrain_cfg
-from pretrain.device import upload
 from pretrain.trainer import PretrainTrainer
 from tests.pretrain.test_trainer import options, write_captioned_images
 from tests.waits import Waits
@@ -121,7 +121,7 @@ class Broken:
             return grad * torch.nan if first <= trainer.iter <= last else grad
 
         if what == "gradient":
-            next(trainer.objective.textual.parameters()).register_hook(hook)
+            next(trainer.method.textual.parameters()).register_hook(hook)
         else:
             losses = trainer.loop.losses
             trainer.loop.losses = lambda batch: {k: hook(v) for k, v in losses(batch).items()}
@@ -143,7 +143,7 @@ def test_nan_reaches_no_weight_and_no_checkpoint_and_is_told_by_its_iteration(
     Broken(trainer, what)
     with pytest.raises(InputError, match=r"not finite at iteration 3: .*nan"):
         trainer.train()
-    tensors = [*trainer.objective.state_dict().values()]
+    tensors = [*trainer.method.state_dict().values()]
     for key in ("optimizer", "lookahead"):
         state = trainer.checkpointer.checkpointables[key].state_dict()
         tensors += state["slow"] if key == "lookahead" else [
@@ -166,13 +166,13 @@ def test_a_gradient_that_is_nan_once_leaves_the_weights_of_before(images, tmp_pa
     before = {}
 
     def keep():
-        before[trainer.iter] = [p.detach().clone() for p in trainer.objective.parameters()]
+        before[trainer.iter] = [p.detach().clone() for p in trainer.method.parameters()]
         step()
 
     step, trainer.run_step = trainer.run_step, keep
     with pytest.raises(InputError, match=f"iteration {first}"):
         trainer.train()
-    after = before.get(first + 1) or list(trainer.objective.parameters())
+    after = before.get(first + 1) or list(trainer.method.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before[first], after, strict=True))
 
 
@@ -206,6 +206,6 @@ def test_sgd_is_fused_from_torch_2_5_on_and_adamw_always(monkeypatch, version, f
     cfg = get_pretrain_cfg()
     monkeypatch.setattr(optim.torch, "__version__", torch.torch_version.TorchVersion(version))
     model = torch.nn.Linear(2, 2)
-    assert optim.build_optimizer(cfg, model).defaults["fused"] == fused
+    assert optim.build_optimizer(cfg, optim.parameter_groups(cfg, model)).defaults["fused"] == fused
     cfg.SOLVER.OPTIMIZER = "adamw"
-    assert optim.build_optimizer(cfg, model).defaults["fused"]
+    assert optim.build_optimizer(cfg, optim.parameter_groups(cfg, model)).defaults["fused"]

@@ -9,10 +9,16 @@ import pytest
 import torch
 
 from pretrain.data import FORMATS, Source, load_records
-from pretrain.data.loader import CaptionDataset, build_train_loader
+from pretrain.data.loader import build_train_loader
 from pretrain.methods.captioning.tokenizer import Tokenizer, train_tokenizer
-from pretrain.transforms import TrainTransform
-from tests.pretrain.caption_files import CAPTIONS, contents, write_all, write_csv, write_images
+from tests.pretrain.caption_files import (
+    CAPTIONS,
+    contents,
+    train_set,
+    write_all,
+    write_csv,
+    write_images,
+)
 from virtex_d2.engine.errors import InputError
 
 
@@ -34,7 +40,7 @@ def images(tmp_path) -> Path:
 
 
 def batches(source: Source, tokenizer: Tokenizer) -> list[dict]:
-    dataset = CaptionDataset(load_records(source), tokenizer, TrainTransform(16), 30, 5)
+    dataset = train_set(load_records(source), tokenizer, 16, 5)
     return list(itertools.islice(build_train_loader(dataset, 4), 5))
 
 

@@ -15,17 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pretrain.data import CaptionRecord, load_coco_captions
+from pretrain.config import get_pretrain_cfg
+from pretrain.data import CaptionRecord, Source, load_coco_captions, load_records, take_fraction
 from pretrain.data import loader as loader_module
 from pretrain.data.loader import (
-    CaptionDataset,
-    build_eval_loader,
+    Samples,
+    TrainSet,
+    ValSet,
     build_train_loader,
-    collate,
+    build_val_loader,
 )
-from pretrain.methods.captioning.baselines import unigram_entropy
+from pretrain.methods.captioning.samples import CaptionSamples, unigram_entropy
 from pretrain.methods.captioning.tokenizer import Tokenizer, train_tokenizer
-from pretrain.transforms import EvalTransform, TrainTransform, swap_sides
+from pretrain.transforms import swap_sides
+from tests.pretrain.caption_files import caption_samples, train_set
 from virtex_d2.engine.errors import InputError
 
 # more workers than cores are slow, and just what is to be tested
@@ -70,12 +73,12 @@ def damaged_records(tmp_path) -> list[CaptionRecord]:
     return records
 
 
-def training(records, tokenizer, seed: int = 3) -> CaptionDataset:
-    return CaptionDataset(records, tokenizer, TrainTransform(16), max_length=30, seed=seed)
+def training(records, tokenizer, seed: int = 3) -> TrainSet:
+    return train_set(records, tokenizer, 16, seed)
 
 
-def validation(records, tokenizer) -> CaptionDataset:
-    return CaptionDataset(records, tokenizer, EvalTransform(16), max_length=30)
+def validation(records, tokenizer) -> ValSet:
+    return ValSet(records, caption_samples(tokenizer, 16))
 
 
 def take(loader, count: int) -> list[dict]:
@@ -143,7 +146,7 @@ def test_pixels_and_captions_of_a_position_change_with_the_seed_alone(records, t
     one, other = training(records, tokenizer, 3), training(records, tokenizer, 4)
     orders = [[d[p]["image_id"] for p in range(NUM_IMAGES)] for d in (one, other)]
     assert orders[0] != orders[1]
-    same_image = CaptionDataset(records[:1], tokenizer, TrainTransform(16), 30, 3)
+    same_image = train_set(records[:1], tokenizer, 16, 3)
     views = {same_image[position]["image"].numpy().tobytes() for position in range(20)}
     assert len(views) == 20
 
@@ -202,9 +205,9 @@ def test_a_visit_draws_any_of_the_captions(records, tokenizer):
 )
 def test_a_caption_of_any_length_begins_with_sos_and_ends_with_eos(tokenizer, words, max_length):
     """Guards against truncation that drops [EOS], and with it the start of a backward caption."""
-    dataset = CaptionDataset([], tokenizer, EvalTransform(16), max_length)
+    samples = caption_samples(tokenizer, 16, max_length=max_length)
     caption = " ".join(words)
-    tokens, pieces = dataset.encode(caption), tokenizer.encode(caption)
+    tokens, pieces = samples.encode(caption), tokenizer.encode(caption)
     assert len(tokens) == min(len(pieces) + 2, max_length)
     assert (tokens[0], tokens[-1]) == (1, 2)
     assert tokens[1:-1] == pieces[: max_length - 2]
@@ -212,7 +215,7 @@ def test_a_caption_of_any_length_begins_with_sos_and_ends_with_eos(tokenizer, wo
 
 def test_captions_with_no_room_for_a_piece_are_refused_by_key(tokenizer):
     with pytest.raises(InputError, match=r"MODEL\.TEXTUAL\.MAX_LENGTH 2"):
-        CaptionDataset([], tokenizer, EvalTransform(16), 2)
+        caption_samples(tokenizer, 16, max_length=2)
 
 
 @given(lengths=st.lists(st.integers(2, 30), min_size=1, max_size=8))
@@ -221,13 +224,14 @@ def test_a_batch_is_padded_to_its_longest_caption(lengths):
         {
             "image": torch.full((3, 4, 4), i, dtype=torch.uint8),
             "caption_tokens": torch.arange(1, length + 1),
+            "caption_lengths": torch.tensor(length),
             "image_id": f"image {i}",
             "position": 10 * i,
             "failures": [],
         }
         for i, length in enumerate(lengths)
     ]
-    batch = collate(samples)
+    batch = CaptionSamples.collate(CaptionSamples, samples)
     assert batch["caption_tokens"].shape == (len(lengths), max(lengths))
     assert batch["caption_lengths"].tolist() == lengths
     for row, length in zip(batch["caption_tokens"], lengths):
@@ -309,7 +313,7 @@ def test_validation_sees_every_caption_once_in_order(
     seen = []
     for rank in range(world_size):
         as_rank(monkeypatch, rank, world_size)
-        for batch in build_eval_loader(validation(records, tokenizer), 3, workers):
+        for batch in build_val_loader(validation(records, tokenizer), 3, workers):
             assert len(batch["image"]) <= 3
             texts = [tokenizer.decode(row) for row in batch["caption_tokens"]]
             seen += zip(batch["position"].tolist(), batch["image_id"], texts)
@@ -325,10 +329,10 @@ def test_validation_pixels_are_those_of_the_image_and_decoded_once(records, toke
     )
     dataset = validation(records, tokenizer)
     by_id = {record.image_id: record for record in records}
-    for batch in build_eval_loader(dataset, 4):
+    for batch in build_val_loader(dataset, 4):
         for pixels, image_id in zip(batch["image"], batch["image_id"]):
             image = read(by_id[image_id].file_name, 16)
-            assert torch.equal(pixels, dataset.transform(image, "")[0])
+            assert torch.equal(pixels, dataset.samples.val_view(image, "")[0])
     assert reads == Counter({record.file_name: 1 for record in records})
 
 
@@ -339,7 +343,7 @@ def test_validation_leaves_damaged_images_out_and_counts_each_once(
     skipped, seen = [], Counter()
     for rank in range(world_size):
         as_rank(monkeypatch, rank, world_size)
-        for batch in build_eval_loader(validation(damaged_records, tokenizer), 2):
+        for batch in build_val_loader(validation(damaged_records, tokenizer), 2):
             skipped += batch["skipped_files"]
             seen.update(batch["image_id"])
     damaged = [damaged_records[i] for i in (2, 5)]
@@ -353,10 +357,8 @@ def test_validation_leaves_damaged_images_out_and_counts_each_once(
 def test_a_validation_batch_of_damaged_images_alone_is_empty(tmp_path, tokenizer):
     records = write_images(tmp_path)[2:3]
     Path(records[0].file_name).write_bytes(b"")
-    (batch,) = build_eval_loader(validation(records, tokenizer), 8)
-    assert batch["image"].shape[:2] == (0, 3)
-    assert batch["image"].dtype == torch.uint8
-    assert batch["caption_tokens"].shape == (0, 0)
+    (batch,) = build_val_loader(validation(records, tokenizer), 8)
+    assert len(batch["position"]) == 0
     assert batch["num_skipped"] == 1
     assert batch["skipped_files"] == [records[0].file_name]
 
@@ -367,11 +369,29 @@ def test_a_validation_batch_of_damaged_images_alone_is_empty(tmp_path, tokenizer
 def test_unigram_entropy_counts_every_token_that_is_predicted():
     """[SOS] is given, and unknown pieces (0) are padding, which the loss leaves out."""
     pieces = {"a": [4], "b": [5, 4], "unknown a": [0, 4]}
-    words = SimpleNamespace(pad_id=0, sos_id=1, eos_id=2, encode=pieces.__getitem__)
+    words = SimpleNamespace(pad_id=0, sos_id=1, eos_id=2, vocab_size=6, encode=pieces.__getitem__)
     records = [CaptionRecord(0, "", ("a", "b")), CaptionRecord(1, "", ("unknown a",))]
     share = np.array([3, 1, 3]) / 7  # of 4, of 5 and of [EOS]
     expected = -(share * np.log(share)).sum()
     assert unigram_entropy(validation(records, words)) == pytest.approx(expected)
+
+
+# Images of which nothing is said
+
+
+def test_images_alone_are_read_in_fractions_and_one_view_is_a_sample(tmp_path):
+    write_images(tmp_path)
+    records = load_records(Source("images", "", str(tmp_path)))
+    assert [record.captions for record in records] == [()] * NUM_IMAGES
+    half = take_fraction(records, 0.5, captions_per_image=1)
+    assert {record.file_name for record in half} < {record.file_name for record in records}
+    cfg = get_pretrain_cfg()
+    cfg.DATA.IMAGE_SIZE = 16
+    samples = Samples(cfg)
+    batch = take(build_train_loader(TrainSet(half, samples, 1), BATCH), 1)[0]
+    assert batch["image"].shape == (BATCH, 3, 16, 16)
+    assert batch["jitter"].shape == (BATCH, 4, 2)
+    assert sum(len(b["image"]) for b in build_val_loader(ValSet(records, samples), 3)) == NUM_IMAGES
 
 
 # Real photographs
@@ -381,7 +401,7 @@ def test_real_photographs_and_captions_make_whole_batches(real_data, tmp_path):
     coco = real_data / "coco"
     records = load_coco_captions(coco / "annotations" / "captions_pretrain.json", coco / "val2017")
     train_tokenizer((text for r in records for text in r.captions), 4000, tmp_path / "t.model")
-    dataset = CaptionDataset(records, Tokenizer(tmp_path / "t.model"), TrainTransform(112), 30, 1)
+    dataset = train_set(records, Tokenizer(tmp_path / "t.model"), 112, 1)
     by_id = {record.image_id: record for record in records}
     for batch in take(build_train_loader(dataset, 32), 3):
         assert batch["image"].shape == (32, 3, 112, 112)
@@ -392,6 +412,8 @@ def test_real_photographs_and_captions_make_whole_batches(real_data, tmp_path):
         ):
             assert row[length - 1] == 2
             written = by_id[image_id].captions
-            possible = [dataset.encode(text) for text in written + tuple(map(swap_sides, written))]
+            possible = [
+                dataset.samples.encode(text) for text in written + tuple(map(swap_sides, written))
+            ]
             assert row[:length].tolist() in possible
     assert 5.1 < unigram_entropy(dataset) < 5.4

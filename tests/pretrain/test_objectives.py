@@ -6,13 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.config import get_pretrain_cfg
-from pretrain.methods.captioning.model import (
-    build_objective,
-    label_loss,
-    reverse_captions,
-    token_labels,
-)
+from pretrain.methods.captioning.model import reverse_captions, token_labels
 from pretrain.methods.captioning.packed_decoder import Words, word_places
+from pretrain.methods.classification.classifier import label_loss
+from pretrain.methods.method import build_method
 from tests.pretrain import recompute
 from virtex_d2.engine.errors import InputError
 
@@ -43,7 +40,7 @@ def caption_batch(captions: list[list[int]], length: int = 12, image_size: int =
 @pytest.fixture(scope="module")
 def bicaptioner():
     torch.manual_seed(0)
-    return build_objective(small_config(), VOCAB).eval()
+    return build_method(small_config(), VOCAB).eval()
 
 
 @given(st.lists(st.lists(st.integers(4, VOCAB - 1), max_size=10), min_size=1, max_size=4))
@@ -93,7 +90,7 @@ def test_words_without_padding_have_the_states_that_torchs_decoder_gives_them(no
     cfg = small_config()
     cfg.MODEL.TEXTUAL.NORM, cfg.MODEL.TEXTUAL.NUM_LAYERS = norm, layers
     torch.manual_seed(0)
-    head = build_objective(cfg, VOCAB).eval().textual
+    head = build_method(cfg, VOCAB).eval().textual
     batch = caption_batch([[5, 6, 7], [], [8, 0, 9, 10, 11, 12, 13, 14, 15, 16], [9]])
     visual_tokens = torch.randn(4, 5, 64)
     packed, words = packed_states(head, batch, visual_tokens)
@@ -126,7 +123,7 @@ def test_what_fills_words_up_to_a_multiple_changes_no_loss_and_no_gradient(
     if objective != "masked_lm":
         cfg.MODEL.CAPTIONING.LABEL_SMOOTHING = 0.1
     torch.manual_seed(0)
-    model = build_objective(cfg, VOCAB).double()
+    model = build_method(cfg, VOCAB).double()
     captions = random_captions(count, seed=count)
     captions[0] = [5, 0, 6]
     batch = masked_batch(captions, hidden=1) | {"parallel": torch.arange(count) % 3 == 0}
@@ -150,7 +147,7 @@ def test_what_fills_words_up_to_a_multiple_changes_no_loss_and_no_gradient(
 def test_batches_of_other_captions_give_products_of_the_same_few_shapes():
     torch.manual_seed(0)
     for objective, most in (("bicaptioning", 2), ("masked_lm", 2)):
-        model = build_objective(small_config(objective), VOCAB)
+        model = build_method(small_config(objective), VOCAB)
         rows = set()
         model.textual.output.register_forward_hook(
             lambda _, given, __, rows=rows: rows.add(given[0].shape[0])
@@ -173,7 +170,7 @@ def test_every_parameter_of_the_backbone_gets_a_gradient():
     torch.manual_seed(0)
     cfg = small_config()
     cfg.MODEL.VISUAL.ZERO_INIT_RESIDUAL = False  # a zero scale stops the gradient of its branch
-    model = build_objective(cfg, VOCAB)
+    model = build_method(cfg, VOCAB)
     sum(model(caption_batch([[5, 6], [7, 8, 9]])).values()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -184,7 +181,7 @@ def test_a_captioner_learns_to_tell_two_images_apart():
     torch.manual_seed(0)
     cfg = small_config("captioning")
     cfg.MODEL.TEXTUAL.DROPOUT = 0.0
-    model = build_objective(cfg, VOCAB)
+    model = build_method(cfg, VOCAB)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     batch = caption_batch([[5, 6], [7, 8]], image_size=32)
     for _ in range(60):
@@ -209,7 +206,7 @@ def test_a_config_that_cannot_be_built_is_refused_by_key(key, value, message):
     cfg = small_config()
     cfg.merge_from_list([key, value])
     with pytest.raises(InputError, match=message):
-        build_objective(cfg, VOCAB)
+        build_method(cfg, VOCAB)
 
 
 # The other tasks
@@ -228,7 +225,7 @@ def masked_batch(captions: list[list[int]], hidden: int = 2, length: int = 12) -
 @pytest.fixture(scope="module")
 def masked_model():
     torch.manual_seed(0)
-    return build_objective(small_config("masked_lm"), VOCAB).eval()
+    return build_method(small_config("masked_lm"), VOCAB).eval()
 
 
 def test_masked_words_are_predicted_from_both_sides_and_not_from_themselves(masked_model):
@@ -250,7 +247,7 @@ def test_captions_with_nothing_to_hide_cost_nothing(masked_model):
     batch["masked_labels"].zero_()
     loss = masked_model(batch)["loss_masked_lm"]
     assert loss.item() == 0
-    assert masked_model.num_predictions(batch) == 0
+    assert masked_model.count(batch) == 0
     loss.backward()  # one process of many may have such a batch
 
 
@@ -271,7 +268,7 @@ def test_token_labels_are_the_words_once_and_no_special_piece():
 
 def test_multilabel_classification_reads_the_labels_and_counts_labelled_images():
     torch.manual_seed(0)
-    model = build_objective(small_config("multilabel_classification"), 3).eval()
+    model = build_method(small_config("multilabel_classification"), 3).eval()
     batch = caption_batch([[5], [6], [7]])
     batch["labels"] = torch.tensor([[0, 2], [1, -1], [-1, -1]])
     logits = model.textual(model.visual(batch["image"]))
@@ -279,11 +276,11 @@ def test_multilabel_classification_reads_the_labels_and_counts_labelled_images()
         logits, torch.tensor([[True, False, True], [False, True, False], [False] * 3])
     )
     torch.testing.assert_close(model(batch)["loss_classification"], expected)
-    assert model.num_predictions(batch) == 2
+    assert model.count(batch) == 2
 
 
 def test_backward_captioning_is_the_backward_half_of_bicaptioning(bicaptioner):
-    model = build_objective(small_config("backward_captioning"), VOCAB).eval()
+    model = build_method(small_config("backward_captioning"), VOCAB).eval()
     state = bicaptioner.state_dict()
     own = {
         name: state[name.replace("textual.", "backward_textual.", 1)]
@@ -306,7 +303,7 @@ def test_a_row_that_is_read_at_once_sees_all_of_its_words_and_others_none_behind
     """Of equal words, as [MASK]s are, the states depend on position and length alone."""
     cfg = small_config("captioning")
     torch.manual_seed(0)
-    head = build_objective(cfg, VOCAB).eval().textual
+    head = build_method(cfg, VOCAB).eval().textual
     batch = caption_batch([[5, 6, 7], [8, 9, 10], [8, 9]])
     batch["caption_tokens"][:2, :5] = 3
     visual_tokens = torch.randn(1, 4, 64).expand(3, 4, 64)
@@ -327,7 +324,7 @@ def test_any_share_of_a_batch_may_be_predicted_at_once(parallel):
     cfg = small_config()
     cfg.MODEL.TEXTUAL.DROPOUT = 0.0
     torch.manual_seed(0)
-    model = build_objective(cfg, VOCAB).train()
+    model = build_method(cfg, VOCAB).train()
     batch = {**caption_batch([[5, 6, 7], [8, 9, 10]]), "parallel": torch.tensor(parallel)}
     losses = model(batch)
     plain = model({key: value for key, value in batch.items() if key != "parallel"})
@@ -349,7 +346,7 @@ def test_additions_change_training_and_leave_validation_comparable():
         cfg.MODEL.CAPTIONING.CLASSIFICATION_WEIGHT = weight
         cfg.MODEL.CAPTIONING.LABEL_SMOOTHING = smoothing
         torch.manual_seed(0)
-        model = build_objective(cfg, VOCAB)
+        model = build_method(cfg, VOCAB)
         losses[weight, smoothing] = (model.train()(batch), model.eval()(batch))
     plain, with_labels, smoothed = losses.values()
     assert set(with_labels[0]) - set(plain[0]) == {"loss_classification"}
@@ -371,4 +368,4 @@ def test_additions_that_cannot_be_are_refused(objective, key, value, message):
     cfg = small_config(objective)
     cfg.MODEL.CAPTIONING[key] = value
     with pytest.raises(InputError, match=message):
-        build_objective(cfg, VOCAB)
+        build_method(cfg, VOCAB)

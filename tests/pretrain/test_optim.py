@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pretrain.config import get_pretrain_cfg
-from pretrain.methods.captioning.model import build_objective
+from pretrain.methods.method import build_method
 from pretrain.optim import (
     Lookahead,
     build_lr_scheduler,
@@ -28,7 +28,7 @@ def cfg():
 
 @pytest.fixture(scope="module")
 def model(cfg):
-    return build_objective(cfg, 50)
+    return build_method(cfg, 50)
 
 
 def test_each_parameter_is_in_one_group_with_its_rate_and_decay(cfg, model):
@@ -57,7 +57,7 @@ def test_the_schedule_warms_up_linearly_and_ends_at_zero(cfg, model):
     assert warmup_cosine(1000, 100, 1000) == pytest.approx(0)
     small = cfg.clone()
     small.SOLVER.MAX_ITER, small.SOLVER.WARMUP_ITERS = 20, 4
-    optimizer = build_optimizer(small, model)
+    optimizer = build_optimizer(small, parameter_groups(small, model))
     scheduler = build_lr_scheduler(small, optimizer)
     rates = []
     for _ in range(20):
@@ -75,7 +75,7 @@ def test_the_schedule_warms_up_linearly_and_ends_at_zero(cfg, model):
 def test_both_optimizers_use_the_groups(cfg, model, name):
     own = cfg.clone()
     own.SOLVER.OPTIMIZER = name
-    optimizer = build_optimizer(own, model)
+    optimizer = build_optimizer(own, parameter_groups(own, model))
     assert [group["name"] for group in optimizer.param_groups] == [
         group["name"] for group in parameter_groups(own, model)
     ]
@@ -91,14 +91,14 @@ def test_an_update_is_one_kernel_except_under_a_loss_scaler_that_skips_updates(
 ):
     own = cfg.clone()
     own.SOLVER.OPTIMIZER, own.SOLVER.AMP.ENABLED, own.SOLVER.AMP.DTYPE = name, enabled, dtype
-    assert build_optimizer(own, model).defaults["fused"] is fused
+    assert build_optimizer(own, parameter_groups(own, model)).defaults["fused"] is fused
 
 
 def test_an_unknown_optimizer_is_refused_with_the_nearest_name(cfg, model):
     own = cfg.clone()
     own.SOLVER.OPTIMIZER = "adam"
     with pytest.raises(InputError, match="Did you mean 'adamw'"):
-        build_optimizer(own, model)
+        build_optimizer(own, parameter_groups(own, model))
 
 
 def _train(layer, optimizer, iterations):

@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 
 from pretrain.config import get_pretrain_cfg
 from pretrain.data import CaptionRecord, MixedRecords, Records, take_fraction
-from pretrain.data.loader import CaptionDataset, build_train_loader
+from pretrain.data.loader import build_train_loader
 from pretrain.data.order import BLOCK, Epochs, Mixture, quotas
 from pretrain.data.records import PackedText, caption_counts
 from pretrain.data.sources import training_records
-from pretrain.methods.captioning.targets import MaskedWords, ParallelPrediction
+from pretrain.methods.captioning.samples import MaskedWords, ParallelPrediction
 from pretrain.methods.captioning.tokenizer import Tokenizer, train_tokenizer
-from pretrain.transforms import TrainTransform
-from tests.pretrain.caption_files import write_all
+from tests.pretrain.caption_files import train_set, write_all
 from virtex_d2.engine.errors import InputError
 
 # more workers than cores are slow, and just what is to be tested
@@ -250,7 +249,7 @@ def tokenizer(tmp_path_factory, sources) -> Tokenizer:
 
 def batches(records, tokenizer, start: int = 0, workers: int = 0, count: int = 6) -> list[dict]:
     targets = (MaskedWords(tokenizer.vocab_size, 0.3, 0.6, 0.3), ParallelPrediction(0.5))
-    dataset = CaptionDataset(records, tokenizer, TrainTransform(8), 30, 2, targets)
+    dataset = train_set(records, tokenizer, 8, 2, targets)
     loader = build_train_loader(dataset, 8, start, workers)
     return list(itertools.islice(loader, count - start))
 

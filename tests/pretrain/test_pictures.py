@@ -5,7 +5,6 @@ from PIL import Image
 
 from pretrain.methods.captioning.captioner import load_captioner
 from pretrain.methods.captioning.decoding import Decoded, build_decode
-from pretrain.methods.captioning.model import build_objective
 from pretrain.methods.captioning.pictures import (
     PANEL,
     PictureFolder,
@@ -13,6 +12,7 @@ from pretrain.methods.captioning.pictures import (
     caption_pictures,
     join_pieces,
 )
+from pretrain.methods.method import build_method
 from tests.pretrain.tiny_run import tiny_config, write_run
 from virtex_d2.engine.errors import InputError
 
@@ -150,6 +150,6 @@ def test_tensorboard_gets_a_picture_for_each_sample_and_the_model_keeps_its_mode
 
 
 def test_an_objective_that_cannot_caption_has_no_pictures(captioner):
-    model = build_objective(tiny_config("masked_lm"), 70)
+    model = build_method(tiny_config("masked_lm"), 70)
     assert caption_pictures(model, captioner.tokenizer, samples(captioner, 1)) == []
     assert caption_pictures(captioner.model, captioner.tokenizer, []) == []

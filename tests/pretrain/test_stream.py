@@ -17,14 +17,13 @@ from hypothesis import strategies as st
 from pretrain.config import get_pretrain_cfg
 from pretrain.data import lanes as lanes_module
 from pretrain.data.lanes import Cursor, Lane, Plan
-from pretrain.data.loader import CaptionDataset
 from pretrain.data.sources import stream_plan
-from pretrain.data.stream import CaptionStream, StreamLoader
+from pretrain.data.stream import ImageStream, StreamLoader
 from pretrain.data.tars import stream_members
+from pretrain.methods.captioning.samples import load_or_train_tokenizer
 from pretrain.methods.captioning.tokenizer import Tokenizer, train_tokenizer
 from pretrain.trainer import PretrainTrainer
-from pretrain.transforms import TrainTransform
-from tests.pretrain.caption_files import write_images, write_shards, write_tar
+from tests.pretrain.caption_files import train_set, write_images, write_shards, write_tar
 from virtex_d2.engine.errors import InputError
 
 # more workers than cores are slow, and just what is to be tested
@@ -80,11 +79,11 @@ def batches(
     plan: Plan, tokenizer: Tokenizer, count: int = 8, workers: int = 0, state: dict | None = None
 ) -> tuple[list[dict], dict]:
     """Batches up to iteration `count`, and the state after the last."""
-    stream, start = CaptionStream(plan), 0
+    stream, start = ImageStream(plan), 0
     if state:
         stream.load_state_dict(state)
         start = state["iteration"]
-    dataset = CaptionDataset([], tokenizer, TrainTransform(8), 30, plan.seed)
+    dataset = train_set([], tokenizer, 8, plan.seed)
     loader = iter(StreamLoader(dataset, stream, BATCH, start, workers))
     found = list(itertools.islice(loader, count - start))
     stream.gather(count)
@@ -217,10 +216,10 @@ def as_rank(monkeypatch, rank: int, world_size: int) -> None:
 def test_a_run_of_two_goes_on_as_one(shards, tokenizer, monkeypatch):
     plan = plan_of(shards)
     expected, _ = batches(plan, tokenizer)
-    streams = [CaptionStream(plan) for _ in range(2)]
+    streams = [ImageStream(plan) for _ in range(2)]
     for rank, stream in enumerate(streams):
         as_rank(monkeypatch, rank, 2)
-        dataset = CaptionDataset([], tokenizer, TrainTransform(8), 30, plan.seed)
+        dataset = train_set([], tokenizer, 8, plan.seed)
         list(itertools.islice(StreamLoader(dataset, stream, BATCH), 3))
     monkeypatch.setattr(comm, "all_gather", lambda own: [stream.cursors for stream in streams])
     streams[0].gather(3)
@@ -249,11 +248,11 @@ def test_a_state_of_another_stream_or_iteration_is_refused(shards, tokenizer):
     ]
     for other, key in others:
         with pytest.raises(InputError, match=key):
-            CaptionStream(other).load_state_dict(state)
-    stream = CaptionStream(plan)
+            ImageStream(other).load_state_dict(state)
+    stream = ImageStream(plan)
     stream.load_state_dict(state)
     with pytest.raises(InputError, match=r"for 2 iterations.*of 3"):
-        StreamLoader(CaptionDataset([], tokenizer, TrainTransform(8)), stream, BATCH, 3)
+        StreamLoader(train_set([], tokenizer), stream, BATCH, 3)
 
 
 def test_lanes_that_do_not_go_into_the_processes_are_refused(shards, tokenizer, monkeypatch):
@@ -361,7 +360,6 @@ def test_the_config_gives_the_plan():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"TOKENIZER": ""}, "DATA.TOKENIZER"),
         ({"STREAM_LANES": 0}, "DATA.STREAM_LANES 0"),
         ({"STREAM_BLOCK": 0}, "DATA.STREAM_BLOCK 0"),
         ({"FRACTION": 0.0}, "DATA.FRACTION 0"),
@@ -374,6 +372,12 @@ def test_the_config_gives_the_plan():
 def test_what_a_stream_cannot_do_is_refused(changes, message):
     with pytest.raises(InputError, match=message):
         stream_plan(config("pipe:cat a.tar", **changes))
+
+
+def test_a_stream_has_no_end_to_train_a_tokenizer_on():
+    cfg = config("pipe:cat a.tar", TOKENIZER="")
+    with pytest.raises(InputError, match="DATA.TOKENIZER is empty: pipe:cat a.tar"):
+        load_or_train_tokenizer(cfg, None)
 
 
 # A whole run

@@ -8,36 +8,32 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from pretrain.config import get_pretrain_cfg
-from pretrain.data.loader import collate
-from pretrain.methods.captioning.baselines import label_entropy
-from pretrain.methods.captioning.targets import (
-    LabelsOfImage,
-    MaskedWords,
-    ParallelPrediction,
-    sample_targets,
+from pretrain.data import CaptionRecord
+from pretrain.data.loader import Visit
+from pretrain.methods.captioning.model import Captioning, MaskedLanguageModel
+from pretrain.methods.captioning.samples import CaptionSamples, MaskedWords, ParallelPrediction
+from pretrain.methods.classification.labels import (
+    ImageLabels,
+    LabelSamples,
+    check_same_classes,
+    entropy_of_labels,
 )
-from pretrain.methods.classification.labels import ImageLabels, check_same_classes
 from virtex_d2.engine.errors import InputError
 
 VOCAB = 50
 
 
-def sample_of(words: list[int]) -> dict:
-    return {
-        "image": torch.zeros(3, 2, 2, dtype=torch.uint8),
-        "caption_tokens": torch.tensor([1, *words, 2]),
-        "image_id": 0,
-        "position": 0,
-        "failures": [],
-    }
+def extended(target, words: list[int], seed: int = 0) -> dict:
+    tokens = torch.tensor([1, *words, 2])
+    added = target(tokens, np.random.default_rng(seed))
+    return {"caption_tokens": tokens, "position": 0, "failures": [], **added}
 
 
-def extended(target, words: list[int], seed: int = 0, index: int = 0) -> dict:
-    sample = sample_of(words)
-    target.extend(sample, index, np.random.default_rng(seed))
-    return sample
+def collate(samples: list[dict]) -> dict:
+    return CaptionSamples.collate(CaptionSamples, samples)
 
 
 # Hidden words
@@ -101,11 +97,10 @@ def test_so_many_samples_are_predicted_at_once_as_the_share_says():
 
 def test_objectives_get_the_targets_they_read():
     cfg = get_pretrain_cfg()
-    assert sample_targets(cfg, VOCAB, None) == ()
+    assert Captioning.targets(cfg, VOCAB) == []
     cfg.MODEL.CAPTIONING.PARALLEL_SHARE = 0.5
-    assert isinstance(sample_targets(cfg, VOCAB, None)[0], ParallelPrediction)
-    cfg.MODEL.OBJECTIVE = "masked_lm"
-    assert isinstance(sample_targets(cfg, VOCAB, None)[0], MaskedWords)
+    assert isinstance(Captioning.targets(cfg, VOCAB)[0], ParallelPrediction)
+    assert isinstance(MaskedLanguageModel.targets(cfg, VOCAB)[0], MaskedWords)
 
 
 # Classes of the image
@@ -142,15 +137,29 @@ def test_labels_are_matched_by_file_name_and_may_be_none(write):
     assert [labels[i].tolist() for i in range(len(labels))] == [[1], [], [0, 1], []]
     assert (labels.num_unlabelled, labels.num_unlisted) == (2, 1)
 
-    samples = [extended(LabelsOfImage(labels), [5], index=i) for i in range(4)]
-    assert collate(samples)["labels"].tolist() == [[1, -1], [-1, -1], [0, 1], [-1, -1]]
+
+def test_labels_and_a_view_are_the_sample_of_an_image_that_needs_no_caption(write):
+    cfg = get_pretrain_cfg()
+    cfg.DATA.IMAGE_SIZE, cfg.DATA.VAL_LABELS = 8, str(write(instances()))
+    records = [CaptionRecord(i, f"/data/{i}.jpg", ()) for i in (5, 4, 3, 9)]
+    samples = LabelSamples(cfg, [], records)
+    assert samples.num_outputs == 2
+    image = Image.new("RGB", (12, 9))
+    made = [samples.val(Visit(r, i, image, i, 0)) for i, r in enumerate(records)]
+    whole = [{**one, "position": 0, "failures": []} for (one,) in made]
+    batch = samples.collate(whole)
+    assert batch["labels"].tolist() == [[1, -1], [-1, -1], [0, 1], [-1, -1]]
+    assert batch["image"].shape == (4, 3, 8, 8)
+    cfg.DATA.TRAIN_CAPTIONS = "pipe:cat a.tar"
+    with pytest.raises(InputError, match="a.tar is read from pipes, for whose images no labels"):
+        LabelSamples(cfg, None, records)
 
 
 def test_the_baseline_of_labels_is_what_the_best_constant_answer_costs(write):
     labels = ImageLabels(write(instances()), ["3.jpg", "4.jpg", "5.jpg"])
     # rows {cat, kite} and {kite}: the mean shares are 1/4 and 3/4
     expected = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
-    assert label_entropy(None, labels) == pytest.approx(expected)
+    assert entropy_of_labels(labels[i] for i in range(3)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from pretrain.data import Records, Source, load_records
-from pretrain.data.loader import CaptionDataset, build_train_loader
+from pretrain.data.loader import build_train_loader
 from pretrain.methods.captioning.tokenizer import Tokenizer, train_tokenizer
-from pretrain.transforms import TrainTransform
-from tests.pretrain.caption_files import write_images
+from tests.pretrain.caption_files import train_set, write_images
 from virtex_d2.engine.errors import InputError
 
 OTHERS = [None, True, 3, 7.0, 0.5, 1e400, 10**30, "", "3", "b.jpg", "more", "\ud800"]
@@ -93,7 +92,7 @@ def source(folder: Path, kind: str, content: bytes | str | dict) -> Source:
 def reach_first_batch(source: Source, tokenizer: Tokenizer) -> Records:
     records = load_records(source)
     assert all(type(image_id) in (int, str) for image_id in (r.image_id for r in records))
-    dataset = CaptionDataset(records, tokenizer, TrainTransform(8), 30, 5)
+    dataset = train_set(records, tokenizer, 8, 5)
     batch = next(iter(build_train_loader(dataset, 2)))
     assert len(batch["image"]) == 2
     return records

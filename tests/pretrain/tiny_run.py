@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from pretrain.config import get_pretrain_cfg
-from pretrain.methods.captioning.model import build_objective
 from pretrain.methods.captioning.tokenizer import train_tokenizer
+from pretrain.methods.method import build_method
 
 CAPTIONS = [
     "a man rides a horse on the beach",
@@ -35,7 +35,7 @@ def write_run(folder: Path, objective: str = "bicaptioning") -> Path:
     cfg = tiny_config(objective)
     cfg.OUTPUT_DIR = str(folder)
     torch.manual_seed(0)
-    model = build_objective(cfg, VOCAB)
+    model = build_method(cfg, VOCAB)
     for parameter in model.textual.parameters():  # so that words differ clearly in probability
         nn.init.normal_(parameter, std=0.3)
     train_tokenizer(CAPTIONS, VOCAB, folder / "tokenizer.model")

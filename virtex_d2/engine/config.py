@@ -107,7 +107,8 @@ def _merge_mapping(root: CfgNode, node: CfgNode, content: dict, prefix: str) -> 
             else:
                 yield f"{full_key} is a group of keys; found {_described(value)}"
         elif key not in node and node.is_new_allowed():
-            node[key] = type(node)(value) if isinstance(value, dict) else value
+            group = isinstance(value, dict)
+            node[key] = type(node)(value, new_allowed=True) if group else value
         else:
             yield from _set(root, full_key, value)
 

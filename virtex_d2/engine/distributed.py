@@ -77,7 +77,7 @@ def describe() -> list[str]:
     return list(_description)
 
 
-def wrap_ddp(model: nn.Module) -> nn.Module:
+def wrap_ddp(model: nn.Module, unused_parameters: bool = False) -> nn.Module:
     """The model in DistributedDataParallel, on its own device; as it is where there is one process.
 
     Buffers (norm statistics) are not broadcast: each process keeps its own, as in detectron2.
@@ -86,7 +86,8 @@ def wrap_ddp(model: nn.Module) -> nn.Module:
     after the first one of every start, and of more than two processes the place of a gradient
     decides in which order its parts are added: a resumed run would differ from one that was not
     stopped. torch keeps the buckets as they are where it looks for unused parameters. On GPUs,
-    where sums differ from run to run anyway, that search is not worth its time.
+    where sums differ from run to run anyway, that search is not worth its time, unless a step may
+    leave `unused_parameters`, on which torch raises otherwise.
     """
     from detectron2.engine import create_ddp_model
 
@@ -98,7 +99,7 @@ def wrap_ddp(model: nn.Module) -> nn.Module:
         # GPU alone has it as the first, whatever its rank.
         device_ids=None if device.type == "cpu" else [device.index],
         broadcast_buffers=False,
-        find_unused_parameters=fixed_buckets,
+        find_unused_parameters=fixed_buckets or unused_parameters,
         gradient_as_bucket_view=True,  # or each gradient is held twice
     )
 

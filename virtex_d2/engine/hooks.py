@@ -222,17 +222,19 @@ class BestCheckpoint(HookBase):
     """Keeps the model whose validation was best so far. Stands behind `Evaluation`.
 
     Args:
-        metric: a recorded value, "val/loss"; the lowest is the best.
+        metric: a recorded value, "val/loss".
         keep: (iterations done) -> None, writes the model; called in every process.
+        highest: whether the highest value is the best, and not the lowest.
     """
 
-    def __init__(self, metric: str, keep: Callable[[int], None]):
-        self._metric, self._keep = metric, keep
-        self._best, self._best_iteration = math.inf, -1
+    def __init__(self, metric: str, keep: Callable[[int], None], highest: bool = False):
+        self._metric, self._keep, self._highest = metric, keep, highest
+        self._best, self._best_iteration = -math.inf if highest else math.inf, -1
 
     def after_step(self) -> None:
-        value, when = self.trainer.storage.latest().get(self._metric, (math.inf, -1))
-        if when == self.trainer.iter and value < self._best:
+        value, when = self.trainer.storage.latest().get(self._metric, (math.nan, -1))
+        better = value > self._best if self._highest else value < self._best
+        if when == self.trainer.iter and better:
             self._best, self._best_iteration = value, self.trainer.iter + 1
             self._keep(self._best_iteration)
             logger.info("Best %s so far: %.4g; kept as model_best.pth.", self._metric, value)

@@ -14,11 +14,13 @@ from torch import nn
 
 from pretrain.colors import normalize
 from pretrain.config import get_pretrain_cfg
+from pretrain.export import load_weights
 from pretrain.methods.captioning.decoding import Decode, Decoded
-from pretrain.methods.captioning.model import Captioning, build_objective
+from pretrain.methods.captioning.model import Captioning
+from pretrain.methods.captioning.samples import tokenizer_identity
 from pretrain.methods.captioning.tokenizer import Tokenizer
+from pretrain.methods.method import build_method
 from pretrain.transforms import EvalTransform
-from pretrain.weights import load_weights
 from virtex_d2.engine.config import load_config
 from virtex_d2.engine.device import resolve_device
 from virtex_d2.engine.errors import InputError
@@ -125,7 +127,7 @@ def load_captioner(
     pieces = Tokenizer(tokenizer_file)
     objective = build_captioning(cfg, pieces.vocab_size)
     try:
-        load_weights(objective, checkpoint, pieces)
+        load_weights(objective, checkpoint, tokenizer_identity(pieces))
     except InputError as error:
         _check_vocabulary(checkpoint, tokenizer_file, pieces.vocab_size, error)
         raise
@@ -140,7 +142,7 @@ def can_caption(objective: nn.Module) -> bool:
 
 def build_captioning(cfg: CfgNode, vocab_size: int) -> Captioning:
     """The config's objective, of random weights."""
-    objective = build_objective(cfg, vocab_size)
+    objective = build_method(cfg, vocab_size)
     if not can_caption(objective):
         raise InputError(
             f"MODEL.OBJECTIVE {cfg.MODEL.OBJECTIVE} cannot caption: it has no decoder that "

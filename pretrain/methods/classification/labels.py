@@ -1,19 +1,27 @@
 """The classes of the objects in an image, from COCO instances files, for multi-label learning."""
 
+import logging
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+import torch
+from detectron2.config import CfgNode
 
+from pretrain.data import CaptionRecord
+from pretrain.data.loader import Samples, Visit
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import read_json
+
+logger = logging.getLogger(__name__)
 
 
 class ImageLabels:
     """Classes by record: `labels[i]` is the sorted int64 array of those that image i shows.
 
-    Images are matched by the name of their file, because captions come from formats that know no
-    image ids. One that the instances file does not list has no labels, as has one without objects.
+    Images are matched by the name of their file: most formats know no ids. One that the instances
+    file does not list has no labels, as has one without objects.
 
     Args:
         json_path: a COCO instances file; crowds count as well.
@@ -57,9 +65,9 @@ class ImageLabels:
         self.num_unlisted = sum(name not in images for name in names)
         if self.num_unlisted == len(names):
             raise InputError(
-                f"{json_path}: it lists none of the {len(names)} captioned images, of which the "
+                f"{json_path}: it lists none of the {len(names)} images, of which the "
                 f"first is {names[0] if names else '-'}; its own first is "
-                f"{next(iter(images), '-')}. Captions and labels must be of the same images."
+                f"{next(iter(images), '-')}. Images and labels must be of one data set."
             )
         rows = [sorted(classes_of.get(images.get(name), ())) for name in names]
         self.num_unlabelled = sum(not row for row in rows)
@@ -72,6 +80,78 @@ class ImageLabels:
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self._classes[self._ends[index] : self._ends[index + 1]]
+
+
+class LabelSamples(Samples):
+    """Views of images with their classes: `labels` (K,) int64, of DATA.TRAIN_LABELS' file."""
+
+    padding = {"labels": -1}
+
+    def __init__(
+        self, cfg: CfgNode, train: Sequence[CaptionRecord] | None, val: Sequence[CaptionRecord]
+    ):
+        super().__init__(cfg)
+        if train is None:
+            raise InputError(
+                f"MODEL.OBJECTIVE {cfg.MODEL.OBJECTIVE}: {cfg.DATA.TRAIN_CAPTIONS} is read from "
+                "pipes, for whose images no labels are read. Download the shards."
+            )
+        self.train_labels = _open_labels(cfg, "TRAIN", train) if train else None
+        self.val_labels = _open_labels(cfg, "VAL", val) if val else None
+        if self.train_labels and self.val_labels:
+            check_same_classes(self.train_labels, self.val_labels, cfg.DATA.VAL_LABELS)
+        self.num_outputs = len((self.train_labels or self.val_labels).class_names)
+
+    def train(self, visit: Visit) -> dict[str, torch.Tensor]:
+        rng = visit.rng()
+        rng.integers(max(1, len(visit.record.captions)))  # runs of old have drawn a caption first
+        pixels, _, jitter = self.train_view(visit.image, "", rng)
+        labels = torch.from_numpy(self.train_labels[visit.index])
+        return {"image": pixels, "jitter": jitter, "labels": labels}
+
+    def val(self, visit: Visit) -> list[dict[str, torch.Tensor]]:
+        (view,) = super().val(visit)
+        return [{**view, "labels": torch.from_numpy(self.val_labels[visit.index])}]
+
+
+def _open_labels(cfg: CfgNode, split: str, records: Sequence[CaptionRecord]) -> ImageLabels:
+    path = cfg.DATA[f"{split}_LABELS"]
+    if not path:
+        raise InputError(
+            f"DATA.{split}_LABELS is empty: multilabel_classification learns the classes of a COCO "
+            f"instances file of the images of DATA.{split}_CAPTIONS."
+        )
+    labels = ImageLabels(path, (record.file_name for record in records))
+    logger.log(
+        logging.WARNING if labels.num_unlisted else logging.INFO,
+        "%s: %d classes; %d of %d images have no label, %d of these are not in the file. Images "
+        "without a label count for nothing in the loss.",
+        path,
+        len(labels.class_names),
+        labels.num_unlabelled,
+        len(labels),
+        labels.num_unlisted,
+    )
+    return labels
+
+
+def entropy_of_labels(rows: Iterable[Iterable[int]]) -> float:
+    """Loss in nats of the best classifier that answers the same for every image.
+
+    With q the answer, the mean over labelled rows of the mean over a row's labels of -log q is
+    smallest for q = the mean share of each label.
+    """
+    shares: Counter[int] = Counter()
+    for row in rows:
+        for label in row:
+            shares[int(label)] += 1 / len(row)
+    return entropy(shares)
+
+
+def entropy(counts: Counter[int]) -> float:
+    """In nats."""
+    share = np.array(list(counts.values())) / sum(counts.values())
+    return float(-(share * np.log(share)).sum())
 
 
 def check_same_classes(train: ImageLabels, val: ImageLabels, val_path: str) -> None:

@@ -1,0 +1,20 @@
+"""The command `tools/pretrain_net.py`: pretrain, resume or evaluate what a config describes."""
+
+import argparse
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run in each process; arguments of `virtex_d2.engine.cli.argument_parser`."""
+    from pretrain.config import load_pretrain_config
+    from pretrain.trainer import PretrainTrainer
+    from virtex_d2.engine.run import setup_run
+
+    cfg = load_pretrain_config(args.config_file, args.opts)
+    setup_run(cfg, args)
+    trainer = PretrainTrainer(cfg, with_training_data=not args.eval_only)
+    if args.eval_only:
+        trainer.load_for_evaluation()
+        trainer.evaluate()
+    else:
+        trainer.resume_or_load(resume=args.resume)
+        trainer.train()

@@ -1,0 +1,173 @@
+"""The contract of a pretraining method: what differs between methods, and nothing else.
+
+MODEL.OBJECTIVE names one: a word of `METHODS`, or "package.module:Class" for anybody's. The
+trainer builds it, loads its data, trains, validates, resumes and exports it; docs/methods.md has
+an example.
+"""
+
+import importlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+from torch import nn
+
+from pretrain import optim
+from pretrain.backbone import VisualBackbone
+from pretrain.colors import normalize, upload
+from pretrain.data import CaptionRecord
+from pretrain.data.loader import Samples, ValSet
+from pretrain.export import Exported, export_backbone
+from virtex_d2.engine.errors import InputError, nearest
+
+_WORDS = "pretrain.methods.captioning.model"
+_LABELS = "pretrain.methods.classification.classifier"
+METHODS = {
+    "bicaptioning": f"{_WORDS}:Captioning",
+    "captioning": f"{_WORDS}:ForwardCaptioning",
+    "backward_captioning": f"{_WORDS}:BackwardCaptioning",
+    "masked_lm": f"{_WORDS}:MaskedLanguageModel",
+    "token_classification": f"{_WORDS}:TokenClassification",
+    "multilabel_classification": f"{_LABELS}:MultilabelClassification",
+}
+
+Batch = dict[str, torch.Tensor]
+
+
+class Method(nn.Module):
+    """One way to pretrain a network. Must have `losses`, `__init__` and `forward`; may have more.
+
+    An update sees one batch whole: what compares a batch's instances may rely on that.
+
+    Attributes:
+        losses: names that `forward` gives, "loss_..."; their sum is minimised, each is validated.
+        metrics: further numbers of `measure`, of which the highest is the best: "psnr".
+        unused_parameters: whether a step may leave some without a gradient: heads in turn.
+        fresh: prefixes of tensors that MODEL.WEIGHTS does not give: new heads on a trained network.
+    """
+
+    losses: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+    unused_parameters: bool = False
+    fresh: tuple[str, ...] = ()
+
+    def __init__(self, cfg: CfgNode, num_outputs: int):
+        """Build the network on the CPU; `num_outputs` is that of the samples."""
+        super().__init__()
+
+    @staticmethod
+    def add_config(cfg: CfgNode) -> None:
+        """Add the method's own group of keys, with their defaults."""
+
+    @staticmethod
+    def check(cfg: CfgNode) -> None:
+        """Refuse what cannot be, before data is opened."""
+
+    @classmethod
+    def build_samples(
+        cls, cfg: CfgNode, train: Sequence[CaptionRecord] | None, val: Sequence[CaptionRecord]
+    ) -> Samples:
+        """What is made of an image; `train` is None where it comes from pipes. Empty: not used."""
+        return Samples(cfg)
+
+    def prepare(self, batch: dict) -> Batch:
+        """Bring a loader's batch to the device, and make of its bytes what the network sees."""
+        device = next(self.parameters()).device
+        jitter = batch.get("jitter")  # is read on the host
+        ready = {key: value for key, value in batch.items() if isinstance(value, int)}
+        for key, value in batch.items():
+            if isinstance(value, torch.Tensor) and key != "jitter":
+                ready[key] = upload(value, device)
+        # as the backbone wants pixels: it would move them otherwise
+        last = getattr(getattr(self, "visual", None), "channels_last", False)
+        layout = torch.channels_last if last else torch.contiguous_format
+        return {**ready, "image": normalize(ready["image"], jitter, layout)}
+
+    def forward(self, batch: Batch) -> Batch:
+        """{"loss_...": scalar} of a prepared batch, in which "iteration" counts updates."""
+        raise NotImplementedError
+
+    def count(self, batch: Batch) -> int:
+        """How many items a loss is a mean of."""
+        return len(batch["image"])
+
+    def measure(self, batch: Batch) -> dict[str, tuple[torch.Tensor, int]]:
+        """Numbers of a validation batch: name -> mean and how many items it is a mean of."""
+        count = self.count(batch)
+        return {name: (loss, count) for name, loss in self(batch).items()}
+
+    def summarize(self, means: Mapping[str, float], val: ValSet) -> dict[str, float]:
+        """Numbers that follow from a validation's means, and what a blind model would reach."""
+        return {}
+
+    def pictures(self, val: ValSet, count: int) -> list[tuple[str, np.ndarray]]:
+        """Name and (3, H, W) uint8 of pictures for TensorBoard, of `count` validation images."""
+        return []
+
+    def parameter_groups(self, cfg: CfgNode) -> list[dict]:
+        """An optimizer's groups, each with a `name`; the rate of "cnn..." is logged on its own."""
+        return optim.parameter_groups(cfg, self)
+
+    @staticmethod
+    def export(state: Batch, cfg: CfgNode) -> dict[str, Exported]:
+        """OUTPUT_DIR/<name>.safetensors -> its content, of this method's state dict."""
+        backbone = export_backbone(state, cfg)
+        return {"backbone": backbone} if backbone.tensors else {}
+
+
+def gather_instances(own: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """(N, ...) -> (world size * N, ...) of all processes, with gradients; and where its own begin.
+
+    Collective: for training, where all processes have batches of one size. As gradients are means
+    over processes, a loss over all instances is the mean over a process's own rows.
+    """
+    if comm.get_world_size() == 1:
+        return own, 0
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(own.contiguous())), comm.get_rank() * len(own)
+
+
+def find_method(cfg: CfgNode) -> type[Method]:
+    """The class that MODEL.OBJECTIVE names, which has nothing against the config."""
+    method = import_method(cfg.MODEL.OBJECTIVE)
+    method.check(cfg)
+    return method
+
+
+def import_method(name: str) -> type[Method]:
+    """The class of a word of `METHODS`, or of "package.module:Class"."""
+    module, colon, attribute = METHODS.get(name, name).partition(":")
+    if not colon:
+        raise InputError(
+            f"MODEL.OBJECTIVE: {name!r} is not one of {', '.join(METHODS)}, nor of the form "
+            "package.module:Class." + nearest(name, METHODS)
+        )
+    try:
+        method = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"MODEL.OBJECTIVE {name}: cannot be imported: {error}. Is its folder on PYTHONPATH?"
+        ) from error
+    if not (isinstance(method, type) and issubclass(method, Method)):
+        raise InputError(f"MODEL.OBJECTIVE {name}: expected a subclass of Method.")
+    return method
+
+
+def build_method(cfg: CfgNode, num_outputs: int = 0) -> Method:
+    """The config's method with random weights, on the CPU."""
+    return find_method(cfg)(cfg, num_outputs)
+
+
+def build_visual(cfg: CfgNode) -> VisualBackbone:
+    """The ResNet that MODEL.VISUAL describes; named `visual` in a method, it can be exported."""
+    visual = cfg.MODEL.VISUAL
+    return VisualBackbone(
+        visual.NAME,
+        visual.ZERO_INIT_RESIDUAL,
+        visual.CHANNELS_LAST,
+        visual.RECOMPUTE,
+        visual.COMPILE,
+    )
