@@ -8,7 +8,7 @@ import torchvision
 from detectron2.config import CfgNode
 
 import virtex_d2
-from pretrain.colors import PIXEL_MEAN, PIXEL_STD
+from pretrain.transforms import PIXEL_MEAN, PIXEL_STD
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import write_safetensors
 

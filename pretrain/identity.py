@@ -2,7 +2,7 @@
 
 from detectron2.config import CfgNode
 
-from pretrain.data import caption_counts
+from pretrain.data.records import caption_counts
 from pretrain.methods.captioning.samples import PretrainData
 from pretrain.weights import TOKENIZER_KEY
 from virtex_d2.engine.errors import InputError

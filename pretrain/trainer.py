@@ -21,8 +21,7 @@ from detectron2.engine import hooks
 from detectron2.utils import comm
 from torch import nn
 
-from pretrain.colors import normalize
-from pretrain.compilation import require_compiler
+from pretrain.backbone import require_compiler
 from pretrain.data.loader import EveryCaption
 from pretrain.device import Readings, upload
 from pretrain.export import export_backbone
@@ -44,6 +43,7 @@ from pretrain.methods.captioning.pictures import caption_pictures
 from pretrain.methods.captioning.samples import PretrainData, build_data
 from pretrain.methods.captioning.tokenizer import Tokenizer
 from pretrain.optim import Lookahead, build_lr_scheduler, build_optimizer, step_where_finite
+from pretrain.transforms import normalize
 from pretrain.validation import check_metric, validate
 from pretrain.weights import load_weights
 from virtex_d2.engine.background import StateWriter

@@ -16,10 +16,9 @@ from detectron2.utils import comm
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pretrain.crops import open_picture
-from pretrain.data import CaptionRecord, caption_counts
 from pretrain.data.order import order_of
-from pretrain.data.records import offsets
+from pretrain.data.records import CaptionRecord, caption_counts, offsets
+from pretrain.jpeg import open_picture
 from pretrain.methods.captioning.targets import SampleTarget
 from pretrain.methods.captioning.tokenizer import Tokenizer
 from pretrain.randomness import Stream, generator
@@ -48,7 +47,7 @@ class CaptionDataset(Dataset):
 
     `dataset[position]` is a dict with
         image           (3, S, S) uint8, RGB, channels last in memory
-        jitter          (4, 2) float32, what the device does to its colours (`pretrain.colors`)
+        jitter          (4, 2) float32, what the device does to its colours (`pretrain.transforms`)
         caption_tokens  (T,) int64: [SOS] pieces [EOS], T <= max_length; a caption that is too long
                         loses its end and keeps its [EOS]
         image_id        of the record

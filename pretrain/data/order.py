@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from pretrain.data import CaptionRecord, MixedRecords
+from pretrain.data.records import CaptionRecord, MixedRecords
 from pretrain.randomness import Stream, generator
 from virtex_d2.engine.errors import InputError
 

@@ -7,20 +7,11 @@ from collections.abc import Iterator, Sequence
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from pretrain.data import (
-    KEYED_FORMATS,
-    SPLIT_FORMATS,
-    CaptionRecord,
-    MixedRecords,
-    Records,
-    Source,
-    load_records,
-    take_fraction,
-)
+from pretrain.data.formats import KEYED_FORMATS, SPLIT_FORMATS, Source, load_records
 from pretrain.data.lanes import Plan
 from pretrain.data.order import quotas
-from pretrain.data.subset import check_subset
-from pretrain.data.tars import is_pipe, list_shards
+from pretrain.data.records import CaptionRecord, MixedRecords, Records, check_subset, take_fraction
+from pretrain.data.shards import is_pipe, list_shards
 from virtex_d2.engine.errors import InputError
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pretrain.data import CaptionRecord, Source, load_records
+from pretrain.data.formats import Source, load_records
+from pretrain.data.records import CaptionRecord
 
 CAPTIONS = {
     "a/1.jpg": ['one dog, left of "it"', "two dogs"],

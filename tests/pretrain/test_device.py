@@ -8,7 +8,8 @@ import torch
 from detectron2.utils.events import EventStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain import colors, optim
+from pretrain import optim
+from pretrain import transforms as colors
 from pretrain.config import get_pretrain_cfg
 from pretrain.device import Readings, upload
 from pretrain.trainer import PretrainTrainer

@@ -15,14 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pretrain.data import CaptionRecord, load_coco_captions
 from pretrain.data import loader as loader_module
+from pretrain.data.formats import load_coco_captions
 from pretrain.data.loader import (
     CaptionDataset,
     build_eval_loader,
     build_train_loader,
     collate,
 )
+from pretrain.data.records import CaptionRecord
 from pretrain.methods.captioning.baselines import unigram_entropy
 from pretrain.methods.captioning.tokenizer import Tokenizer, train_tokenizer
 from pretrain.transforms import EvalTransform, TrainTransform, swap_sides

@@ -18,9 +18,9 @@ from pretrain.config import get_pretrain_cfg
 from pretrain.data import lanes as lanes_module
 from pretrain.data.lanes import Cursor, Lane, Plan
 from pretrain.data.loader import CaptionDataset
+from pretrain.data.shards import stream_members
 from pretrain.data.sources import stream_plan
 from pretrain.data.stream import CaptionStream, StreamLoader
-from pretrain.data.tars import stream_members
 from pretrain.methods.captioning.tokenizer import Tokenizer, train_tokenizer
 from pretrain.trainer import PretrainTrainer
 from pretrain.transforms import TrainTransform

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.data import Records, Source, load_records
+from pretrain.data.formats import Source, load_records
 from pretrain.data.loader import CaptionDataset, build_train_loader
+from pretrain.data.records import Records
 from pretrain.methods.captioning.tokenizer import Tokenizer, train_tokenizer
 from pretrain.transforms import TrainTransform
 from tests.pretrain.caption_files import write_images

@@ -12,12 +12,11 @@ from detectron2.config import CfgNode
 from PIL import Image
 from torch import nn
 
-from pretrain.colors import normalize
 from pretrain.config import get_pretrain_cfg
 from pretrain.methods.captioning.decoding import Decode, Decoded
 from pretrain.methods.captioning.model import Captioning, build_objective
 from pretrain.methods.captioning.tokenizer import Tokenizer
-from pretrain.transforms import EvalTransform
+from pretrain.transforms import EvalTransform, normalize
 from pretrain.weights import load_weights
 from virtex_d2.engine.config import load_config
 from virtex_d2.engine.device import resolve_device
@@ -121,6 +120,7 @@ def load_captioner(
     cfg = load_config(
         get_pretrain_cfg(), _beside(folder, "config.yaml", config_file, "--config-file"), None
     )
+    cfg.MODEL.VISUAL.RECOMPUTE = ""  # concerns training alone
     given = tokenizer or (cfg.DATA.TOKENIZER if os.path.isfile(cfg.DATA.TOKENIZER) else "")
     tokenizer_file = _beside(folder, "tokenizer.model", given, "--tokenizer")
     pieces = Tokenizer(tokenizer_file)

@@ -30,8 +30,13 @@ from fvcore.common.registry import Registry
 from torch import nn
 
 from pretrain.backbone import VisualBackbone
-from pretrain.methods.captioning.packed_decoder import Words, places, word_places
-from pretrain.methods.captioning.textual_head import PADDING, TextualHead
+from pretrain.methods.captioning.textual_head import (
+    PADDING,
+    TextualHead,
+    Words,
+    places,
+    word_places,
+)
 from pretrain.methods.captioning.tokenizer import SPECIAL_PIECES, Tokenizer
 from virtex_d2.engine.errors import InputError, nearest
 

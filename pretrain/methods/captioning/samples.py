@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from pretrain.data import CaptionRecord
 from pretrain.data.loader import CaptionDataset, CaptionLoader, build_train_loader
+from pretrain.data.records import CaptionRecord
 from pretrain.data.sources import stream_plan, training_records, validation_records
 from pretrain.data.stream import CaptionStream, StreamLoader
 from pretrain.methods.captioning.baselines import label_entropy, unigram_entropy
 from pretrain.methods.captioning.targets import sample_targets
-from pretrain.methods.captioning.tokenizer import Tokenizer, train_tokenizer
-from pretrain.methods.captioning.vocabulary import merge_warning
+from pretrain.methods.captioning.tokenizer import Tokenizer, merge_warning, train_tokenizer
 from pretrain.methods.classification.labels import ImageLabels, check_same_classes
 from pretrain.transforms import EvalTransform, TrainTransform
 from virtex_d2.engine.errors import InputError
