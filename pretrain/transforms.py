@@ -2,9 +2,10 @@
 
 VirTex's recipe (arXiv 2006.06666, section 3.3). The host draws all that is random, from the
 generator that is passed in, so that a sample can be made again; and sends bytes. Jitter is
-torchvision's ColorJitter on floats, batched: torchvision's own functions, an image at a time, are
-a tenth of a GPU's step. It works on each image for itself, so that the result does not depend on
-what else is in the batch: sums, the only place where it could, are taken over whole numbers.
+torchvision's ColorJitter on floats, in kernels for batches: torchvision's own functions, an image
+at a time, take four times as long on a CPU. It works on each image for itself, so that the result
+does not depend on what else is in the batch: sums, the only place where it could, are taken over
+whole numbers.
 """
 
 import functools
