@@ -12,7 +12,7 @@ A run that was stopped or killed goes on with the same command. Images that cann
 named and left out; the exit code is then 1.
 """
 
-from pretrain.data.prepare import main
+from pretrain.data.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main(__doc__))

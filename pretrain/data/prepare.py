@@ -5,7 +5,6 @@ again where it is newer than its result; files appear whole, so that a run that 
 is taken up by the next. Imports no torch, which every process of the pool would wait for.
 """
 
-import argparse
 import dataclasses
 import io
 import json
@@ -27,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from virtex_d2.engine.atomic import TEMPORARY_PREFIX, atomic_path
-from virtex_d2.engine.errors import InputError, exit_on_input_error
+from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.folders import image_suffix, images_in
 from virtex_d2.engine.images import read_image
 from virtex_d2.engine.parent import end_with_parent
@@ -279,46 +278,3 @@ def _begin_worker(parent: int) -> None:
     """Leave Ctrl-C to the parent process, and do not outlive it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent(signal.SIGKILL, parent)
-
-
-def main(description: str) -> int:
-    """Run tools/prepare_images.py; returns its exit code."""
-    signal.signal(signal.SIGTERM, _end)
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--images", required=True, help="folder of images, with its subfolders")
-    parser.add_argument("--output", required=True, help="folder for the same names")
-    parser.add_argument("--shorter-side", type=int, default=320, help="pixels; default 320")
-    parser.add_argument("--quality", type=int, default=90, help="of JPEGs, 1 to 95; default 90")
-    cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--workers", type=int, default=cores, help="processes; default: one a core")
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        with exit_on_input_error():
-            settings = Settings(args.shorter_side, args.quality)
-            outcomes = prepare_folder(args.images, args.output, settings, args.workers)
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    counts = Counter(outcome.what for outcome in outcomes)
-    before, after = (
-        sum(getattr(outcome, which) for outcome in outcomes) / 1e6
-        for which in ("bytes_before", "bytes_after")
-    )
-    print(
-        f"{args.output}: {counts['resized']} images resized, {counts['copied']} copied, "
-        f"{counts['unreadable']} unreadable; {counts['already']} were there before; "
-        f"{before:.1f} MB -> {after:.1f} MB"
-    )
-    if set(counts) == {"copied"}:
-        print(
-            f"No shorter side has more than {args.shorter_side} pixels: the copies load no faster. "
-            "--shorter-side says otherwise, for another folder."
-        )
-    return 1 if counts["unreadable"] else 0
-
-
-def _end(number: int, frame: object) -> None:
-    """End as Ctrl-C does: with all processes, and with nothing half-written left."""
-    raise SystemExit(128 + number)

@@ -160,9 +160,9 @@ class DecoderLayer(nn.TransformerDecoderLayer):
         cache: Cache | None,
     ) -> torch.Tensor:
         attention = self.self_attn
-        x = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)  # (P or N, B; 3 H)
-        grid = words.unpack(x) if cache is None else x.unsqueeze(2)  # (N, T or N, B, 1; 3 H)
-        query, *pairs = _heads(grid, 3, attention.num_heads)  # (N or N, B; A, T, D) each
+        x = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)  # (P, 3 H) or (N, B, 3 H)
+        grid = words.unpack(x) if cache is None else x.unsqueeze(2)  # (N, T, 3 H) or (N, B, 1, 3 H)
+        query, *pairs = _heads(grid, 3, attention.num_heads)  # (N, A, T, D) or (N, B, A, 1, D)
         if cache is not None:
             pairs = cache.append(pairs)  # each word is the newest itself or before it: no mask
         x = F.scaled_dot_product_attention(
@@ -173,7 +173,7 @@ class DecoderLayer(nn.TransformerDecoderLayer):
             # padding stands behind the words: no word sees it
             is_causal=visible is None and cache is None,
         )
-        grid = x.transpose(-3, -2).flatten(-2)  # (N, T or N, B, 1; H)
+        grid = x.transpose(-3, -2).flatten(-2)  # (N, T, H) or (N, B, 1, H)
         return attention.out_proj(words.pack(grid) if cache is None else grid.squeeze(2))
 
     def _cross_attention(
