@@ -16,12 +16,11 @@ from detectron2.utils import comm
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pretrain.data.order import order_of
+from pretrain.data.order import Stream, generator, order_of
 from pretrain.data.records import CaptionRecord, caption_counts, offsets
 from pretrain.jpeg import open_picture
 from pretrain.methods.captioning.targets import SampleTarget
 from pretrain.methods.captioning.tokenizer import Tokenizer
-from pretrain.randomness import Stream, generator
 from pretrain.transforms import EvalTransform, TrainTransform
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.images import read_image

@@ -127,15 +127,6 @@ def test_a_reader_that_has_enough_ends_it_without_a_traceback(run_folder, images
     assert (process.wait(60), errors) == (-signal.SIGPIPE, "")
 
 
-@pytest.mark.parametrize("name", ["caption_images", "evaluate_captions", "build_vocabulary"])
-def test_help_does_not_wait_for_torch(run_python, name):
-    result = run_python("-X", "importtime", TOOLS / f"{name}.py", "--help")
-    assert result.returncode == 0
-    assert "usage:" in result.stdout
-    assert "argparse" in result.stderr
-    assert "torch" not in result.stderr
-
-
 def test_captions_are_scored_from_end_to_end(call, run_python, run_folder, shapes_world, tmp_path):
     images, references = (
         shapes_world / "images" / "test",

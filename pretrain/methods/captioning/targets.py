@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 
+from pretrain.data.order import Stream
 from pretrain.methods.captioning.tokenizer import SPECIAL_PIECES, Tokenizer
 from pretrain.methods.classification.labels import ImageLabels
-from pretrain.randomness import Stream
 from virtex_d2.engine.errors import InputError
 
 
