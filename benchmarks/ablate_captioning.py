@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from pretrain.backbone import VisualBackbone  # noqa: E402
-from pretrain.colors import normalize  # noqa: E402
+from pretrain.transforms import normalize  # noqa: E402
 from virtex_d2.engine.files import read_safetensors  # noqa: E402
 from virtex_d2.studies.shapes.draw import COLORS, PATTERNS  # noqa: E402
 from virtex_d2.studies.shapes.world import CLASSES, render  # noqa: E402

@@ -29,7 +29,7 @@ from benchmarks import finetune_step, pretrain_step
 from benchmarks.measuring import machine, peak_memory, resident_memory
 from benchmarks.open_annotations import write_annotations
 from benchmarks.rounds import count, spread
-from pretrain.data import load_coco_captions
+from pretrain.data.formats import load_coco_captions
 
 CPU = torch.device("cpu")
 FORK = multiprocessing.get_context("fork")

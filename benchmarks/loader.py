@@ -5,7 +5,7 @@ other things meanwhile), at crops of 224 pixels with the recipe's augmentation:
 
     plain       originals by OpenCV: decode, random resized crop, flip, the four jitters of
                 ColorJitter on bytes, float32, less the mean, over the standard deviation
-    originals   the same files by `pretrain.crops`: crop and flip, in bytes
+    originals   the same files by `pretrain.jpeg`: crop and flip, in bytes
     prepared    likewise, after tools/prepare_images.py
     samples     prepared, and all else that is in a batch: captions, tokens, collation
 
@@ -34,17 +34,15 @@ from PIL import Image, ImageOps
 
 from benchmarks.measuring import machine
 from benchmarks.rounds import count
-from pretrain.colors import PIXEL_MEAN, PIXEL_STD, normalize
 from pretrain.config import get_pretrain_cfg
-from pretrain.crops import open_picture
-from pretrain.data import load_coco_captions
+from pretrain.data.formats import load_coco_captions
 from pretrain.data.loader import TrainSet, build_train_loader, stack_images
 from pretrain.data.prepare import Settings, prepare_image
 from pretrain.data.records import Records
-from pretrain.jpeg import Box
+from pretrain.jpeg import Box, open_picture
 from pretrain.methods.captioning.samples import CaptionSamples
 from pretrain.methods.captioning.tokenizer import Tokenizer, train_tokenizer
-from pretrain.transforms import TrainTransform
+from pretrain.transforms import PIXEL_MEAN, PIXEL_STD, TrainTransform, normalize
 from virtex_d2.engine.images import read_image
 
 SIZE, BATCH = 224, 32

@@ -22,7 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pretrain.data import CaptionRecord, load_coco_captions  # noqa: E402
+from pretrain.data.formats import load_coco_captions  # noqa: E402
+from pretrain.data.records import CaptionRecord  # noqa: E402
 
 NUM_IMAGES, CAPTIONS_PER_IMAGE, WORDS_PER_CAPTION = 118_000, 5, 10
 REPEATS = 3

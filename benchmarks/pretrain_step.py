@@ -21,11 +21,11 @@ import torch
 from benchmarks.measuring import Clock, ceilings, machine, peak_memory, resident_memory
 from benchmarks.plain import PlainBicaptioner
 from benchmarks.rounds import count, ratios, split, spread, take_turns
-from pretrain.colors import PIXEL_MEAN, PIXEL_STD, draw_jitter, normalize, upload
+from pretrain.backbone import BLOCKS
 from pretrain.config import get_pretrain_cfg
 from pretrain.methods.method import build_method
 from pretrain.optim import Lookahead, build_optimizer
-from pretrain.recomputation import BLOCKS, NORMS
+from pretrain.transforms import PIXEL_MEAN, PIXEL_STD, draw_jitter, normalize, upload
 from virtex_d2.engine.loop import step_where_finite
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, help="default: torch's choice")
     parser.add_argument(
         "--recompute",
-        choices=("", NORMS, BLOCKS),
+        choices=("", BLOCKS),
         default="",
         help="what ours computes again in the backward pass (default: nothing)",
     )

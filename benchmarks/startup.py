@@ -163,7 +163,7 @@ def _processor_seconds(pid: int) -> float:
 
 def _measure_annotations(rounds: int) -> dict:
     from benchmarks.open_annotations import baseline, write_annotations
-    from pretrain.data import load_coco_captions
+    from pretrain.data.formats import load_coco_captions
 
     ways: dict[str, Callable] = {
         "json.load and a list": baseline,

@@ -33,9 +33,8 @@ _C.MODEL.VISUAL.NAME = "resnet50"
 _C.MODEL.VISUAL.ZERO_INIT_RESIDUAL = True
 # NHWC memory layout: faster convolutions on CPUs and tensor cores, same results up to rounding.
 _C.MODEL.VISUAL.CHANNELS_LAST = True
-# Compute again in the backward pass instead of keeping: batch norm and ReLU within each block
-# ("norms"), or whole blocks ("blocks"); "" is nothing. The same numbers with less memory and more
-# time (docs/performance.md).
+# Compute whole blocks again in the backward pass instead of keeping them ("blocks"); "" is nothing.
+# The same numbers with less memory and more time (docs/performance.md).
 _C.MODEL.VISUAL.RECOMPUTE = ""
 # Train what torch.compile makes of the backbone: other rounding, minutes at the start. It is not
 # known to be faster anywhere: `tools/benchmark.py pretrain --compile` tells for a machine.

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 import virtex_d2
-from pretrain.colors import PIXEL_MEAN, PIXEL_STD
+from pretrain.transforms import PIXEL_MEAN, PIXEL_STD
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import read_checkpoint, write_safetensors
 

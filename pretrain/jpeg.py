@@ -1,4 +1,4 @@
-"""Decode no more of a JPEG than a crop of it needs.
+"""Images of which crops are taken: plain JPEGs by decoding no more than a crop needs, others whole.
 
 Nearly all of a training sample's time is entropy decoding, so that what a crop leaves out should
 not be decoded. Three things of the format allow that. Its 8 x 8 blocks are frequencies: an image of
@@ -13,12 +13,19 @@ orientation, CMYK, damage, ...) is left to `virtex_d2.engine.images`, which says
 """
 
 import functools
+import io
 import threading
 from dataclasses import dataclass
+from typing import BinaryIO, Protocol
 
+import cv2
 import numpy as np
 import simplejpeg
+import torch
 from PIL import ExifTags, Image
+from torch.nn.functional import interpolate
+
+from virtex_d2.engine.images import read_image
 
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels; x1 and y1 are outside
 
@@ -33,6 +40,86 @@ _FEWEST = 8
 # Decoded bytes up to which memory is kept for the next image. What is asked for anew is mapped page
 # by page, each time.
 _KEPT = 3 * 4_000_000
+
+
+class Picture(Protocol):
+    """An image that has a size, and crops that are decoded when they are asked for."""
+
+    size: tuple[int, int]  # width, height in pixels
+
+    def crop(self, box: Box, side: int, flip: bool = False) -> np.ndarray:
+        """The box as a (side, side, 3) uint8 RGB array, mirrored if asked for.
+
+        Raises:
+            OSError: the image cannot be decoded.
+        """
+
+
+class DecodedPicture:
+    """A picture that is in memory: an RGB image."""
+
+    def __init__(self, image: Image.Image):
+        self._image = image
+        self.size = image.size
+
+    def crop(self, box: Box, side: int, flip: bool = False) -> np.ndarray:
+        return _square(np.array(self._image.crop(box)), side, flip)
+
+
+class NotPlainError(Exception):
+    """Not a JPEG that this module decodes as Pillow would."""
+
+
+class JpegPicture:
+    """A picture in a plain JPEG.
+
+    Args:
+        data: the file.
+
+    Raises:
+        NotPlainError: it is no plain JPEG.
+    """
+
+    def __init__(self, data: bytes):
+        self._data = data
+        self._jpeg = Jpeg(data)
+        self.size = self._jpeg.size
+
+    def crop(self, box: Box, side: int, flip: bool = False) -> np.ndarray:
+        try:
+            return _square(self._jpeg.crop(box, side), side, flip)
+        except NotPlainError:  # cut short, or damaged: Pillow says which, and decodes the latter
+            return DecodedPicture(read_image(io.BytesIO(self._data))).crop(box, side, flip)
+
+
+def open_picture(file: str | BinaryIO, smallest_side: int) -> Picture:
+    """An image file of any kind that Pillow reads.
+
+    Args:
+        file: its path, or its bytes as a stream.
+        smallest_side: pixels that no side may fall below, where the image is reduced.
+
+    Raises:
+        OSError: it cannot be read or, unless it is a plain JPEG, not be decoded.
+    """
+    if isinstance(file, str):
+        with open(file, "rb") as stream:
+            data = stream.read()
+    else:
+        data = file.read()
+    try:
+        return JpegPicture(data)
+    except NotPlainError:
+        return DecodedPicture(read_image(io.BytesIO(data), smallest_side))
+
+
+def _square(pixels: np.ndarray, side: int, flip: bool) -> np.ndarray:
+    """(H, W, 3) uint8 -> (side, side, 3): bilinear, antialiased where it shrinks."""
+    # the batch first: torch then sees that colours are last, and lays the result out likewise
+    planes = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
+    square = interpolate(planes, (side, side), mode="bilinear", antialias=True)
+    square = np.ascontiguousarray(square[0].permute(1, 2, 0).numpy())
+    return cv2.flip(square, 1) if flip else square
 
 
 class _Scratch(threading.local):
@@ -51,10 +138,6 @@ class _Scratch(threading.local):
 
 
 _scratch = _Scratch()
-
-
-class NotPlainError(Exception):
-    """Not a JPEG that this module decodes as Pillow would."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 
-from pretrain.compilation import require_compiler
+from pretrain.backbone import require_compiler
 from pretrain.config import MAY_CHANGE
 from pretrain.data.sources import open_data
 from pretrain.export import load_weights, write_exports

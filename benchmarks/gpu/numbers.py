@@ -7,11 +7,10 @@ import torch.nn.functional as F
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 
-from pretrain.colors import jitter_colors, normalize
 from pretrain.config import get_pretrain_cfg
 from pretrain.data.sources import open_data
-from pretrain.methods.captioning.cached_decoder import CachedDecoder
 from pretrain.methods.method import build_method, find_method
+from pretrain.transforms import jitter_colors, normalize
 from virtex_d2.checkpoint.probe import exact_float32
 from virtex_d2.engine.config import load_config
 
@@ -84,8 +83,10 @@ def _decoders(step: Step, objective: torch.nn.Module, batch: dict) -> None:
     model = copy.deepcopy(objective).to(step.device).eval()
     full = model(batch)["loss_captioning_forward"].item()
     head, tokens = model.textual, batch["caption_tokens"]
-    cached = CachedDecoder(head, head.project(model.visual(batch["image"])))
-    found = torch.stack([cached.step(word[:, None])[:, 0] for word in tokens[:, :-1].unbind(1)], 1)
+    caches = head.start(head.project(model.visual(batch["image"])))
+    words = enumerate(tokens[:, :-1].unbind(1))
+    found = [head.step(word[:, None], place, caches, None)[:, 0] for place, word in words]
+    found = torch.stack(found, 1)
     loss = F.nll_loss(found.flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=0).item()
     step.check("cached against full decoder", abs(loss / full - 1) <= DECODED, f"{loss}, {full}")
 

@@ -63,7 +63,7 @@ def _weights(path: Path) -> torch.Tensor:
 def _variants(step: Step) -> None:
     ways = {
         "as configured": "",
-        "RECOMPUTE norms": "MODEL.VISUAL.RECOMPUTE norms",
+        "RECOMPUTE blocks": "MODEL.VISUAL.RECOMPUTE blocks",
         "float16": "SOLVER.AMP.DTYPE float16",
         "AdamW": "SOLVER.OPTIMIZER adamw SOLVER.CNN_LR 0.001",
         "CHANNELS_LAST False": "MODEL.VISUAL.CHANNELS_LAST False",
@@ -87,7 +87,7 @@ def _variants(step: Step) -> None:
         apart = abs(clock.losses[0] / first - 1)
         step.check(f"{name}: the same first loss", apart < SAME, f"{apart:.2g} apart")
         step.free(trainer)
-    if {"as configured", "RECOMPUTE norms"} <= set(table):
-        ours, plain = table["RECOMPUTE norms"], table["as configured"]
-        step.limit("RECOMPUTE norms, memory", ours["mib"] / plain["mib"], "of none's", most=0.99)
-        step.figure("RECOMPUTE norms, seconds against none's", ours["ms"] / plain["ms"])
+    if {"as configured", "RECOMPUTE blocks"} <= set(table):
+        ours, plain = table["RECOMPUTE blocks"], table["as configured"]
+        step.limit("RECOMPUTE blocks, memory", ours["mib"] / plain["mib"], "of none's", most=0.9)
+        step.figure("RECOMPUTE blocks, seconds against none's", ours["ms"] / plain["ms"])

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from pretrain.data import CaptionRecord
-from pretrain.data.tars import Unusable, contents_of, group, stream_members
-from pretrain.randomness import Stream, generator
+from pretrain.data.order import Stream, generator
+from pretrain.data.records import CaptionRecord
+from pretrain.data.shards import Unusable, contents_of, group, stream_members
 
 # How many samples and shards in a row may be unusable before a lane gives up.
 MAX_FAILURES = 100

@@ -21,11 +21,9 @@ from detectron2.utils import comm
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pretrain.crops import Picture, open_picture
-from pretrain.data import CaptionRecord
-from pretrain.data.order import order_of
-from pretrain.data.records import offsets
-from pretrain.randomness import Stream, generator
+from pretrain.data.order import Stream, generator, order_of
+from pretrain.data.records import CaptionRecord, offsets
+from pretrain.jpeg import Picture, open_picture
 from pretrain.transforms import EvalTransform, TrainTransform
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.images import read_image

@@ -1,15 +1,46 @@
-"""Which image comes at which position: epochs of one source, or several mixed by weights."""
+"""Which image comes at which position, and the random numbers that belong to it.
+
+Orders are epochs of one source, or several mixed by weights. All random numbers follow from (seed,
+purpose, place), none from a history.
+"""
 
 from collections.abc import Iterator, Sequence
+from enum import IntEnum
 
 import numpy as np
 
-from pretrain.data import CaptionRecord, MixedRecords
-from pretrain.randomness import Stream, generator
+from pretrain.data.records import CaptionRecord, MixedRecords
 from virtex_d2.engine.errors import InputError
 
 # Positions within which each source gets its exact share.
 BLOCK = 1000
+
+
+class Stream(IntEnum):
+    """Purposes of random numbers; keeps those of different purposes apart.
+
+    A number belongs to its purpose for good: another one would give runs other data.
+    """
+
+    EPOCH_ORDER = 0
+    SAMPLE = 1  # caption, crop, flip, jitter
+    MASKED_WORDS = 2
+    PARALLEL_PREDICTION = 3
+    IMAGE_LABELS = 4
+    MIXTURE = 5
+    SHARD_ORDER = 6
+    BLOCK_ORDER = 7
+
+
+def generator(seed: int, stream: Stream, *place: int) -> np.random.Generator:
+    """Make the generator of one place (a position, an epoch, a lane and its block, ...).
+
+    Args:
+        seed: of the run, not negative.
+        stream: what the numbers are for.
+        place: not negative; always as many for a stream, because numpy takes missing ones for 0.
+    """
+    return np.random.default_rng([seed, int(stream), *place])
 
 
 class Epochs:

@@ -1,22 +1,41 @@
-"""Make one image file fit for fast loading: small, and with restart markers.
+"""A folder of images made fit for fast loading: small, and with restart markers.
 
-Needs no torch, so that a process that does nothing else starts at once.
+Beside the images lies `prepared.json` (settings, and what the last run came to). An image is done
+again where it is newer than its result; files appear whole, so that a run that was killed anywhere
+is taken up by the next. Imports no torch, which every process of the pool would wait for.
 """
 
+import dataclasses
 import io
+import json
+import logging
 import os
 import shutil
 import signal
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
 
 from PIL import Image
+from tqdm import tqdm
 
-from virtex_d2.engine.atomic import atomic_path
+from virtex_d2.engine.atomic import TEMPORARY_PREFIX, atomic_path
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.images import image_suffix, read_image
+from virtex_d2.engine.images import image_suffix, images_in, read_image
 from virtex_d2.engine.parent import end_with_parent
 
+logger = logging.getLogger(__name__)
+
+MANIFEST = "prepared.json"
+_FORMAT = {"format": "virtex_d2.prepared_images", "version": 1}
 _JPEG_SUFFIXES = ("jpg", "jpeg", "jfif", "jpe")
+_CHUNK = 8  # images that a process takes at a time
 
 
 @dataclass(frozen=True)
@@ -47,18 +66,79 @@ class Outcome:
 
     Attributes:
         name: relative to the folder.
-        size, mtime_ns: of the source, bytes and nanoseconds: they tell whether it has changed.
-        what: "resized", "copied" or "unreadable".
-        bytes: of the result.
+        what: "resized", "copied", "unreadable", or "already": it was there and up to date.
+        bytes_before, bytes_after: of its file.
         reason: why it is unreadable.
     """
 
     name: str
-    size: int
-    mtime_ns: int
     what: str
-    bytes: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
     reason: str = ""
+
+
+def prepare_folder(
+    source: str | os.PathLike, dest: str | os.PathLike, settings: Settings, workers: int = 1
+) -> list[Outcome]:
+    """Prepare every image of a folder and its subfolders (`prepare_image`).
+
+    Args:
+        source: the folder; it is only read.
+        dest: gets the same names. May hold what an earlier run of the same settings has left.
+        settings: size and quality.
+        workers: processes.
+    """
+    from virtex_d2.engine.lock import RunLock  # imports torch
+
+    source, dest = os.path.realpath(source), os.path.realpath(dest)
+    if workers < 1:
+        raise InputError(f"--workers {workers}: expected 1 or more.")
+    if os.path.commonpath([source, dest]) == source:
+        raise InputError(f"{dest}: lies in the images' folder {source}. Choose one beside it.")
+    if not os.path.isdir(source):
+        raise InputError(f"{source}: expected a folder of images, found none.")
+    names = images_in(source)
+    _check_folder(Path(dest), settings)
+    lost: list[InputError] = []
+    try:
+        os.makedirs(dest, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{dest}: cannot be made a folder: {error.strerror}. Choose another."
+        ) from error
+    lock = RunLock(dest, lost.append)
+    lock.acquire()
+    try:
+        there = _clean(dest)
+        if gone := sorted(there - set(names)):
+            logger.warning(
+                "%s: %d of its images are not in %s (any more); they stay. The first: %s.",
+                *(dest, len(gone), source, ", ".join(gone[:3])),
+            )
+        manifest = {**_FORMAT, "settings": dataclasses.asdict(settings), "source": source}
+        _write_manifest(dest, {**manifest, "finished": False})
+        outcomes = []
+        for outcome in tqdm(
+            _prepared(names, source, dest, settings, workers),
+            desc="images",
+            total=len(names),
+            unit="image",
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+        ):
+            if lost:
+                raise lost[0]
+            outcomes.append(outcome)
+            if outcome.what == "unreadable":
+                logger.warning("%s: it is left out: %s", outcome.name, outcome.reason)
+        unreadable = [outcome.name for outcome in outcomes if outcome.what == "unreadable"]
+        counts = Counter(outcome.what for outcome in outcomes)
+        _write_manifest(
+            dest, {**manifest, "finished": True, "counts": counts, "unreadable": unreadable}
+        )
+    finally:
+        lock.release()
+    return outcomes
 
 
 def prepare_image(name: str, source: str, dest: str, settings: Settings) -> Outcome:
@@ -75,15 +155,16 @@ def prepare_image(name: str, source: str, dest: str, settings: Settings) -> Outc
         settings: size and quality.
     """
     origin, result = os.path.join(source, name), os.path.join(dest, name)
-    size = mtime_ns = 0
     try:
-        stat = os.stat(origin)
-        size, mtime_ns = stat.st_size, stat.st_mtime_ns
+        before = os.stat(origin)
+        after = os.stat(result) if os.path.lexists(result) else None
+        if after and after.st_size and after.st_mtime_ns > before.st_mtime_ns:
+            return Outcome(name, "already", before.st_size, after.st_size)
         image = read_image(origin)
     except OSError as error:
         if os.path.lexists(result):  # of what the source was before
             os.unlink(result)
-        return Outcome(name, size, mtime_ns, "unreadable", reason=error.strerror or str(error))
+        return Outcome(name, "unreadable", reason=error.strerror or str(error))
     try:
         with atomic_path(result) as temporary:
             encoded = _encoded(image, name, settings)
@@ -98,7 +179,7 @@ def prepare_image(name: str, source: str, dest: str, settings: Settings) -> Outc
             "the same command again: it goes on from here."
         ) from error
     what = "copied" if encoded is None else "resized"
-    return Outcome(name, size, mtime_ns, what, os.path.getsize(result))
+    return Outcome(name, what, before.st_size, os.path.getsize(result))
 
 
 def _encoded(image: Image.Image, name: str, settings: Settings) -> bytes | None:
@@ -121,11 +202,78 @@ def _encoded(image: Image.Image, name: str, settings: Settings) -> bytes | None:
     return stream.getvalue()
 
 
-def begin_worker(parent: int) -> None:
-    """In a process of a pool: leave Ctrl-C to its parent, and do not outlive it.
+def _check_folder(dest: Path, settings: Settings) -> None:
+    """Refuse a folder that is none of ours, or of other settings."""
+    if not (dest / MANIFEST).is_file():
+        if dest.is_dir() and not all(p.name.startswith(_PASSING) for p in dest.iterdir()):
+            raise InputError(
+                f"{dest}: expected an empty folder or one of prepared images, found something else "
+                "in it. Choose another."
+            )
+        return
+    try:
+        manifest = json.loads((dest / MANIFEST).read_text(encoding="utf-8"))
+        found = {key: manifest.get(key) for key in _FORMAT}
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{dest / MANIFEST}: expected a JSON object ({error}). Choose another folder."
+        ) from error
+    if found != _FORMAT:
+        raise InputError(
+            f"{dest / MANIFEST}: expected {_FORMAT}, found {found}. Choose another folder."
+        )
+    found, wanted = manifest.get("settings"), dataclasses.asdict(settings)
+    if found != wanted:
+        raise InputError(
+            f"{dest}: its images were prepared with {found}, not with {wanted}. Use those "
+            "settings, or another folder."
+        )
 
-    Args:
-        parent: its id.
-    """
+
+# Names of files that are there only while a run writes, or was killed.
+_PASSING = (TEMPORARY_PREFIX, "run.lock")
+
+
+def _clean(dest: str) -> set[str]:
+    """Remove what a killed run was writing; returns the images that are there."""
+    there = set()
+    for folder, _, files in os.walk(dest):
+        for file in files:
+            path = os.path.join(folder, file)
+            if file.startswith(TEMPORARY_PREFIX):
+                os.unlink(path)
+            elif image_suffix(file):
+                there.add(os.path.relpath(path, dest))
+    return there
+
+
+def _write_manifest(dest: str, manifest: dict) -> None:
+    with atomic_path(os.path.join(dest, MANIFEST)) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _prepared(
+    names: list[str], source: str, dest: str, settings: Settings, workers: int
+) -> Iterator[Outcome]:
+    """Outcomes in the names' order."""
+    prepare = partial(prepare_image, source=source, dest=dest, settings=settings)
+    if workers == 1:
+        yield from map(prepare, names)
+        return
+    spawn, parent = get_context("spawn"), (os.getpid(),)
+    pool = ProcessPoolExecutor(workers, spawn, initializer=_begin_worker, initargs=parent)
+    try:
+        yield from pool.map(prepare, names, chunksize=_CHUNK)
+    except BrokenProcessPool as error:
+        raise InputError(
+            f"{dest}: a process was killed, probably for its memory. Run the same command again, "
+            "with fewer --workers: it goes on from here."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker(parent: int) -> None:
+    """Leave Ctrl-C to the parent process, and do not outlive it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent(signal.SIGKILL, parent)

@@ -9,18 +9,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from pretrain.data import (
-    IMAGES_ALONE,
-    KEYED_FORMATS,
-    SPLIT_FORMATS,
-    CaptionRecord,
-    MixedRecords,
-    Records,
-    Source,
-    caption_counts,
-    load_records,
-    take_fraction,
-)
+from pretrain.data.formats import IMAGES_ALONE, KEYED_FORMATS, SPLIT_FORMATS, Source, load_records
 from pretrain.data.lanes import Plan
 from pretrain.data.loader import (
     ImageLoader,
@@ -31,9 +20,16 @@ from pretrain.data.loader import (
     build_val_loader,
 )
 from pretrain.data.order import quotas
+from pretrain.data.records import (
+    CaptionRecord,
+    MixedRecords,
+    Records,
+    caption_counts,
+    check_subset,
+    take_fraction,
+)
+from pretrain.data.shards import is_pipe, list_shards
 from pretrain.data.stream import ImageStream, StreamLoader
-from pretrain.data.subset import check_subset
-from pretrain.data.tars import is_pipe, list_shards
 from virtex_d2.engine.errors import InputError
 
 logger = logging.getLogger(__name__)

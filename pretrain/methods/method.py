@@ -16,10 +16,10 @@ from torch import nn
 
 from pretrain import optim
 from pretrain.backbone import VisualBackbone
-from pretrain.colors import normalize, upload
-from pretrain.data import CaptionRecord
 from pretrain.data.loader import Samples, ValSet
+from pretrain.data.records import CaptionRecord
 from pretrain.export import Exported, export_backbone
+from pretrain.transforms import normalize, upload
 from virtex_d2.engine.errors import InputError, nearest
 
 _WORDS = "pretrain.methods.captioning.model"

@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 
 from pretrain.config import get_pretrain_cfg
-from pretrain.data import CaptionRecord, Source, load_records
+from pretrain.data.formats import Source, load_records
 from pretrain.data.loader import TrainSet
+from pretrain.data.records import CaptionRecord
 from pretrain.methods.captioning.samples import CaptionSamples
 
 CAPTIONS = {

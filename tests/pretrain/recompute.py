@@ -1,7 +1,7 @@
-"""Decoding without a cache: the whole prefix through nn.TransformerDecoder at every step.
+"""Decoding without a cache: the whole prefix through torch's decoder layers at every step.
 
 The baseline that `decoding.py` is tested and timed against, on another path on purpose:
-`nn.TransformerDecoder` itself, the output layer on the last position only, plain prefixes.
+`nn.TransformerDecoderLayer` itself, the output layer on the last position only, plain prefixes.
 """
 
 import torch
@@ -19,8 +19,11 @@ def hidden_states(
     """(N, S, H) and (N, T) -> (N, T, H), every position seeing itself and those before it."""
     positions = torch.arange(tokens.shape[1])
     embedded = head.embedding(tokens, positions)
-    mask = nn.Transformer.generate_square_subsequent_mask(len(positions))
-    return head.transformer(embedded, visual_tokens, tgt_mask=mask.to(embedded.dtype))
+    mask = nn.Transformer.generate_square_subsequent_mask(len(positions)).to(embedded.dtype)
+    x = embedded
+    for layer in head.transformer.layers:  # torch's own forward, not the one that is tested
+        x = nn.TransformerDecoderLayer.forward(layer, x, visual_tokens, tgt_mask=mask)
+    return x if head.transformer.norm is None else head.transformer.norm(x)
 
 
 def next_log_probs(

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from pretrain.methods.captioning.caption_files import read_predictions, read_references
+from pretrain.methods.captioning.metrics import read_predictions, read_references
 from virtex_d2.engine.errors import InputError
 
 REFERENCES = {

@@ -83,6 +83,13 @@ def test_a_checkpoint_of_data_parallel_training_loads(run):
     assert load_captioner(str(run), device="cpu").tokenizer.vocab_size == VOCAB
 
 
+def test_a_run_that_recomputed_norms_which_training_no_longer_does_still_captions(run):
+    config = (run / "config.yaml").read_text()
+    assert "RECOMPUTE: ''" in config
+    (run / "config.yaml").write_text(config.replace("RECOMPUTE: ''", "RECOMPUTE: norms"))
+    assert load_captioner(str(run), device="cpu").tokenizer.vocab_size == VOCAB
+
+
 def test_a_vocabulary_that_does_not_fit_is_refused_with_both_sizes(run):
     train_tokenizer(CAPTIONS, VOCAB - 10, run / "tokenizer.model")
     with pytest.raises(InputError, match=r"60 pieces, the model in .*model_final.pth 70"):

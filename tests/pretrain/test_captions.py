@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.data import CaptionRecord, Source, load_coco_captions, load_records
+from pretrain.data.formats import Source, load_coco_captions, load_records
+from pretrain.data.records import CaptionRecord
 from virtex_d2.engine.errors import InputError
 
 

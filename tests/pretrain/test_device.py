@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain import colors, optim
-from pretrain.colors import upload
+from pretrain import optim
+from pretrain import transforms as colors
 from pretrain.config import get_pretrain_cfg
 from pretrain.trainer import PretrainTrainer
+from pretrain.transforms import upload
 from tests.pretrain.test_trainer import options, write_captioned_images
 from tests.waits import Waits
 from virtex_d2.engine.errors import InputError

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.data import FORMATS, Source, load_records
+from pretrain.data.formats import FORMATS, Source, load_records
 from pretrain.data.loader import build_train_loader
 from pretrain.methods.captioning.tokenizer import Tokenizer, train_tokenizer
 from tests.pretrain.caption_files import (

@@ -11,8 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
-from pretrain.crops import DecodedPicture, JpegPicture, open_picture
-from pretrain.jpeg import Jpeg, NotPlainError
+from pretrain.jpeg import DecodedPicture, Jpeg, JpegPicture, NotPlainError, open_picture
 from virtex_d2.engine.images import read_image
 
 ALL = 10**6  # a side that no crop has, so that none is reduced

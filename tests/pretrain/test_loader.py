@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pretrain.config import get_pretrain_cfg
-from pretrain.data import CaptionRecord, Source, load_coco_captions, load_records, take_fraction
 from pretrain.data import loader as loader_module
+from pretrain.data.formats import Source, load_coco_captions, load_records
 from pretrain.data.loader import (
     Samples,
     TrainSet,
@@ -25,6 +25,7 @@ from pretrain.data.loader import (
     build_train_loader,
     build_val_loader,
 )
+from pretrain.data.records import CaptionRecord, take_fraction
 from pretrain.methods.captioning.samples import CaptionSamples, unigram_entropy
 from pretrain.methods.captioning.tokenizer import Tokenizer, train_tokenizer
 from pretrain.transforms import swap_sides

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pretrain.config import get_pretrain_cfg
 from pretrain.methods.captioning.model import reverse_captions, token_labels
-from pretrain.methods.captioning.packed_decoder import Words, word_places
+from pretrain.methods.captioning.textual_head import Words, word_places
 from pretrain.methods.classification.classifier import label_loss
 from pretrain.methods.method import build_method
 from tests.pretrain import recompute
@@ -130,7 +130,7 @@ def test_what_fills_words_up_to_a_multiple_changes_no_loss_and_no_gradient(
     batch["image"] = batch["image"][:, :, :32, :32].double()
     found = []
     for rows in (1, 64):
-        monkeypatch.setattr("pretrain.methods.captioning.packed_decoder.ROWS", rows)
+        monkeypatch.setattr("pretrain.methods.captioning.textual_head.ROWS", rows)
         model.zero_grad()
         losses = model(batch)
         sum(losses.values()).backward()

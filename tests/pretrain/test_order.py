@@ -11,10 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.config import get_pretrain_cfg
-from pretrain.data import CaptionRecord, MixedRecords, Records, take_fraction
 from pretrain.data.loader import build_train_loader
 from pretrain.data.order import BLOCK, Epochs, Mixture, quotas
-from pretrain.data.records import PackedText, caption_counts
+from pretrain.data.records import (
+    CaptionRecord,
+    MixedRecords,
+    PackedText,
+    Records,
+    caption_counts,
+    take_fraction,
+)
 from pretrain.data.sources import training_records
 from pretrain.methods.captioning.samples import MaskedWords, ParallelPrediction
 from pretrain.methods.captioning.tokenizer import Tokenizer, train_tokenizer

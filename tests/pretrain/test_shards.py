@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.data import Source, load_records, shards
+from pretrain.data import shards
+from pretrain.data.formats import Source, load_records
 from tests.pretrain.caption_files import (
     CAPTIONS,
     contents,

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from pretrain.config import get_pretrain_cfg
 from pretrain.data import lanes as lanes_module
 from pretrain.data.lanes import Cursor, Lane, Plan
+from pretrain.data.shards import stream_members
 from pretrain.data.sources import stream_plan
 from pretrain.data.stream import ImageStream, StreamLoader
-from pretrain.data.tars import stream_members
 from pretrain.methods.captioning.samples import load_or_train_tokenizer
 from pretrain.methods.captioning.tokenizer import Tokenizer, train_tokenizer
 from pretrain.trainer import PretrainTrainer

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pretrain.config import get_pretrain_cfg
-from pretrain.data import CaptionRecord
 from pretrain.data.loader import Visit
+from pretrain.data.records import CaptionRecord
 from pretrain.methods.captioning.model import Captioning, MaskedLanguageModel
 from pretrain.methods.captioning.samples import CaptionSamples, MaskedWords, ParallelPrediction
 from pretrain.methods.classification.labels import (

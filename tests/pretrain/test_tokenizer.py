@@ -1,4 +1,4 @@
-"""The tokenizer: what it accepts, keeps and refuses."""
+"""The tokenizer: what it accepts, keeps and refuses; how it fits its captions."""
 
 import logging
 import pickle
@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.config import get_pretrain_cfg
-from pretrain.data import CaptionRecord
+from pretrain.data.records import CaptionRecord
 from pretrain.methods.captioning.samples import load_or_train_tokenizer
 from pretrain.methods.captioning.tokenizer import (
     SPECIAL_PIECES,
     Tokenizer,
+    merge_warning,
     normalize_caption,
+    summarise,
     train_tokenizer,
 )
 from virtex_d2.engine.errors import InputError
@@ -279,3 +281,44 @@ def test_it_travels_to_worker_processes(tokenizer):
 @given(ids=st.lists(st.integers(0, 89)))
 def test_any_ids_decode_to_text(tokenizer, ids):
     assert isinstance(tokenizer.decode(ids), str)
+
+
+COUNTED = ["a dog", "a dog and a cat", "a bird " * 20] * 200
+
+
+@pytest.fixture(scope="module")
+def counting(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vocabulary") / "tokenizer.model"
+    train_tokenizer(COUNTED, 15, path)  # a piece for each letter
+    return Tokenizer(path)
+
+
+def test_a_summary_counts_tokens_as_the_model_reads_them(counting):
+    summary = summarise(counting, COUNTED)
+    lengths = sorted(len(counting.encode(caption)) + 2 for caption in COUNTED[:3])
+    assert (summary.captions, summary.pieces) == (600, 15)
+    assert summary.mean_tokens == pytest.approx(sum(lengths) / 3)
+    assert summary.max_tokens == summary.p95_tokens == lengths[-1]
+    assert summary.share_too_long == pytest.approx(1 / 3)
+    assert summary.unknown_tokens == 0
+    assert any("33.33%" in line for line in summary.lines())
+
+
+def test_characters_that_the_vocabulary_lacks_are_counted(counting):
+    assert summarise(counting, ["a \u72ac", "a dog"]).unknown_tokens == 1
+
+
+def test_pieces_that_are_hardly_seen_are_warned_of(counting):
+    assert summarise(counting, COUNTED).warning() == ""
+    few = summarise(counting, COUNTED[:2])
+    assert few.share_seldom == 1
+    assert few.share_unused == pytest.approx(3 / 11)  # b, i, r
+    assert "100% of the 15 pieces occur fewer than 100 times in these 2 captions" in few.warning()
+
+
+def test_words_that_stripped_accents_merge_are_named():
+    words = merge_warning(["Má mà", "か が", "ma", "one two"])
+    assert "2 words" in words
+    assert "ma = mà = má" in words
+    assert "か = が" in words
+    assert merge_warning(["Café and a Cafe\u0301", "one"]) == ""

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.data import Records, Source, load_records
+from pretrain.data.formats import Source, load_records
 from pretrain.data.loader import build_train_loader
+from pretrain.data.records import Records
 from pretrain.methods.captioning.tokenizer import Tokenizer, train_tokenizer
 from tests.pretrain.caption_files import train_set, write_images
 from virtex_d2.engine.errors import InputError

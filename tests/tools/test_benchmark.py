@@ -9,7 +9,7 @@ pytestmark = pytest.mark.slow
 
 CAPTIONS = "annotations/captions_train.json"
 SMALL = {
-    "pretrain": "--batch 4 --size 64 --width 64 --vocab 200 --rounds 2 --recompute norms",
+    "pretrain": "--batch 4 --size 64 --width 64 --vocab 200 --rounds 2 --recompute blocks",
     "finetune": "--images 2 --size 96 128 --rounds 1",
     "caption": "--images 2 --rounds 1 --hidden 64 --heads 4 --vocab 200",
 }
@@ -140,7 +140,7 @@ def test_a_size_that_fails_is_named(monkeypatch, capfd):
     ("arguments", "told"),
     [
         ("pretrain --rounds 0", "--rounds: expected a whole number from 1, found '0'"),
-        ("pretrain --recompute block", "choose from '', 'norms', 'blocks'"),
+        ("pretrain --recompute block", "choose from '', 'blocks'"),
         ("pretrain --profile --json figures.json", "--json: --profile has no figures to write"),
         ("loader --images nowhere --captions nowhere.json", "error: nowhere.json"),
     ],

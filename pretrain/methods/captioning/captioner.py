@@ -12,7 +12,6 @@ from detectron2.config import CfgNode
 from PIL import Image
 from torch import nn
 
-from pretrain.colors import normalize
 from pretrain.config import get_pretrain_cfg
 from pretrain.export import load_weights
 from pretrain.methods.captioning.decoding import Decode, Decoded
@@ -20,7 +19,7 @@ from pretrain.methods.captioning.model import Captioning
 from pretrain.methods.captioning.samples import tokenizer_identity
 from pretrain.methods.captioning.tokenizer import Tokenizer
 from pretrain.methods.method import build_method
-from pretrain.transforms import EvalTransform
+from pretrain.transforms import EvalTransform, normalize
 from virtex_d2.engine.config import load_config
 from virtex_d2.engine.device import resolve_device
 from virtex_d2.engine.errors import InputError
@@ -122,6 +121,7 @@ def load_captioner(
     cfg = load_config(
         get_pretrain_cfg(), _beside(folder, "config.yaml", config_file, "--config-file"), None
     )
+    cfg.MODEL.VISUAL.RECOMPUTE = ""  # concerns training alone
     given = tokenizer or (cfg.DATA.TOKENIZER if os.path.isfile(cfg.DATA.TOKENIZER) else "")
     tokenizer_file = _beside(folder, "tokenizer.model", given, "--tokenizer")
     pieces = Tokenizer(tokenizer_file)

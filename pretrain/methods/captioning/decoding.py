@@ -9,13 +9,18 @@ from functools import partial
 
 import torch
 
-from pretrain.methods.captioning.cached_decoder import CachedDecoder
 from pretrain.methods.captioning.textual_head import TextualHead
 from pretrain.methods.captioning.tokenizer import Tokenizer
 from virtex_d2.engine.errors import InputError
 
 # Head and features (N, C, h, w) -> N captions.
 Decode = Callable[[TextualHead, torch.Tensor], "list[Decoded]"]
+
+# Summed log-probabilities (N, B) of the beams, and (N, B, V) those of their next words -> sums,
+# words and the beams that these continue, (N, B') each, best first.
+_Choose = Callable[
+    [torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+]
 
 NEVER_PRODUCED = [Tokenizer.pad_id, Tokenizer.sos_id, Tokenizer.mask_id]
 
@@ -36,14 +41,6 @@ class Decoded:
     attention: torch.Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class _Step:
-    words: torch.Tensor  # (N, B)
-    parents: torch.Tensor  # (N, B): which of the beams before each word continues
-    attention: torch.Tensor | None  # (N, B before, S)
-
-
-@torch.no_grad()
 def beam_search(
     head: TextualHead,
     features: torch.Tensor,
@@ -51,7 +48,7 @@ def beam_search(
     max_words: int | None = None,
     with_attention: bool = False,
 ) -> list[Decoded]:
-    """The most probable captions that a beam search finds; `beam_size` 1 is greedy decoding.
+    """Find the most probable captions; `beam_size` 1 is greedy decoding.
 
     Candidates are ranked by summed log-probability over the whole vocabulary, without length
     normalisation; a finished caption stays a candidate as it is. [SOS], [MASK], <unk> and a piece
@@ -69,24 +66,16 @@ def beam_search(
     """
     if beam_size < 1:
         raise InputError(f"Beam size {beam_size}: expected 1 or more.")
-    max_words = _checked_length(head, max_words)
-    decoder = CachedDecoder(head, head.project(features))
-    words, parents = _starts(features), None
-    scores = torch.zeros(words.shape, device=words.device)
-    steps: list[_Step] = []
-    for _ in range(max_words):
-        log_probs = _allowed(decoder.step(words, parents), words)  # (N, B, V)
-        candidates = (scores.unsqueeze(-1) + log_probs).flatten(1)
+
+    def choose(scores: torch.Tensor, log_probs: torch.Tensor):
+        candidates = (scores.unsqueeze(-1) + log_probs).flatten(1)  # (N, B V)
         scores, chosen = candidates.topk(min(beam_size, candidates.shape[1]))  # best first
-        parents, words = chosen // log_probs.shape[-1], chosen % log_probs.shape[-1]
-        steps.append(_Step(words, parents, decoder.attention if with_attention else None))
-        # sums only fall: nothing overtakes a finished caption that is ahead
-        if (words[:, 0] == Tokenizer.eos_id).all():
-            break
-    return _collect(steps, scores[:, 0], features.shape[2:])
+        vocabulary = log_probs.shape[-1]
+        return scores, chosen % vocabulary, chosen // vocabulary
+
+    return _decode(head, features, choose, _checked_length(head, max_words), with_attention)
 
 
-@torch.no_grad()
 def nucleus_sampling(
     head: TextualHead,
     features: torch.Tensor,
@@ -96,7 +85,7 @@ def nucleus_sampling(
     max_words: int | None = None,
     with_attention: bool = False,
 ) -> list[Decoded]:
-    """Captions drawn at random, each word from the most probable ones that make up `top_p`.
+    """Draw captions, each word from the most probable ones that make up `top_p`.
 
     Holtzman et al., arXiv 1904.09751, section 3.1. What is never produced is as in `beam_search`,
     and set aside before the nucleus is taken. Each image takes `max_words` numbers from the
@@ -117,20 +106,15 @@ def nucleus_sampling(
     if not temperature > 0:
         raise InputError(f"Temperature {temperature}: expected a positive number.")
     max_words = _checked_length(head, max_words)
-    decoder = CachedDecoder(head, head.project(features))
-    words = _starts(features)
     draws = torch.rand(len(features), max_words, generator=generator).to(features.device)
-    scores = torch.zeros(words.shape, device=words.device)
-    steps: list[_Step] = []
-    for draw in draws.unbind(1):
-        log_probs = _allowed(decoder.step(words), words)
-        words = _drawn(log_probs.squeeze(1) / temperature, top_p, draw)  # (N, 1)
-        scores = scores + log_probs.squeeze(1).gather(1, words)
-        parents = torch.zeros_like(words)
-        steps.append(_Step(words, parents, decoder.attention if with_attention else None))
-        if (words == Tokenizer.eos_id).all():
-            break
-    return _collect(steps, scores[:, 0], features.shape[2:])
+    coming = iter(draws.unbind(1))
+
+    def choose(scores: torch.Tensor, log_probs: torch.Tensor):
+        log_probs = log_probs.squeeze(1)  # of the one beam
+        words = _drawn(log_probs / temperature, top_p, next(coming))
+        return scores + log_probs.gather(1, words), words, None
+
+    return _decode(head, features, choose, max_words, with_attention)
 
 
 def build_decode(
@@ -142,7 +126,7 @@ def build_decode(
     max_words: int | None = None,
     with_attention: bool = False,
 ) -> Decode:
-    """`beam_search` or `nucleus_sampling` with settings, by name: "beam", "greedy", "nucleus"."""
+    """Set up `beam_search` or `nucleus_sampling` by name: "beam", "greedy", "nucleus"."""
     common = {"max_words": max_words, "with_attention": with_attention}
     if method == "nucleus":
         generator = torch.Generator().manual_seed(seed)
@@ -152,6 +136,34 @@ def build_decode(
     if method not in ("beam", "greedy"):
         raise InputError(f"Decoding {method!r} is not one of beam, greedy, nucleus.")
     return partial(beam_search, beam_size=beam_size if method == "beam" else 1, **common)
+
+
+@torch.no_grad()
+def _decode(
+    head: TextualHead,
+    features: torch.Tensor,
+    choose: _Choose,
+    max_words: int,
+    with_attention: bool,
+) -> list[Decoded]:
+    """Decode up to `max_words` words, and return each image's first beam; without dropout."""
+    training = head.training
+    head.eval()
+    try:
+        caches = head.start(head.project(features))
+        words = torch.full((len(features), 1), Tokenizer.sos_id, device=features.device)
+        scores, parents = torch.zeros(words.shape, device=words.device), None
+        steps = []  # words (N, B), the beams before that they continue, attention (N, B before, S)
+        for place in range(max_words):
+            log_probs = _allowed(head.step(words, place, caches, parents), words)  # (N, B, V)
+            scores, words, parents = choose(scores, log_probs)
+            steps.append((words, parents, caches[-1].attention if with_attention else None))
+            # sums only fall: nothing overtakes a finished caption that is ahead
+            if (words[:, 0] == Tokenizer.eos_id).all():
+                break
+    finally:
+        head.train(training)
+    return _collect(steps, scores[:, 0], features.shape[2:])
 
 
 def _drawn(logits: torch.Tensor, top_p: float, draw: torch.Tensor) -> torch.Tensor:
@@ -175,12 +187,6 @@ def _allowed(log_probs: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     return log_probs
 
 
-def _starts(features: torch.Tensor) -> torch.Tensor:
-    return torch.full(
-        (len(features), 1), Tokenizer.sos_id, dtype=torch.int64, device=features.device
-    )
-
-
 def _checked_length(head: TextualHead, max_words: int | None) -> int:
     positions = head.embedding.positions.num_embeddings
     if max_words is None:
@@ -194,26 +200,21 @@ def _checked_length(head: TextualHead, max_words: int | None) -> int:
     return max_words
 
 
-def _collect(steps: list[_Step], scores: torch.Tensor, size: torch.Size) -> list[Decoded]:
+def _collect(steps: list[tuple], scores: torch.Tensor, size: torch.Size) -> list[Decoded]:
     """Follow the best beams from the last step back to the first."""
     images = torch.arange(len(scores), device=scores.device)
     beams = torch.zeros_like(images).unsqueeze(1)  # (N, 1)
-    words, attention = [], []
-    for step in reversed(steps):
-        words.append(step.words.gather(1, beams))
-        beams = step.parents.gather(1, beams)
-        if step.attention is not None:
-            attention.append(step.attention[images, beams[:, 0]])  # (N, S)
-    rows = torch.cat(words[::-1], dim=1).tolist()
-    lengths = [
-        row.index(Tokenizer.eos_id) + 1 if Tokenizer.eos_id in row else len(row) for row in rows
-    ]
-    maps = torch.stack(attention[::-1], dim=1).float().cpu() if attention else None  # (N, T, S)
-    return [
-        Decoded(
-            row[:length],
-            score,
-            None if maps is None else maps[index, :length].unflatten(-1, tuple(size)),
-        )
-        for index, (row, length, score) in enumerate(zip(rows, lengths, scores.tolist()))
-    ]
+    tokens, maps = [], []
+    for words, parents, attention in reversed(steps):
+        tokens.append(words.gather(1, beams))
+        beams = beams if parents is None else parents.gather(1, beams)
+        if attention is not None:
+            maps.append(attention[images, beams[:, 0]])  # (N, S)
+    looks = torch.stack(maps[::-1], dim=1).float().cpu() if maps else [None] * len(images)
+    captions = []
+    for row, score, look in zip(torch.cat(tokens[::-1], 1).tolist(), scores.tolist(), looks):
+        if Tokenizer.eos_id in row:
+            row = row[: row.index(Tokenizer.eos_id) + 1]
+        look = None if look is None else look[: len(row)].unflatten(-1, tuple(size))
+        captions.append(Decoded(row, score, look))
+    return captions

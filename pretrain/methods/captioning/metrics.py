@@ -1,4 +1,4 @@
-"""Captions against references: BLEU, ROUGE-L, CIDEr, METEOR and SPICE, through pycocoevalcap.
+"""Captions of files against references: BLEU, ROUGE-L, CIDEr, METEOR and SPICE (pycocoevalcap).
 
 What needs Java (the Penn Treebank tokenizer of COCO's protocol, METEOR, SPICE) runs in processes
 of its own with a time limit; where there is none, that is said and the rest is computed.
@@ -15,8 +15,12 @@ import sys
 import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from pretrain.data.formats import as_id, of_another_type
+from pretrain.data.records import plain_name
 from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.files import read_json, read_text
 
 # Captions of each image by its id: candidates have one, references one or more.
 Captions = dict[int | str, list[str]]
@@ -207,14 +211,125 @@ def _run(command: list[str], text: str, timeout: float, cwd: Path | None = None)
     except subprocess.TimeoutExpired:
         raise _JavaError(f"it was not done after {timeout:g} s") from None
     finally:
-        _end_group(process)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     if process.returncode:
         lines = [line for line in errors.splitlines() if line.strip()]
         raise _JavaError(lines[-1] if lines else f"exit code {process.returncode}")
     return output
 
 
-def _end_group(process: subprocess.Popen) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+# The files
+
+
+def read_references(path: str) -> tuple[Captions, dict[str, list[int | str]]]:
+    """Read a COCO captions file; the images themselves are not needed.
+
+    Returns:
+        Captions by image id, for images that have any; and ids by base name of `file_name`.
+    """
+    content = read_json(path)
+    captions: Captions = {}
+    names: dict[str, list[int | str]] = {}
+    try:
+        for annotation in content["annotations"]:
+            captions.setdefault(_id(annotation["image_id"]), []).append(
+                _text(annotation["caption"])
+            )
+        for image in content["images"]:
+            base = os.path.basename(_text(image["file_name"]))
+            names.setdefault(base, []).append(_id(image["id"]))
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: expected COCO captions: `images` (id, file_name) and `annotations` "
+            f"(image_id, caption); wrong or missing: {error}."
+        ) from error
+    if not captions:
+        raise InputError(f"{path}: it has no captions.")
+    return captions, names
+
+
+def read_predictions(
+    path: str, references: Captions, names: dict[str, list[int | str]]
+) -> Captions:
+    """Read one caption for each image of the references.
+
+    Args:
+        path: JSON lines with `caption` and `file` (as tools/caption_images.py writes) or
+            `image_id`; or COCO results, a JSON list of `image_id` and `caption`.
+        references, names: of `read_references`.
+    """
+    captions: Captions = {}
+    for place, entry in _entries(path):
+        if not isinstance(entry, dict) or not isinstance(entry.get("caption"), str):
+            raise InputError(f"{path}: {place} has no `caption`: {json.dumps(entry)[:120]}")
+        given = entry.get("image_id")  # null is not given
+        image_id = _id_of(entry, names, path, place) if given is None else as_id(given)
+        if image_id is None:
+            raise InputError(f"{path}: {place}: `image_id` {given!r} is no number or text.")
+        if image_id in captions:
+            raise InputError(f"{path}: {place}: image {image_id} has a caption already.")
+        captions[image_id] = [entry["caption"]]
+    _compare(path, captions, references)
+    return {image_id: captions[image_id] for image_id in references}
+
+
+def _entries(path: str) -> list[tuple[str, Any]]:
+    text = read_text(path)
+    if text.lstrip().startswith("["):
+        try:
+            return [(f"entry {index}", entry) for index, entry in enumerate(json.loads(text))]
+        except ValueError as error:
+            raise InputError(f"{path}: expected a JSON list, but it is not: {error}.") from error
+    entries = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                entries.append((f"line {number}", json.loads(line)))
+            except ValueError as error:
+                raise InputError(f"{path}: line {number} is not JSON: {error}.") from error
+    return entries
+
+
+def _id_of(entry: dict, names: dict[str, list[int | str]], path: str, place: str) -> int | str:
+    name = os.path.basename(str(entry.get("file", "")))
+    found = names.get(name, [])
+    if len(found) != 1:
+        what = f"{len(found)} images of the references are" if found else "no reference image is"
+        near = next((n for n in names if not found and plain_name(n) == plain_name(name)), "")
+        hint = f" There is {near!r}: names must be the same to the letter." if near else ""
+        raise InputError(
+            f"{path}: {place}: {what} called {name!r}.{hint} Give each entry the `image_id` of the "
+            "references."
+        )
+    return found[0]
+
+
+def _compare(path: str, captions: Captions, references: Captions) -> None:
+    """Refuse predictions that are not of all the references' images, and of these alone."""
+    without = [image_id for image_id in references if image_id not in captions]
+    unknown = [image_id for image_id in captions if image_id not in references]
+    problems = [
+        f"{len(ids)} {what}: {', '.join(map(json.dumps, ids[:10]))}{', ...' * (len(ids) > 10)}"
+        for ids, what in (
+            (without, "images of the references have no caption"),
+            (unknown, "image ids are not in the references"),
+        )
+        if ids
+    ]
+    if problems:
+        advice = of_another_type(unknown, references) or "Both files must be of the same images."
+        raise InputError(f"{path}: {'; '.join(problems)}. {advice}")
+
+
+def _text(caption: Any) -> str:
+    if not isinstance(caption, str):
+        raise TypeError(f"{caption!r}, which is no text")
+    return caption
+
+
+def _id(value: Any) -> int | str:
+    if (image_id := as_id(value)) is None:
+        raise TypeError(f"the id {value!r}, which is no number or text")
+    return image_id

@@ -25,9 +25,8 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 
-from pretrain.data import CaptionRecord
 from pretrain.data.loader import ValSet
-from pretrain.methods.captioning.packed_decoder import Words, places, word_places
+from pretrain.data.records import CaptionRecord
 from pretrain.methods.captioning.samples import (
     CaptionSamples,
     CaptionTarget,
@@ -37,7 +36,13 @@ from pretrain.methods.captioning.samples import (
     entropy_of_words,
     unigram_entropy,
 )
-from pretrain.methods.captioning.textual_head import PADDING, TextualHead
+from pretrain.methods.captioning.textual_head import (
+    PADDING,
+    TextualHead,
+    Words,
+    places,
+    word_places,
+)
 from pretrain.methods.captioning.tokenizer import SPECIAL_PIECES, Tokenizer
 from pretrain.methods.classification.classifier import (
     LinearHead,

@@ -9,11 +9,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
-from pretrain.colors import normalize
 from pretrain.methods.captioning.captioner import can_caption
 from pretrain.methods.captioning.decoding import Decoded, beam_search
 from pretrain.methods.captioning.tokenizer import Tokenizer
-from pretrain.transforms import EvalTransform
+from pretrain.transforms import EvalTransform, normalize
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import atomic_path
 from virtex_d2.engine.images import read_image

@@ -13,12 +13,16 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from pretrain.data import CaptionRecord, caption_counts
 from pretrain.data.loader import Samples, ValSet, Visit
-from pretrain.methods.captioning.tokenizer import SPECIAL_PIECES, Tokenizer, train_tokenizer
-from pretrain.methods.captioning.vocabulary import merge_warning
+from pretrain.data.order import Stream
+from pretrain.data.records import CaptionRecord, caption_counts
+from pretrain.methods.captioning.tokenizer import (
+    SPECIAL_PIECES,
+    Tokenizer,
+    merge_warning,
+    train_tokenizer,
+)
 from pretrain.methods.classification.labels import entropy, entropy_of_labels
-from pretrain.randomness import Stream
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.last_checkpoint import has_checkpoint
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode
 from torch import nn
 
-from pretrain.data import CaptionRecord
 from pretrain.data.loader import ValSet
+from pretrain.data.records import CaptionRecord
 from pretrain.methods.classification.labels import LabelSamples, entropy_of_labels
 from pretrain.methods.method import Batch, Method, build_visual
 from virtex_d2.engine.errors import InputError

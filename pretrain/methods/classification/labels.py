@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 
-from pretrain.data import CaptionRecord
 from pretrain.data.loader import Samples, Visit
+from pretrain.data.records import CaptionRecord
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import read_json
 

@@ -1,5 +1,6 @@
-"""MODEL.VISUAL.COMPILE: the same backbone in other code, resumed exactly, refused without tools."""
+"""The backbone in training: compiled, or its blocks computed again."""
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,71 @@ import torch
 from pretrain.backbone import VisualBackbone
 from tests.pretrain.test_trainer import options, write_captioned_images
 from virtex_d2.engine.errors import InputError
+
+
+@pytest.fixture(params=["resnet18", "resnet50"])
+def plain(request) -> VisualBackbone:
+    torch.manual_seed(0)
+    return VisualBackbone(request.param, zero_init_residual=False).double()
+
+
+@pytest.fixture
+def backbones(plain) -> tuple[VisualBackbone, VisualBackbone]:
+    recomputing = copy.deepcopy(plain)
+    recomputing.recompute = "blocks"
+    return plain, recomputing
+
+
+def images(seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=generator)
+
+
+def test_features_gradients_and_running_statistics_are_the_same_to_the_bit(backbones):
+    for turn in range(2):  # statistics of the first turn are in the second's
+        outputs = [backbone(images(turn)) for backbone in backbones]
+        torch.testing.assert_close(*outputs, rtol=0, atol=0)
+        for output in outputs:
+            output.square().mean().backward()
+    plain, recomputing = backbones
+    for (name, mine), theirs in zip(recomputing.named_parameters(), plain.parameters()):
+        assert torch.equal(mine.grad, theirs.grad), name
+    for (name, mine), theirs in zip(recomputing.named_buffers(), plain.buffers()):
+        assert torch.equal(mine, theirs), name
+
+
+def test_less_is_kept_for_the_backward_pass(backbones):
+    plain, recomputing = (kept_bytes(backbone) for backbone in backbones)
+    assert recomputing < 0.4 * plain
+
+
+def kept_bytes(backbone: VisualBackbone) -> int:
+    """Of activations, which a larger batch has more of."""
+    kept: dict[int, int] = {}
+    weights = {parameter.data_ptr() for parameter in backbone.parameters()}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        features = backbone(images())
+    assert features.requires_grad
+    return sum(kept.values())
+
+
+def test_evaluation_is_that_of_the_plain_backbone(backbones):
+    plain, recomputing = (backbone.eval() for backbone in backbones)
+    with torch.no_grad():
+        assert torch.equal(plain(images()), recomputing(images()))
+
+
+@pytest.mark.parametrize(("what", "message"), [("block", "'block'"), ("norms", "no more.*blocks")])
+def test_what_cannot_be_computed_again_is_refused(what, message):
+    with pytest.raises(InputError, match=message):
+        VisualBackbone("resnet18", recompute=what)
+
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
