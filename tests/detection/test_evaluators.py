@@ -18,7 +18,7 @@ from tests.detection.detections import evaluate, nothing, perfect
 from virtex_d2.detection.config import get_virtex_cfg
 from virtex_d2.detection.datasets import register_datasets
 from virtex_d2.detection.evaluation import build_evaluator
-from virtex_d2.studies.shapes.draw import CLASSES
+from virtex_d2.studies.shapes.world import CLASSES
 
 pytestmark = pytest.mark.usefixtures("catalog_as_before")
 
