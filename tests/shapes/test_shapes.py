@@ -259,13 +259,13 @@ def test_a_failure_in_the_middle_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_the_tool_refuses_bad_arguments_by_name(tmp_path, arguments, message):
     output = tmp_path / "world"
     with pytest.raises(InputError, match=re.escape(message)):
-        main("", ["--output", str(output), *arguments])
+        main(["--output", str(output), *arguments])
     assert not output.exists()
 
 
 def test_the_tool_answers_with_a_line_and_a_contact_sheet(tmp_path, capsys):
     sheet = tmp_path / "sheet.png"
     words = ["--output", str(tmp_path / "world"), "--num-images", "2", "--size", "64"]
-    main("", [*words, "--contact-sheet", str(sheet)])
+    main([*words, "--contact-sheet", str(sheet)])
     assert "split train, 2 images, coco" in capsys.readouterr().out
     assert sheet.is_file()

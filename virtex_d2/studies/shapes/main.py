@@ -1,4 +1,9 @@
-"""tools/make_shapes.py: a split of the synthetic world, and a contact sheet of it."""
+"""Write a split of the synthetic captioned world, or a contact sheet of it.
+
+python tools/make_shapes.py --output shapes --split train --num-images 1000 --size 128 --seed 1
+
+How long that takes on one core (about 5 s): put `time taskset -c 0` before it.
+"""
 
 import argparse
 import textwrap
@@ -10,10 +15,10 @@ from virtex_d2.studies.shapes import FORMATS, MOST_OBJECTS
 _COLUMNS = 4
 
 
-def main(description: str, words: Sequence[str] | None = None) -> None:
-    """Write what the command line asks for."""
+def main(words: Sequence[str] | None = None) -> None:
+    """Do what the command line asks for."""
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--output", required=True, help="folder of the world")
