@@ -83,7 +83,12 @@ def test_only_the_classes_that_are_asked_for_are_judged(show, table, perfect, wr
 
 
 def test_several_detectors_stand_side_by_side(show, perfect, write):
-    page = show(f"first={write(perfect, 'a.json')}", f"second={write(damaged(perfect), 'b.json')}")
+    page = show(
+        f"first={write(perfect, 'a.json')}",
+        f"second={write(damaged(perfect), 'b.json')}",
+        "--num-images",
+        2,
+    )
     text = page.read_text()
     assert "first, all images" in text
     assert "second, all images" in text
