@@ -30,7 +30,7 @@ from virtex_d2.engine.distributed import wrap_ddp
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.evaluations import MetricsWriter
 from virtex_d2.engine.run import write_config
-from virtex_d2.studies.probes.network import Classifier, fingerprint, require_untouched
+from virtex_d2.studies.probes.features import Classifier, fingerprint, require_untouched
 
 logger = logging.getLogger(__name__)
 
