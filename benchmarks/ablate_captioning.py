@@ -24,8 +24,7 @@ sys.path.insert(0, str(ROOT))
 from pretrain.backbone import VisualBackbone  # noqa: E402
 from pretrain.transforms import normalize  # noqa: E402
 from virtex_d2.engine.files import read_safetensors  # noqa: E402
-from virtex_d2.studies.shapes.draw import COLORS, PATTERNS  # noqa: E402
-from virtex_d2.studies.shapes.world import CLASSES, render  # noqa: E402
+from virtex_d2.studies.shapes.world import CLASSES, COLORS, PATTERNS, render  # noqa: E402  # noqa: E402
 from virtex_d2.studies.shapes.write import write_dataset  # noqa: E402
 
 SIZE = 96  # pixels

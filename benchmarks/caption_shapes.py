@@ -19,8 +19,11 @@ sys.path.insert(0, str(ROOT))
 
 from pretrain.methods.captioning.captioner import load_captioner  # noqa: E402
 from pretrain.methods.captioning.decoding import build_decode  # noqa: E402
-from virtex_d2.studies.shapes.draw import COLORS  # noqa: E402
-from virtex_d2.studies.shapes.world import CLASSES, render  # noqa: E402
+from virtex_d2.studies.shapes.world import (  # noqa: E402
+    CLASSES,
+    COLORS,
+    render,
+)
 from virtex_d2.studies.shapes.write import write_dataset  # noqa: E402
 
 SIZE = 96  # pixels

@@ -12,7 +12,7 @@ from virtex_d2.detection.datasets import register_datasets
 from virtex_d2.detection.modeling import resolve_norms
 from virtex_d2.detection.trainer import DetectionTrainer
 from virtex_d2.engine.config import load_config
-from virtex_d2.studies.shapes.draw import CLASSES
+from virtex_d2.studies.shapes.world import CLASSES
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(

@@ -14,8 +14,8 @@ from virtex_d2.annotations.checks.check import check, summary
 from virtex_d2.annotations.masks import mask_fault, run_lengths
 from virtex_d2.annotations.table import number_boxes
 from virtex_d2.studies.check_dataset.page import page
-from virtex_d2.studies.viewer import draw_instances
-from virtex_d2.studies.viewer.truth import objects
+from virtex_d2.studies.viewer.drawing import draw_instances
+from virtex_d2.studies.viewer.matching import objects
 
 _SETTINGS = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 _VALUES = st.recursive(

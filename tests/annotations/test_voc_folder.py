@@ -15,7 +15,7 @@ from virtex_d2.annotations.voc_folder import VOC_CLASSES, check_voc_folder, load
 from virtex_d2.detection.config import get_virtex_cfg
 from virtex_d2.detection.datasets import register_datasets
 from virtex_d2.engine.errors import InputError
-from virtex_d2.studies.shapes.draw import CLASSES
+from virtex_d2.studies.shapes.world import CLASSES
 
 pytestmark = pytest.mark.usefixtures("catalog_as_before")
 

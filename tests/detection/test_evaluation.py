@@ -24,7 +24,7 @@ from virtex_d2.detection.evaluation import (
     build_evaluator,
 )
 from virtex_d2.engine.errors import InputError
-from virtex_d2.studies.shapes.draw import CLASSES
+from virtex_d2.studies.shapes.world import CLASSES
 
 pytestmark = pytest.mark.usefixtures("catalog_as_before")
 

@@ -16,9 +16,13 @@ from virtex_d2.checkpoint.resnet import ResNet
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import read_safetensors
 from virtex_d2.studies.probes import features as features_module
-from virtex_d2.studies.probes.crops import CentralCrop
-from virtex_d2.studies.probes.features import Extraction, normalized, usable_rows
-from virtex_d2.studies.probes.network import build_network, complete_config, fingerprint
+from virtex_d2.studies.probes.data import CentralCrop, LabelledImages
+from virtex_d2.studies.probes.features import (
+    Extraction,
+    build_network,
+    complete_config,
+    fingerprint,
+)
 
 
 @pytest.fixture
@@ -206,26 +210,23 @@ def test_images_that_cannot_be_decoded_are_named(extract, files, caplog):
     for _ in range(2):  # computed, and cached
         features = extract(files)
         assert sorted(features.unusable) == [2, 7]
+    images = LabelledImages(files, np.arange(10), ("a",), "the files")
     with caplog.at_level(logging.WARNING):
-        rows = usable_rows(features, files, 0.2, "training")
-    assert rows.tolist() == [0, 1, 3, 4, 5, 6, 8, 9]
+        values, labels = extract.labelled(images, "training", 0.2)
+    assert labels.tolist() == [0, 1, 3, 4, 5, 6, 8, 9]
+    assert torch.equal(values, features.values[labels])
     assert files[2] in caplog.text
     with pytest.raises(InputError, match="2 of 10 test images cannot be decoded") as error:
-        usable_rows(features, files, 0.0, "test")
+        extract.labelled(images, "test", 0.0)
     assert files[2] in str(error.value)
     with pytest.raises(InputError, match="MAX_SKIPPED_SHARE"):
-        usable_rows(features, files, 0.1, "training")
+        extract.labelled(images, "training", 0.1)
 
 
 def test_a_cache_that_cannot_be_written_is_an_input_error(extract, files, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="DATA.CACHE_DIR"):
         replace(extract, cache_dir=str(tmp_path / "file" / "cache"))(files)
-
-
-def test_normalised_features_have_unit_length_and_zeros_stay_zeros():
-    values = normalized(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
-    assert torch.allclose(values, torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
 
 
 @pytest.mark.parametrize("zero_init", [True, False])

@@ -9,7 +9,12 @@ import torch
 from tests.checkpoint.layout_files import DETECTORS, EXAMPLES, THIN, random_resnet, write
 from virtex_d2.engine import preemption, signals
 from virtex_d2.engine.errors import InputError
-from virtex_d2.studies.probes.network import Classifier, build_network, complete_config, fingerprint
+from virtex_d2.studies.probes.features import (
+    Classifier,
+    build_network,
+    complete_config,
+    fingerprint,
+)
 from virtex_d2.studies.probes.training import ClassifierTrainer
 
 COLOURS = ["blue", "green", "red"]

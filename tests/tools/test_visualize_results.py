@@ -10,8 +10,7 @@ import torch
 from virtex_d2.detection.checkpointer import DetectorCheckpointer
 from virtex_d2.detection.datasets import register_entries
 from virtex_d2.detection.trainer import DetectionTrainer
-from virtex_d2.studies.viewer.predict import predict
-from virtex_d2.studies.viewer.select import ORDERS
+from virtex_d2.studies.viewer.results import predict
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "visualize_results.py"
 
@@ -24,13 +23,6 @@ def visualize(run_tool):
 
 def _truth(world):
     return ["--truth", "coco", world / "annotations/instances_test.json", world / "images/test"]
-
-
-def test_all_orders_are_named_by_the_help(visualize, capsys, monkeypatch):
-    """The tool spells them out: their module imports numpy, and --help is to answer at once."""
-    monkeypatch.setenv("COLUMNS", "200")  # the line in one piece
-    assert visualize("--help") == 0
-    assert f"{', '.join([*ORDERS, 'random'])} (default errors)" in capsys.readouterr().out
 
 
 def test_a_results_file_is_shown_beside_the_truth(visualize, world, tmp_path):

@@ -10,15 +10,20 @@ from virtex_d2.annotations.voc import read_voc_folder
 from virtex_d2.detection.sources import read_annotations
 from virtex_d2.engine.errors import InputError
 from virtex_d2.studies.shapes.write import write_dataset
-from virtex_d2.studies.viewer.main import Options, run
+from virtex_d2.studies.viewer.gallery import picture
+from virtex_d2.studies.viewer.gallery import show as show_table
+from virtex_d2.studies.viewer.main import ORDERS, parse_args
+from virtex_d2.studies.viewer.matching import arrange, judge
+from virtex_d2.studies.viewer.results import read_results
 
 
 @pytest.fixture
-def show(table, tmp_path):
-    """`show(files, **options)` -> the page, in a new folder."""
+def show(table, words, tmp_path):
+    """`show(file, ..., *flags, table=table, output="out")` -> the page, in a new folder."""
 
-    def to_page(*files, **options):
-        return run(table, files, Options(**{"output": str(tmp_path / "out"), **options}))
+    def to_page(*arguments, table=table, output="out"):
+        names = ["--truth", *words, "--output", tmp_path / output, "--num-images", 1]
+        return show_table(table, parse_args([*map(str, [*names, "--predictions", *arguments])]))
 
     return to_page
 
@@ -40,7 +45,7 @@ def test_the_truth_as_predictions_is_all_right(show, perfect, write, capsys):
 
 
 def test_the_page_opens_in_a_browser_without_a_network(show, perfect, write, tmp_path):
-    page = open_page(show(write(damaged(perfect)), num_images=3))
+    page = open_page(show(write(damaged(perfect)), "--num-images", 3))
     assert page.errors == []
     assert page.requests == []
     assert len(page.images) == 3
@@ -59,15 +64,12 @@ def order_of(page):
     return [int(number) for number in re.findall(r"<figcaption>image (\d+)", page.read_text())]
 
 
-def test_images_come_in_the_order_that_is_asked_for(show, perfect, write, tmp_path):
-    path = write(damaged(perfect))
-    orders = {
-        sort: order_of(show(path, sort=sort, output=str(tmp_path / sort)))
-        for sort in ("missed", "wrong", "right", "file", "random")
-    }
+def test_images_come_in_the_order_that_is_asked_for(table, perfect, write):
+    judged = judge(table, {"a": read_results(write(damaged(perfect)), table, 0.5)})
+    orders = {order: [image.index + 1 for image in arrange(judged, order)] for order in ORDERS}
     assert orders["file"] == [1, 2, 3, 4, 5, 6]
     assert orders["wrong"][0] == 2
-    assert set(orders["missed"][:2]) == {2, 4}
+    assert set(orders["missed"][:2]) == set(orders["errors"][:2]) == {2, 4}
     assert set(orders["right"][-2:]) == {2, 4}
     assert sorted(orders["random"]) == orders["file"] != orders["random"]
 
@@ -75,13 +77,18 @@ def test_images_come_in_the_order_that_is_asked_for(show, perfect, write, tmp_pa
 def test_only_the_classes_that_are_asked_for_are_judged(show, table, perfect, write, capsys):
     number = int(table.category_of[0])
     name = list(table.categories.values())[number]
-    show(write(perfect), classes=[name])
+    show(write(perfect), "--classes", name)
     count = int((table.category_of == number).sum())
     assert f"{count} right, 0 wrong, 0 missed" in capsys.readouterr().out
 
 
 def test_several_detectors_stand_side_by_side(show, perfect, write):
-    page = show(f"first={write(perfect, 'a.json')}", f"second={write(damaged(perfect), 'b.json')}")
+    page = show(
+        f"first={write(perfect, 'a.json')}",
+        f"second={write(damaged(perfect), 'b.json')}",
+        "--num-images",
+        2,
+    )
     text = page.read_text()
     assert "first, all images" in text
     assert "second, all images" in text
@@ -102,11 +109,11 @@ def test_a_page_of_boxes_alone_is_matched_by_boxes(show, perfect, write, capsys)
     show(path)
     assert "IoU of boxes" in capsys.readouterr().out
     with pytest.raises(InputError, match="have no mask that can be read; match them with --by bb"):
-        show(path, by="segm", output="other")
+        show(path, "--by", "segm", output="other")
 
 
 @pytest.mark.parametrize("kind", ["lvis", "voc"])
-def test_other_formats_are_shown_too(kind, tmp_path, write, capsys):
+def test_other_formats_are_shown_too(kind, show, tmp_path, write, capsys):
     write_dataset(tmp_path / "w", "train", 3, 64, 1, formats=("coco", "lvis", "voc"))
     words = {
         "lvis": (
@@ -127,15 +134,15 @@ def test_other_formats_are_shown_too(kind, tmp_path, write, capsys):
         }
         for image, category, box in zip(table.image_of, table.category_of, table.boxes)
     ]
-    run(table, [write(records)], Options(output=str(tmp_path / "out")))
+    show(write(records), table=table)
     assert f"{len(records)} right, 0 wrong, 0 missed" in capsys.readouterr().out
 
 
-def test_objects_of_classes_that_are_left_out_are_not_missed(tmp_path, write, capsys):
+def test_objects_of_classes_that_are_left_out_are_not_missed(show, tmp_path, write, capsys):
     write_dataset(tmp_path / "w", "train", 6, 64, 1, formats=("voc",))
     table = read_voc_folder(str(tmp_path / "w/VOC"), "train", "train", ["star", "ring"], True)
     assert 0 < (table.category_of >= 0).sum() < len(table.records)
-    run(table, [write([])], Options(output=str(tmp_path / "out")))
+    show(write([]), table=table)
     count = int((table.category_of >= 0).sum())
     assert f"0 right, 0 wrong, {count} missed" in capsys.readouterr().out
 
@@ -146,7 +153,7 @@ def test_an_image_that_is_missing_or_of_another_size_is_named_and_the_next_one_d
     path = write(perfect)
     Image.new("RGB", (32, 64)).save(world / "images/train/000002.jpg")
     (world / "images/train/000001.jpg").unlink()
-    page = show(path, sort="file", num_images=3)
+    page = show(path, "--sort", "file", "--num-images", 3)
     assert order_of(page) == [1, 4, 5]
     assert len(list((tmp_path / "out/pictures").iterdir())) == 3
     text, out = page.read_text(), capsys.readouterr().out
@@ -161,20 +168,16 @@ def test_where_no_image_can_be_drawn_nothing_is_left(show, world, perfect, write
     for image in (world / "images/train").iterdir():
         image.unlink()
     with pytest.raises(InputError, match=r"none of 6 images can be drawn; the first: .*000000.jpg"):
-        show(path, sort="file")
+        show(path, "--sort", "file")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".tmp-*"))
 
 
-def test_images_without_a_prediction_are_counted(show, perfect, write, capsys):
-    show(write(damaged(perfect)))
-    assert "no prediction on 1 of 6 images" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("detectors", [1, 2, 3, 4, 5])
-def test_no_panel_stands_alone_where_rows_can_be_full(show, perfect, write, detectors):
-    page = show(*(f"{n}={write(perfect, f'{n}.json')}" for n in range(detectors)), num_images=1)
-    width, height = map(int, re.search(r'width="(\d+)" height="(\d+)"', page.read_text()).groups())
+def test_no_panel_stands_alone_where_rows_can_be_full(table, detectors):
+    nothing = [[] for _ in table.image_ids]
+    [judged] = judge(table, {str(n): nothing for n in range(detectors)}, images=[0])
+    width, height = picture(table, judged).size
     rows = {1: 1, 2: 1, 3: 2, 4: 3, 5: 2}[detectors]
     side = 1040 // (3 if detectors in (2, 5) else 2)  # the images are square
     assert abs(height - rows * (side + 30)) < 12
@@ -184,17 +187,16 @@ def test_no_panel_stands_alone_where_rows_can_be_full(show, perfect, write, dete
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"score_threshold": float("nan")}, "--score-threshold nan: expected a number from 0 to 1"),
-        ({"iou": 2}, "--iou 2"),
-        ({"num_images": 0}, "--num-images 0"),
-        ({"sample": -1}, "--sample -1"),
-        ({"sort": "mised"}, "--sort mised: .* Did you mean 'missed'"),
-        ({"classes": ["starr"]}, "no such class. Did you mean 'star'"),
+        (("--score-threshold", "nan"), "--score-threshold nan: expected a number from 0 to 1"),
+        (("--iou", "2"), "--iou 2.0: expected a number"),
+        (("--num-images", "0"), "--num-images 0: expected at least 1"),
+        (("--sample", "-1"), "--sample -1"),
+        (("--classes", "starr"), "no such class. Did you mean 'star'"),
     ],
 )
 def test_options_out_of_their_range_are_named(options, message, show, perfect, write):
     with pytest.raises(InputError, match=message):
-        show(write(perfect), **options)
+        show(write(perfect), *options)
 
 
 def test_a_folder_that_holds_something_is_left_alone(show, perfect, write, tmp_path):

@@ -34,9 +34,9 @@ def test_no_predictions_and_none_for_an_image_are_no_error(table, perfect, write
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (first({"image_id": 99}), "predictions for 1 images that .*train.json lacks: image id 99"),
-        (first({"image_id": "1"}), "lacks: image id '1'.*another data set"),
-        (first({"category_id": 99}), "for 1 classes that .*: category id 99"),
+        (first({"image_id": 99}), "predictions for 1 images that .*train.json lacks: image_id 99"),
+        (first({"image_id": "1"}), "lacks: image_id '1'.*another data set"),
+        (first({"category_id": 99}), "for 1 classes that .*: category_id 99"),
         (first({"score": float("nan")}), "record 0 has the score nan.*diverge"),
         (first({"score": None}), "record 0 has the score None"),
         (first({"bbox": [1, 2, 3]}), r"record 0 has the bbox \[1, 2, 3\]"),
@@ -84,7 +84,7 @@ def test_a_box_that_ends_a_rounded_pixel_beyond_the_image_is_none_of_another(tab
 def test_detectron2s_binary_predictions_are_told_from_its_json(table, tmp_path):
     path = tmp_path / "instances_predictions.pth"
     path.write_bytes(b"PK\x03\x04\0\0\xff")
-    with pytest.raises(InputError, match="is a binary file; expected ..._instances_results.json"):
+    with pytest.raises(InputError, match="found a binary file.* Expected ..._instances_res"):
         read_results(str(path), table, 0.5)
 
 
@@ -99,10 +99,9 @@ def test_many_unknown_images_are_counted(table, perfect, write):
     ("text", "message"),
     [
         ("[{", "cut short"),
-        ("{}", "found a dict; expected ..._instances_results.json"),
-        ('{"images": [], "annotations": []}', "found an annotation file, which is the truth"),
-        ("[1]", "a list of"),
-        ('{"iteration": 19}\n{"iteration": 39}\n', "as metrics.json does; expected ..._instances"),
+        ("{}", "found a dict. Expected ..._instances_results.json"),
+        ("[1]", "record 0 is 1, expected an object with image_id"),
+        ('{"iteration": 19}\n{"iteration": 39}\n', "Extra data.* Expected ..._instances"),
     ],
 )
 def test_a_file_that_holds_no_results_is_refused(text, message, table, tmp_path):

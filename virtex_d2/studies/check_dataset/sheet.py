@@ -11,10 +11,8 @@ from virtex_d2.annotations.checks.check import Checked
 from virtex_d2.annotations.checks.kinds import KINDS
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import atomic_path
-from virtex_d2.studies.viewer.drawing import draw_instances
-from virtex_d2.studies.viewer.instances import read_pixels
-from virtex_d2.studies.viewer.panels import grid
-from virtex_d2.studies.viewer.truth import objects
+from virtex_d2.studies.viewer.drawing import draw_instances, grid, read_pixels
+from virtex_d2.studies.viewer.matching import objects
 
 _SIDE, _COLUMNS = 460, 4  # pixels of an image's longer side; images in a row
 _LEAST_SHARE = 3  # at most one image of so many is shown for its problem

@@ -14,12 +14,9 @@ from virtex_d2.engine.errors import InputError
 from virtex_d2.studies.compare.runs import Run, find_predictions
 from virtex_d2.studies.compare.tables import Block
 from virtex_d2.studies.reporting.page import Picture
-from virtex_d2.studies.viewer.drawing import draw_instances
-from virtex_d2.studies.viewer.instances import Instance, read_pixels
-from virtex_d2.studies.viewer.matching import match
-from virtex_d2.studies.viewer.panels import grid, with_legend
+from virtex_d2.studies.viewer.drawing import draw_instances, grid, read_pixels, with_legend
+from virtex_d2.studies.viewer.matching import Instance, match, objects
 from virtex_d2.studies.viewer.results import read_results
-from virtex_d2.studies.viewer.truth import objects
 
 NUM_IMAGES = 6
 _SIDE = 300  # pixels of an image's longer side

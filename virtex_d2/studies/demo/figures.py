@@ -24,7 +24,7 @@ from virtex_d2.studies.reporting.plots import (
     show_image,
     xy,
 )
-from virtex_d2.studies.viewer.instances import read_pixels
+from virtex_d2.studies.viewer.drawing import read_pixels
 
 # Told apart by people of any colour vision, also in grey; dark enough for text on white.
 COLORS = {"random": "#C8590A", "pretrained": "#0A5FA5", "truth": "#3C4043"}

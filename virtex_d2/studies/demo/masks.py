@@ -9,7 +9,8 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from virtex_d2.engine.files import read_json
-from virtex_d2.studies.viewer.instances import read_pixels, to_mask, to_rle
+from virtex_d2.studies.viewer.drawing import read_pixels
+from virtex_d2.studies.viewer.matching import to_mask, to_rle
 
 RIGHT_IOU = 0.5  # mask IoU from which a prediction of the right class counts as right, as in AP50
 

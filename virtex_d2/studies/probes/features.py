@@ -1,30 +1,183 @@
-"""Features of images under a frozen network: computed once, and kept by what they depend on."""
+"""The network under test, and its features: computed once, and kept by what they depend on."""
 
 import hashlib
 import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone.resnet import ResNet, build_resnet_backbone
 from detectron2.utils import comm
+from detectron2.utils.logger import log_every_n_seconds
+from torch import nn
+from torch.nn import functional as F
 
+from virtex_d2.checkpoint.addresses import local_path
 from virtex_d2.checkpoint.probe import exact_float32
+from virtex_d2.checkpoint.source import read_backbone
+from virtex_d2.checkpoint.transfer import apply_preprocessing, load_backbone
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import read_safetensors, write_safetensors
-from virtex_d2.studies.probes.crops import CentralCrop, central_batches, refusal
-from virtex_d2.studies.probes.network import PooledResNet, fingerprint, require_untouched
+from virtex_d2.studies.probes.data import CentralCrop, LabelledImages, central_batches, refusal
 
 logger = logging.getLogger(__name__)
 
+RANDOM = "random"
 FORMAT = "virtex_d2.features.1"
 # Images of a file. An extraction that was stopped goes on with the first file that is not there.
 SHARD_SIZE = 4096
-_LOG_SECONDS = 20.0
+_LOG_SECONDS = 20
+
+
+class PooledResNet(nn.Module):
+    """detectron2's ResNet up to res5, averaged over all positions.
+
+    Args:
+        cfg: of `get_probe_cfg`, completed by `complete_config`.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        super().__init__()
+        self.backbone: ResNet = build_resnet_backbone(cfg, ShapeSpec(channels=3))
+        self.feature_size: int = self.backbone.output_shape()["res5"].channels
+        for name in ("pixel_mean", "pixel_std"):
+            values = torch.tensor(cfg.MODEL[name.upper()]).view(3, 1, 1)
+            self.register_buffer(name, values, persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, 3, H, W), channels in INPUT.FORMAT's order -> (N, feature_size)."""
+        return self.backbone((images - self.pixel_mean) / self.pixel_std)["res5"].mean((2, 3))
+
+
+class Classifier(nn.Module):
+    """A linear layer on features, which are given or come from images.
+
+    Its weights start at N(0, 0.01), its bias at 0 (the released code of arXiv 2006.06666).
+
+    Args:
+        feature_size: of the features.
+        num_classes: outputs.
+        network: makes features of images; None where features are given.
+        frozen: whether the network stays as it is: evaluation mode, without gradients.
+        amp: whether to compute under bfloat16 autocast.
+    """
+
+    def __init__(
+        self,
+        feature_size: int,
+        num_classes: int,
+        network: PooledResNet | None = None,
+        frozen: bool = True,
+        amp: bool = False,
+    ):
+        super().__init__()
+        self.fc = nn.Linear(feature_size, num_classes)
+        nn.init.normal_(self.fc.weight, std=0.01)
+        nn.init.zeros_(self.fc.bias)
+        self.network = network
+        self.frozen = frozen
+        self.amp = amp
+        if network is not None and frozen:
+            network.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "Classifier":
+        """As always, but a frozen network stays in evaluation mode: its norms keep their data."""
+        super().train(mode)
+        if self.network is not None and self.frozen:
+            self.network.eval()
+        return self
+
+    def forward(self, batch: Mapping[str, torch.Tensor]) -> Any:
+        """{"input": images or features, "label": (N,)} -> {"loss_cls": scalar} in training, else
+        the logits (N, num_classes), float32.
+        """
+        x = batch["input"].to(self.fc.weight.device, non_blocking=True)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
+            if self.network is not None:
+                with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+                    x = self.network(x)
+            logits = self.fc(x).float()
+        if not self.training:
+            return logits
+        return {"loss_cls": F.cross_entropy(logits, batch["label"].to(x.device))}
+
+
+def complete_config(cfg: CfgNode) -> list[str]:
+    """Set the keys of MODEL.RESNETS and of the preprocessing from MODEL.WEIGHTS, in place.
+
+    Returns:
+        A line for the log about each preprocessing key that was changed.
+    """
+    if not cfg.MODEL.WEIGHTS:
+        raise InputError(
+            "MODEL.WEIGHTS is empty; expected a checkpoint with a ResNet, or random for one of "
+            "random weights."
+        )
+    if cfg.MODEL.WEIGHTS == RANDOM:
+        return []
+    virtex = cfg.VIRTEX
+    path = local_path(cfg.MODEL.WEIGHTS)
+    backbone = read_backbone(path, virtex.LAYOUT, virtex.COPY, virtex.PREFIX)
+    for key, value in backbone.architecture.config().items():
+        cfg.MODEL.RESNETS[key.rpartition(".")[2]] = value
+    return apply_preprocessing(cfg)
+
+
+def build_network(cfg: CfgNode) -> tuple[PooledResNet, dict[str, Any]]:
+    """Build the network on MODEL.DEVICE, in evaluation mode; the second is for results.json."""
+    torch.manual_seed(cfg.SEED)
+    try:
+        network = PooledResNet(cfg)
+    except (AssertionError, KeyError) as error:  # detectron2's words for a size that it lacks
+        raise InputError(f"MODEL.RESNETS: detectron2 cannot build this ResNet: {error}.") from error
+    about: dict[str, Any] = {"weights": cfg.MODEL.WEIGHTS}
+    if cfg.MODEL.WEIGHTS == RANDOM:
+        if cfg.MODEL.ZERO_INIT_RESIDUAL:
+            for block in (block for stage in network.backbone.stages for block in stage):
+                last = block.conv3 if hasattr(block, "conv3") else block.conv2
+                nn.init.zeros_(last.norm.weight)
+        logger.info("Backbone: a ResNet-%d of random weights", cfg.MODEL.RESNETS.DEPTH)
+        about |= {"seed": cfg.SEED, "zero_init_residual": cfg.MODEL.ZERO_INIT_RESIDUAL}
+    else:
+        report = load_backbone(network, local_path(cfg.MODEL.WEIGHTS), cfg)
+        about |= {key: getattr(report, key) for key in ("sha256", "layout", "copy", "architecture")}
+        about["notes"] = list(report.notes)
+    return network.to(cfg.MODEL.DEVICE).eval(), {**about, "tensors_sha256": fingerprint(network)}
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Hash every parameter and buffer (SHA-256): name, type, shape and bytes.
+
+    A third of a second for a ResNet-50. Running statistics are buffers, so that a network that was
+    merely run in training mode has another one.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def require_untouched(network: nn.Module, before: str) -> None:
+    """Fail where a network that was to be frozen has changed.
+
+    Raises:
+        RuntimeError: its `fingerprint` is not `before`; what was computed with it is worth nothing.
+    """
+    if fingerprint(network) != before:
+        raise RuntimeError(
+            "the frozen backbone has changed: weights or norm statistics differ from those that "
+            "were loaded. This is a mistake in the program; the result is withheld."
+        )
 
 
 @dataclass(frozen=True)
@@ -60,7 +213,7 @@ class Extraction:
     num_workers: int = 0
 
     def __call__(self, files: Sequence[str], name: str = "images") -> Features:
-        """The features of image files, from the cache where they are in it.
+        """Give the features of image files, from the cache where they are in it.
 
         With several processes each computes every so many-th file of the cache, and reads all.
 
@@ -96,6 +249,31 @@ class Extraction:
         unusable = {index: reason for part in parts for index, reason in part.unusable.items()}
         return Features(torch.cat([part.values for part in parts]), unusable)
 
+    def labelled(
+        self, images: LabelledImages, what: str, max_share: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give features and labels of the images that can be decoded, on the CPU, in order; name
+        the others in the log.
+
+        Args:
+            images: the set.
+            what: "training" or "test".
+            max_share: the fraction that may be unusable; 0 where every image counts.
+        """
+        files = images.files
+        features = self(files, f"{what} images")
+        labels = torch.from_numpy(images.labels)
+        if not features.unusable:  # no copy of what may be ten gigabytes
+            return features.values, labels
+        named = {files[index]: reason for index, reason in features.unusable.items()}
+        if len(named) > max_share * len(files):
+            key = " (DATA.MAX_SKIPPED_SHARE)" if what == "training" else ""
+            raise InputError(refusal(named, f"of {len(files)} {what} images{key}"))
+        for file, reason in named.items():
+            logger.warning("%s: left out of the %s images (%s)", file, what, reason)
+        kept = torch.tensor([i for i in range(len(files)) if i not in features.unusable])
+        return features.values[kept], labels[kept]
+
     def _key(self, files: Sequence[str], tensors: str) -> str:
         """What the features depend on, hashed: network, pixels, and every image file's state."""
         digest = hashlib.sha256()
@@ -116,40 +294,44 @@ class Extraction:
         return digest.hexdigest()[:32]
 
     def _extract(self, files: Sequence[str], shards: Sequence["_Shard"], name: str) -> None:
-        progress = _Progress(sum(len(shard) for shard in shards), name)
+        start = time.perf_counter()
+        total = sum(len(shard) for shard in shards)
+        done = 0
         for shard in shards:
-            features = self._compute(files, shard, progress)
+            values = torch.zeros(len(shard), self.network.feature_size)
+            unusable: dict[int, str] = {}
+            indices = range(shard.first, shard.last)
+            for found, pixels, reasons in central_batches(
+                files, indices, self.crop, self.batch_size, self.num_workers
+            ):
+                unusable |= reasons
+                if pixels is not None:
+                    values[torch.tensor(found) - shard.first] = self._compute(pixels)
+                done += len(found) + len(reasons)
+                rate = done / (time.perf_counter() - start)
+                left = timedelta(seconds=round((total - done) / rate))
+                told = f"Features of {done} of {total} {name}, {rate:.1f} images/s, eta: {left}"
+                log_every_n_seconds(logging.INFO, told, _LOG_SECONDS)
+            if not torch.isfinite(values).all():
+                raise InputError(
+                    "MODEL.WEIGHTS: the network's features are not finite; its weights or running "
+                    "statistics cannot be those of a trained network."
+                )
             try:
-                shard.write(features)
+                shard.write(Features(values, unusable))
             except OSError as error:
                 raise InputError(
                     f"DATA.CACHE_DIR {self.cache_dir}: cannot be written: {error.strerror}. "
                     "Choose another."
                 ) from error
-        progress.done()
+        seconds = timedelta(seconds=round(time.perf_counter() - start))
+        logger.info("Features of %d %s computed in %s", done, name, seconds)
 
     @torch.no_grad()
-    def _compute(self, files: Sequence[str], shard: "_Shard", progress: "_Progress") -> Features:
-        network = self.network
-        device = network.pixel_mean.device
-        values = torch.zeros(len(shard), network.feature_size)
-        unusable: dict[int, str] = {}
-        indices = range(shard.first, shard.last)
-        batches = central_batches(files, indices, self.crop, self.batch_size, self.num_workers)
+    def _compute(self, pixels: torch.Tensor) -> torch.Tensor:
         # TensorFloat-32 would make features of one GPU others than those of another or of a CPU
         with exact_float32():
-            for found, pixels, reasons in batches:
-                unusable |= reasons
-                if pixels is not None:
-                    rows = torch.tensor(found) - shard.first
-                    values[rows] = network(pixels.to(device)).cpu()
-                progress.add(len(found) + len(reasons))
-        if not torch.isfinite(values).all():
-            raise InputError(
-                "MODEL.WEIGHTS: the network's features are not finite; its weights or running "
-                "statistics cannot be those of a trained network."
-            )
-        return Features(values, unusable)
+            return self.network(pixels.to(self.network.pixel_mean.device)).cpu()
 
 
 @dataclass(frozen=True)
@@ -187,62 +369,6 @@ class _Shard:
             logger.warning("%s: a damaged cache of features, made anew (%s)", self.path, error)
             return None
         return Features(values, {int(index): reason for index, reason in reasons.items()})
-
-
-class _Progress:
-    """Says in the log, now and then, how far an extraction is and how long it will take."""
-
-    def __init__(self, total: int, name: str):
-        self._total = total
-        self._name = name
-        self._count = 0
-        self._start = self._last = time.perf_counter()
-
-    def add(self, count: int) -> None:
-        self._count += count
-        now = time.perf_counter()
-        if now - self._last >= _LOG_SECONDS:
-            self._last = now
-            rate = self._count / (now - self._start)
-            left = timedelta(seconds=round((self._total - self._count) / rate))
-            logger.info(
-                "Features of %d of %d %s, %.1f images/s, eta: %s",
-                *(self._count, self._total, self._name, rate, left),
-            )
-
-    def done(self) -> None:
-        seconds = time.perf_counter() - self._start
-        logger.info(
-            "Features of %d %s computed in %s",
-            self._count,
-            self._name,
-            timedelta(seconds=round(seconds)),
-        )
-
-
-def usable_rows(
-    features: Features, files: Sequence[str], max_share: float, what: str
-) -> torch.Tensor:
-    """The rows of images that could be decoded, in order; names the others in the log.
-
-    Args:
-        features: of `files`.
-        max_share: the fraction that may be unusable; 0 where every image counts.
-        what: "training" or "test".
-    """
-    named = {files[index]: reason for index, reason in features.unusable.items()}
-    if len(named) > max_share * len(files):
-        key = " (DATA.MAX_SKIPPED_SHARE)" if what == "training" else ""
-        raise InputError(refusal(named, f"of {len(files)} {what} images{key}"))
-    for file, reason in named.items():
-        logger.warning("%s: left out of the %s images (%s)", file, what, reason)
-    kept = [index for index in range(len(files)) if index not in features.unusable]
-    return torch.tensor(kept, dtype=torch.int64)
-
-
-def normalized(values: torch.Tensor) -> torch.Tensor:
-    """Rows of unit L2 norm; a row of zeros stays one."""
-    return torch.nn.functional.normalize(values, dim=1)
 
 
 def _sha256(values: torch.Tensor) -> str:

@@ -1,36 +1,44 @@
-"""A probe from its config to its results."""
+"""A probe from its config to its results: results.json, and per_class.csv of each class."""
 
 import argparse
+import csv
 import hashlib
+import json
 import logging
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import detectron2
 import numpy as np
+import sklearn
+import torch
+import torchvision
+import yaml
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 from tabulate import tabulate
 
+import virtex_d2
 from virtex_d2.checkpoint.transfer import config_preprocessing
 from virtex_d2.detection.modeling import resolve_norms
 from virtex_d2.engine.cli import expanded
 from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.files import atomic_path, read_json
 from virtex_d2.engine.identity import refuse_other_run
 from virtex_d2.engine.run import setup_run
-from virtex_d2.studies.probes.classification import train_classifier
 from virtex_d2.studies.probes.config import check_config
-from virtex_d2.studies.probes.crops import CentralCrop
-from virtex_d2.studies.probes.datasets import LabelledImages, load_datasets
-from virtex_d2.studies.probes.features import Extraction, Features, normalized, usable_rows
-from virtex_d2.studies.probes.network import build_network, complete_config
-from virtex_d2.studies.probes.results import RESULTS, read_results, write_results
+from virtex_d2.studies.probes.data import CentralCrop, LabelledImages, load_datasets
+from virtex_d2.studies.probes.features import Extraction, build_network, complete_config
+from virtex_d2.studies.probes.linear import train_classifier
 from virtex_d2.studies.probes.svm import evaluate_svms
-from virtex_d2.studies.probes.voc import VocImages, load_voc
 
 logger = logging.getLogger(__name__)
 
+RESULTS = "results.json"
+PER_CLASS = "per_class.csv"
 # Keys that make a run of a task this run; where data and weights are does not.
 _KEYS = {
     "voc_svm": ("SVM.COSTS", "SVM.FOLDS", "SVM.POSITIVE_WEIGHT", "SVM.MAX_ITER", "SVM.DIFFICULT"),
@@ -42,7 +50,7 @@ _KEYS = {
 }
 _KEYS["finetune"] = (*_KEYS["linear"], "MODEL.RESNETS.NORM")
 
-Images = VocImages | LabelledImages
+Rows = Sequence[Mapping[str, Any]]
 
 
 def run_probe(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
@@ -50,8 +58,8 @@ def run_probe(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
 
     Args:
         cfg: of `get_probe_cfg`. Changed: completed from the checkpoint, and resolved.
-        args: of `runtime.arguments.argument_parser`. With --resume a finished run is left as it is,
-            and an interrupted one goes on.
+        args: of `virtex_d2.engine.cli.argument_parser`. With --resume a finished run is left as it
+            is, and an interrupted one goes on.
 
     Returns:
         The metrics, in percent.
@@ -60,7 +68,8 @@ def run_probe(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
         raise InputError("--eval-only: a probe trains and evaluates in one; leave the flag out.")
     check_config(cfg)
     cfg.DATA.ROOT = expanded(cfg.DATA.ROOT, "DATA.ROOT")
-    finished = read_results(cfg.OUTPUT_DIR)
+    path = os.path.join(cfg.OUTPUT_DIR, RESULTS)
+    finished = read_json(path) if os.path.exists(path) else None
     if finished and not args.resume:
         raise InputError(
             f"OUTPUT_DIR {cfg.OUTPUT_DIR}: holds the {RESULTS} of another run. Choose another "
@@ -73,7 +82,7 @@ def run_probe(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
         logger.info(line)
     resolve_norms(cfg)
     cfg.freeze()
-    train, test = load_voc(cfg) if cfg.TASK == "voc_svm" else load_datasets(cfg)
+    train, test = load_datasets(cfg)
     for name, images in (("Training", train), ("Test", test)):
         logger.info(
             "%s set: %s, %d images, %d classes",
@@ -103,7 +112,7 @@ def run_probe(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
     else:
         metrics, rows = train_classifier(cfg, extract, train, test, identity, args.resume)
     if comm.is_main_process():
-        path = write_results(cfg, identity, metrics, rows, about)
+        _write_results(cfg, identity, metrics, rows, about)
         logger.info("Results:\n%s", tabulate(metrics.items(), ("metric", "%"), floatfmt=".2f"))
         logger.info("They are in %s and the table beside it.", path)
     comm.synchronize()
@@ -111,15 +120,21 @@ def run_probe(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
 
 
 def _voc_svm(
-    cfg: CfgNode, extract: Extraction, train: VocImages, test: VocImages, about: dict[str, Any]
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    cfg: CfgNode,
+    extract: Extraction,
+    train: LabelledImages,
+    test: LabelledImages,
+    about: dict[str, Any],
+) -> tuple[dict[str, float], Rows]:
     """Metrics and a row for each class; empty in all processes but the first."""
     parts = []
-    for images, what in ((train, "training"), (test, "test")):
-        share = cfg.DATA.MAX_SKIPPED_SHARE if what == "training" else 0.0
-        features: Features = extract(images.files, f"{what} images")
-        rows = usable_rows(features, images.files, share, what)
-        parts.append((normalized(features.values[rows]).numpy(), images.labels[rows.numpy()]))
+    for images, what, share in (
+        (train, "training", cfg.DATA.MAX_SKIPPED_SHARE),
+        (test, "test", 0.0),
+    ):
+        values, labels = extract.labelled(images, what, share)
+        unit = torch.nn.functional.normalize(values, dim=1)  # rows of zeros stay zeros
+        parts.append((unit.numpy(), labels.numpy()))
     if not comm.is_main_process():
         return {}, []
     results, left_out = evaluate_svms(cfg, train.classes, *parts)
@@ -147,7 +162,42 @@ def _voc_svm(
     return metrics, rows
 
 
-def _identity(cfg: CfgNode, tensors: str, train: Images, test: Images) -> dict[str, str]:
+def _write_results(
+    cfg: CfgNode,
+    identity: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    rows: Rows,
+    about: Mapping[str, Any],
+) -> None:
+    """Write per_class.csv and then results.json, each whole or not at all."""
+    with (
+        atomic_path(os.path.join(cfg.OUTPUT_DIR, PER_CLASS)) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    modules = (virtex_d2, detectron2, torch, torchvision, sklearn, np)
+    content = {
+        "task": cfg.TASK,
+        "metrics": dict(metrics),
+        **about,
+        "per_class": list(rows),
+        "seed": cfg.SEED,
+        "identity": dict(identity),
+        "config": yaml.safe_load(cfg.dump()),
+        "versions": {
+            "python": platform.python_version(),
+            **{module.__name__: module.__version__ for module in modules},
+        },
+    }
+    with atomic_path(os.path.join(cfg.OUTPUT_DIR, RESULTS)) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _identity(
+    cfg: CfgNode, tensors: str, train: LabelledImages, test: LabelledImages
+) -> dict[str, str]:
     """What makes a run this run, as texts by name."""
     preprocessing = config_preprocessing(cfg).config()
     keys = ("TASK", "SEED", "INPUT.RESIZE", "INPUT.CROP", *_KEYS[cfg.TASK])
@@ -168,18 +218,15 @@ def _value(cfg: CfgNode, key: str) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _digest(cfg: CfgNode, images: Images) -> str:
+def _digest(cfg: CfgNode, images: LabelledImages) -> str:
     """Of names and labels: a data set may move."""
-    digest = hashlib.sha256(repr((images.classes, _relative(cfg, images.files))).encode())
+    files = [os.path.relpath(file, cfg.DATA.ROOT) for file in images.files]
+    digest = hashlib.sha256(repr((images.classes, files)).encode())
     digest.update(np.ascontiguousarray(images.labels))
     return f"{len(images.files)} images, {digest.hexdigest()[:16]}"
 
 
-def _relative(cfg: CfgNode, files: Sequence[str]) -> list[str]:
-    return [os.path.relpath(file, cfg.DATA.ROOT) for file in files]
-
-
-def _about(cfg: CfgNode, images: Images) -> Mapping[str, Any]:
+def _about(cfg: CfgNode, images: LabelledImages) -> Mapping[str, Any]:
     return {
         "source": images.source,
         "images": len(images.files),

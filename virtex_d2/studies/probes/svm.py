@@ -7,7 +7,7 @@ Goyal et al., arXiv 1905.01235, section 5.1 (costs, class weight, folds), as Vir
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -21,10 +21,13 @@ from sklearn.svm import LinearSVC
 
 logger = logging.getLogger(__name__)
 
+# Features (N, D), and labels: (N, C) of all classes as in `LabelledImages`, or (N,) of one.
+LabelledFeatures = tuple[np.ndarray, np.ndarray]
+
 
 def average_precision_11(positives: np.ndarray, scores: np.ndarray) -> float:
-    """VOC2007's average precision: the mean, over the recalls 0, 0.1, ..., 1, of the best precision
-    at that recall or a higher one (Everingham et al., IJCV 2010, section 4.2).
+    """Compute VOC2007's average precision: the mean, over the recalls 0, 0.1, ..., 1, of the best
+    precision at that recall or a higher one (Everingham et al., IJCV 2010, section 4.2).
 
     Recalls are compared as whole numbers, so that three of ten positives reach 0.3. Images of equal
     score are ranked together: their order in the file does not matter.
@@ -78,15 +81,15 @@ class ClassResult:
 def evaluate_svms(
     cfg: CfgNode,
     classes: Sequence[str],
-    train: tuple[np.ndarray, np.ndarray],
-    test: tuple[np.ndarray, np.ndarray],
+    train: LabelledFeatures,
+    test: LabelledFeatures,
 ) -> tuple[list[ClassResult], dict[str, str]]:
     """Train and test one SVM for each class.
 
     Args:
         cfg: SVM's keys and the SEED.
         classes: C names.
-        train, test: features (N, D), of unit norm, and labels (N, C) as in `VocImages`.
+        train, test: features of unit norm, and labels.
 
     Returns:
         Results in the order of the classes, and the reason of each class that is left out, because
@@ -100,9 +103,15 @@ def evaluate_svms(
             logger.warning("Class %s is left out: %s", name, reason)
         else:
             wanted.append((column, name))
-    results = []
+    results: list[ClassResult] = []
     start = time.perf_counter()
-    for result in _in_processes(cfg, wanted, train, test):
+    jobs = (
+        delayed(_evaluate_one)(
+            cfg, name, (train[0], train[1][:, column]), (test[0], test[1][:, column])
+        )
+        for column, name in wanted
+    )
+    for result in Parallel(n_jobs=cfg.SVM.NUM_JOBS, return_as="generator")(jobs):
         results.append(result)
         seconds = (time.perf_counter() - start) / len(results) * (len(wanted) - len(results))
         logger.info(
@@ -120,21 +129,6 @@ def evaluate_svms(
     return results, left_out
 
 
-def _in_processes(
-    cfg: CfgNode,
-    wanted: Sequence[tuple[int, str]],
-    train: tuple[np.ndarray, np.ndarray],
-    test: tuple[np.ndarray, np.ndarray],
-) -> Iterator[ClassResult]:
-    jobs = (
-        delayed(_evaluate_one)(
-            cfg, name, (train[0], train[1][:, column]), (test[0], test[1][:, column])
-        )
-        for column, name in wanted
-    )
-    return Parallel(n_jobs=cfg.SVM.NUM_JOBS, return_as="generator")(jobs)
-
-
 def _unfit(train: np.ndarray, test: np.ndarray, folds: int, difficult: str) -> str:
     """Why a class cannot be evaluated; "" where it can."""
     negatives = (train != 1) if difficult == "negative" else (train == -1)
@@ -148,17 +142,20 @@ def _unfit(train: np.ndarray, test: np.ndarray, folds: int, difficult: str) -> s
 
 
 def _evaluate_one(
-    cfg: CfgNode,
-    name: str,
-    train: tuple[np.ndarray, np.ndarray],
-    test: tuple[np.ndarray, np.ndarray],
+    cfg: CfgNode, name: str, train: LabelledFeatures, test: LabelledFeatures
 ) -> ClassResult:
     ignored = train[1] == 0
     kept = np.ones(len(ignored), bool) if cfg.SVM.DIFFICULT == "negative" else ~ignored
     x, y = train[0][kept], np.where(train[1][kept] == 1, 1, -1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
-        scores = [_cross_validated(cfg, cost, x, y) for cost in cfg.SVM.COSTS]
+        # over stratified folds, in the order of the list and not shuffled, as the recipe
+        scores = [
+            cross_val_score(
+                _svm(cfg, cost), x, y, cv=cfg.SVM.FOLDS, scoring="average_precision"
+            ).mean()
+            for cost in cfg.SVM.COSTS
+        ]
         best = int(np.argmax(scores))  # the first of equals: the stronger regularisation
         svm = _svm(cfg, cfg.SVM.COSTS[best]).fit(x, y)
     counted = test[1] != 0
@@ -175,12 +172,6 @@ def _evaluate_one(
         test_ignored=int((~counted).sum()),
         unconverged=sum(issubclass(one.category, ConvergenceWarning) for one in caught),
     )
-
-
-def _cross_validated(cfg: CfgNode, cost: float, x: np.ndarray, y: np.ndarray) -> float:
-    """Mean AP over stratified folds, in the order of the list and not shuffled, as the recipe."""
-    scores = cross_val_score(_svm(cfg, cost), x, y, cv=cfg.SVM.FOLDS, scoring="average_precision")
-    return float(scores.mean())
 
 
 def _svm(cfg: CfgNode, cost: float) -> LinearSVC:

@@ -25,7 +25,7 @@ from virtex_d2.engine.loop import UpdateLoop, share_of
 from virtex_d2.engine.retention import Retention
 from virtex_d2.engine.stopping import StopHook
 from virtex_d2.engine.trainer import Trainer
-from virtex_d2.studies.probes.network import Classifier, fingerprint, require_untouched
+from virtex_d2.studies.probes.features import Classifier, fingerprint, require_untouched
 
 logger = logging.getLogger(__name__)
 

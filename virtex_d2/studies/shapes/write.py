@@ -24,13 +24,12 @@ import numpy as np
 from PIL import Image
 
 from virtex_d2.engine.errors import InputError, nearest
-from virtex_d2.studies.shapes.draw import CLASSES
-from virtex_d2.studies.shapes.options import FORMATS, MOST_OBJECTS
-from virtex_d2.studies.shapes.world import Scene, check_world, render
+from virtex_d2.studies.shapes import FORMATS, MOST_OBJECTS
+from virtex_d2.studies.shapes.world import CLASSES, Scene, check_world, render
 
+_INFO = {"description": "synthetic shapes"}
 _LICENSE = {"id": 1, "name": "Apache-2.0", "url": ""}
-# A polygon of fewer points encloses nothing.
-_LEAST_POINTS = 3
+_LEAST_POINTS = 3  # a polygon of fewer encloses nothing
 
 
 def write_dataset(
@@ -51,7 +50,7 @@ def write_dataset(
         num_images: at least 1.
         size: side of the images in pixels, 64 to 512.
         seed: of the world. Splits of one seed share their images: take another for each.
-        formats: of FORMATS.
+        formats: of FORMATS; COCO's files are always written.
         max_objects: 1 to 6.
         overwrite: replace the split where it exists, in every format that it was written in.
     """
@@ -73,29 +72,29 @@ def write_dataset(
             f"--output {output}: no folder can be made there ({error.strerror}). Choose another."
         ) from error
     try:
-        writers = [_CocoWriter(split, size)]
-        if "lvis" in formats:
-            writers.append(_LvisWriter(split, size))
-        if "voc" in formats:
-            writers.append(_VocWriter(split, size, temporary / "images"))
+        records = _Records(split, size)
         for index in range(num_images):
             scene = render(seed, index, size, max_objects)
             name = f"{index:06d}.jpg"
-            Image.fromarray(scene.image).save(
-                temporary / "images" / name, quality=95, subsampling=0
-            )
-            for writer in writers:
-                writer.add(index, name, scene)
-        for writer in writers:
-            writer.write(temporary)
+            path = temporary / "images" / name
+            Image.fromarray(scene.image).save(path, quality=95, subsampling=0)
+            records.add(name, scene)
+            if "voc" in formats:
+                _write_voc(temporary / "VOC", split, path, scene)
+        records.write_coco(temporary / "annotations")
+        if "lvis" in formats:
+            records.write_lvis(temporary / "annotations")
         _remove_split(output, split)
-        _move_into_place(temporary, output, images)
+        for path in [*temporary.glob("VOC/**/*"), *temporary.glob("annotations/*")]:
+            if path.is_file():
+                _replace(path, output / path.relative_to(temporary))
+        _replace(temporary / "images", images)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def polygons(mask: np.ndarray) -> list[list[float]]:
-    """Outlines of a mask (H, W) bool as COCO polygons [x0, y0, x1, y1, ...], in pixels.
+    """Outline a mask (H, W) bool as COCO polygons [x0, y0, x1, y1, ...], in pixels.
 
     A contour runs through the centres of the outermost pixels and so loses half a pixel around; on
     an image of doubled pixels it loses a quarter. COCO's polygons have no holes: a part with one is
@@ -114,9 +113,9 @@ def polygons(mask: np.ndarray) -> list[list[float]]:
 
 def _outlines(mask: np.ndarray) -> list[np.ndarray]:
     contours, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    holes = [
-        contour for contour, (_, _, _, parent) in zip(contours, _rows(hierarchy)) if parent >= 0
-    ]
+    # of each contour [next, previous, child, parent]; None for no contour
+    parents = [] if hierarchy is None else hierarchy.reshape(-1, 4)[:, 3]
+    holes = [contour for contour, parent in zip(contours, parents) if parent >= 0]
     if not holes:
         return [contour for contour in contours if len(contour) >= _LEAST_POINTS]
     x, _, width, _ = cv2.boundingRect(holes[0])
@@ -126,24 +125,19 @@ def _outlines(mask: np.ndarray) -> list[np.ndarray]:
     return _outlines(left) + _outlines(right)
 
 
-def _rows(hierarchy: np.ndarray | None) -> np.ndarray:
-    """OpenCV's [next, previous, child, parent] of each contour; it returns None for no contour."""
-    return np.empty((0, 4), int) if hierarchy is None else hierarchy.reshape(-1, 4)
-
-
-class _CocoWriter:
-    """COCO captions and COCO instances."""
+class _Records:
+    """The records of a split's JSON files; ids count from 1."""
 
     def __init__(self, split: str, size: int):
         self._split = split
         self._size = size
-        self.images: list[dict] = []
-        self.captions: list[dict] = []
-        self.annotations: list[dict] = []
+        self._images: list[dict] = []
+        self._captions: list[dict] = []
+        self._annotations: list[dict] = []
 
-    def add(self, index: int, file_name: str, scene: Scene) -> None:
-        image_id = index + 1
-        self.images.append(
+    def add(self, file_name: str, scene: Scene) -> None:
+        image_id = len(self._images) + 1
+        self._images.append(
             {
                 "id": image_id,
                 "file_name": file_name,
@@ -152,66 +146,52 @@ class _CocoWriter:
                 "license": _LICENSE["id"],
             }
         )
-        for caption in scene.captions:
-            self.captions.append(
-                {"id": len(self.captions) + 1, "image_id": image_id, "caption": caption.text}
+        for text in scene.captions:
+            self._captions.append(
+                {"id": len(self._captions) + 1, "image_id": image_id, "caption": text}
             )
         for item in scene.objects:
-            outline = polygons(item.mask)
-            if not outline:
-                continue
-            self.annotations.append(
-                {
-                    "id": len(self.annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": CLASSES.index(item.name) + 1,
-                    "bbox": list(item.box),
-                    "area": int(np.count_nonzero(item.mask)),
-                    "segmentation": outline,
-                    "iscrowd": 0,
-                }
-            )
+            if outline := polygons(item.mask):
+                self._annotations.append(
+                    {
+                        "id": len(self._annotations) + 1,
+                        "image_id": image_id,
+                        "category_id": CLASSES.index(item.name) + 1,
+                        "bbox": list(item.box),
+                        "area": int(np.count_nonzero(item.mask)),
+                        "segmentation": outline,
+                        "iscrowd": 0,
+                    }
+                )
 
-    def write(self, folder: Path) -> None:
-        common = {"info": {"description": "synthetic shapes"}, "licenses": [_LICENSE]}
-        _write_json(
-            folder / f"captions_{self._split}.json",
-            {**common, "images": self.images, "annotations": self.captions},
-        )
+    def write_coco(self, folder: Path) -> None:
+        """Write COCO captions and COCO instances."""
         categories = [
             {"id": number, "name": name, "supercategory": "shape"}
             for number, name in enumerate(CLASSES, start=1)
         ]
+        _write_json(folder / f"captions_{self._split}.json", self._images, self._captions)
         _write_json(
-            folder / f"instances_{self._split}.json",
-            {
-                **common,
-                "images": self.images,
-                "annotations": self.annotations,
-                "categories": categories,
-            },
+            folder / f"instances_{self._split}.json", self._images, self._annotations, categories
         )
 
-
-class _LvisWriter(_CocoWriter):
-    """LVIS v1: federated annotations; here every class of every image is known."""
-
-    def write(self, folder: Path) -> None:
+    def write_lvis(self, folder: Path) -> None:
+        """Write LVIS v1: federated annotations; here every class of every image is known."""
         present: dict[int, set[int]] = defaultdict(set)
-        for annotation in self.annotations:
+        for annotation in self._annotations:
             present[annotation["image_id"]].add(annotation["category_id"])
         numbers = range(1, len(CLASSES) + 1)
         images = [
             {
-                **{key: value for key, value in image.items() if key != "file_name"},
+                **_without(image, "file_name"),
                 # LVIS takes the file's name from the end of this address
                 "coco_url": f"shapes/{self._split}/{image['file_name']}",
                 "neg_category_ids": sorted(set(numbers) - present[image["id"]]),
                 "not_exhaustive_category_ids": [],
             }
-            for image in self.images
+            for image in self._images
         ]
-        instance_counts = Counter(a["category_id"] for a in self.annotations)
+        instance_counts = Counter(a["category_id"] for a in self._annotations)
         image_counts = Counter(number for ids in present.values() for number in ids)
         categories = [
             {
@@ -226,64 +206,37 @@ class _LvisWriter(_CocoWriter):
             }
             for number, name in zip(numbers, CLASSES)
         ]
-        annotations = [
-            {key: value for key, value in a.items() if key != "iscrowd"} for a in self.annotations
-        ]
-        _write_json(
-            folder / f"lvis_v1_{self._split}.json",
-            {
-                "info": {"description": "synthetic shapes"},
-                "licenses": [_LICENSE],
-                "images": images,
-                "annotations": annotations,
-                "categories": categories,
-            },
-        )
+        annotations = [_without(annotation, "iscrowd") for annotation in self._annotations]
+        _write_json(folder / f"lvis_v1_{self._split}.json", images, annotations, categories)
 
 
-class _VocWriter:
-    """Pascal VOC: an XML file an image, boxes with 1-based inclusive corners."""
+def _write_voc(folder: Path, split: str, image: Path, scene: Scene) -> None:
+    """Write an image of Pascal VOC: its XML file, where corners are 1-based and inclusive; the
+    JPEG; a line of the split's list.
+    """
+    stem = f"{split}_{image.stem}"
+    height, width, depth = scene.image.shape
+    root = ET.Element("annotation")
+    _add(root, {"folder": "VOC", "filename": f"{stem}.jpg"})
+    _add(ET.SubElement(root, "size"), {"width": width, "height": height, "depth": depth})
+    for item in scene.objects:
+        x, y, width, height = item.box
+        node = ET.SubElement(root, "object")
+        _add(node, {"name": item.name, "pose": "Unspecified", "truncated": 0, "difficult": 0})
+        corners = {"xmin": x + 1, "ymin": y + 1, "xmax": x + width, "ymax": y + height}
+        _add(ET.SubElement(node, "bndbox"), corners)
+    ET.indent(root)
+    for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    ET.ElementTree(root).write(folder / "Annotations" / f"{stem}.xml")
+    shutil.copyfile(image, folder / "JPEGImages" / f"{stem}.jpg")
+    with open(folder / "ImageSets" / "Main" / f"{split}.txt", "a", encoding="utf-8") as file:
+        file.write(f"{stem}\n")
 
-    def __init__(self, split: str, size: int, images: Path):
-        self._split = split
-        self._size = size
-        self._images = images
-        self._trees: dict[str, ET.ElementTree] = {}
 
-    def add(self, index: int, file_name: str, scene: Scene) -> None:
-        stem = f"{self._split}_{index:06d}"
-        root = ET.Element("annotation")
-        ET.SubElement(root, "folder").text = "VOC"
-        ET.SubElement(root, "filename").text = f"{stem}.jpg"
-        extent = ET.SubElement(root, "size")
-        for key, value in (("width", self._size), ("height", self._size), ("depth", 3)):
-            ET.SubElement(extent, key).text = str(value)
-        for item in scene.objects:
-            x, y, width, height = item.box
-            node = ET.SubElement(root, "object")
-            for key, value in (
-                ("name", item.name),
-                ("pose", "Unspecified"),
-                ("truncated", 0),
-                ("difficult", 0),
-            ):
-                ET.SubElement(node, key).text = str(value)
-            box = ET.SubElement(node, "bndbox")
-            corners = {"xmin": x + 1, "ymin": y + 1, "xmax": x + width, "ymax": y + height}
-            for key, value in corners.items():
-                ET.SubElement(box, key).text = str(value)
-        ET.indent(root)
-        self._trees[stem] = ET.ElementTree(root)
-
-    def write(self, folder: Path) -> None:
-        voc = folder / "VOC"
-        for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
-            (voc / name).mkdir(parents=True)
-        for index, (stem, tree) in enumerate(self._trees.items()):
-            tree.write(voc / "Annotations" / f"{stem}.xml")
-            shutil.copyfile(self._images / f"{index:06d}.jpg", voc / "JPEGImages" / f"{stem}.jpg")
-        names = "".join(f"{stem}\n" for stem in self._trees)
-        (voc / "ImageSets" / "Main" / f"{self._split}.txt").write_text(names)
+def _add(node: ET.Element, texts: dict[str, object]) -> None:
+    for name, text in texts.items():
+        ET.SubElement(node, name).text = str(text)
 
 
 def _check_arguments(split: str, num_images: int, formats: tuple[str, ...]) -> None:
@@ -316,23 +269,23 @@ def _remove_split(output: Path, split: str) -> None:
         names.unlink()
 
 
-def _move_into_place(temporary: Path, output: Path, images: Path) -> None:
-    voc = temporary / "VOC"
-    for path in sorted(voc.rglob("*")) if voc.exists() else []:
-        if path.is_file():
-            _replace(path, output / "VOC" / path.relative_to(voc))
-    for path in temporary.glob("*.json"):
-        _replace(path, output / "annotations" / path.name)
-    _replace(temporary / "images", images)
-
-
 def _replace(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(source, target)
 
 
-def _write_json(path: Path, content: dict) -> None:
+def _write_json(
+    path: Path, images: list[dict], annotations: list[dict], categories: list[dict] | None = None
+) -> None:
+    content = {"info": _INFO, "licenses": [_LICENSE], "images": images, "annotations": annotations}
+    if categories:
+        content["categories"] = categories
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
+
+
+def _without(record: dict, key: str) -> dict:
+    return {name: value for name, value in record.items() if name != key}
 
 
 def _frequency(image_count: int) -> str:

@@ -1,24 +1,44 @@
 """A folder of pictures, predictions beside the truth, and one HTML page that holds them all."""
 
+import argparse
 import base64
 import io
 import os
+import random
 import shutil
 import uuid
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 
+from detectron2.config import CfgNode
+from detectron2.data.datasets.pascal_voc import CLASS_NAMES
+from jinja2 import Environment
 from PIL import Image
 
 from virtex_d2.annotations.table import AnnotationTable
-from virtex_d2.engine.errors import InputError
-from virtex_d2.studies.reporting.page import definitions, write_page
-from virtex_d2.studies.viewer.drawing import COLORS, draw_instances
-from virtex_d2.studies.viewer.instances import read_pixels
-from virtex_d2.studies.viewer.panels import LEGEND, grid, with_legend
-from virtex_d2.studies.viewer.select import Judged, count_classes
+from virtex_d2.detection.sources import read_annotations, source_name
+from virtex_d2.engine.errors import InputError, nearest
+from virtex_d2.studies.reporting.page import write_page
+from virtex_d2.studies.viewer.drawing import (
+    COLORS,
+    DASHED,
+    LEGEND,
+    draw_instances,
+    grid,
+    read_pixels,
+    with_legend,
+)
+from virtex_d2.studies.viewer.matching import (
+    Instance,
+    Judged,
+    Match,
+    arrange,
+    count_classes,
+    judge,
+    masks_everywhere,
+)
+from virtex_d2.studies.viewer.results import collect, predict, read_results
 
 PAGE = "index.html"
 _ROW = 1040  # pixels of a row's panels, longer sides together
@@ -34,11 +54,108 @@ figure { margin: 30px 0 0; padding-top: 14px; border-top: 1px solid var(--rule);
 figure img { max-width: 100%; width: auto; }
 figcaption { margin: 0 0 6px; }
 """
+_BODY = """
+{%- macro counts(rows) -%}
+<table><tr><th></th>
+{%- for name in ("objects", "found", "missed", "wrong") %}<th class="n">{{ name }}</th>{% endfor -%}
+</tr>
+{%- for name, count in rows %}
+<tr><td>{{ name }}</td><td class="n">{{ count.found + count.missed }}</td>
+<td class="n">{{ count.found }}</td><td class="n">{{ count.missed }}</td>
+<td class="n">{{ count.wrong }}</td></tr>
+{%- endfor %}
+</table>
+{%- endmacro -%}
+
+<h1>{{ title }}</h1>
+<p class="muted">{{ figures|length }} of {{ judged }} images shown.</p>
+<dl>{% for name, text in facts.items() %}<dt>{{ name }}</dt><dd>{{ text }}</dd>{% endfor %}</dl>
+{% for line in not_drawn %}<p class="muted">{{ line }}</p>{% endfor %}
+<p class="legend">
+{% for verdict, words in legend.items() %}
+<span><i style="border-top:3px {{ "dashed" if verdict in dashed else "solid" }}
+ {{ colors[verdict] }}"></i>{{ words }}</span>
+{% endfor %}
+</p>
+{% for name, total, classes in tables %}
+{{ counts([(name ~ ", all images", total)]) }}
+<details><summary>{{ name }}: by class</summary>{{ counts(classes) }}</details>
+{% endfor %}
+{% for words, image, pixels in figures %}
+<figure><figcaption>{{ words }}</figcaption><img alt="{{ words }}" width="{{ image.width }}"
+ height="{{ image.height }}" src="data:image/jpeg;base64,{{ pixels }}"></figure>
+{% endfor %}
+"""
+
+
+def read_truth(words: Sequence[str]) -> AnnotationTable:
+    """Read the data set that three words of the command line name."""
+    table = read_annotations(words, source_name(words))
+    if table.kind == "voc" and tuple(table.categories.values()) != tuple(CLASS_NAMES):
+        raise InputError(
+            f"{table.source}: its classes are not VOC's twenty, and predictions hold their numbers "
+            "alone. Name the data set with --config-file, whose VIRTEX.DATASETS lists the classes."
+        )
+    return table
+
+
+def show(table: AnnotationTable, args: argparse.Namespace, cfg: CfgNode | None = None) -> Path:
+    """Write pictures and a page, and print what came out.
+
+    Args:
+        table: the truth.
+        args: of `parse_args`.
+        cfg: of the detector that predicts where --weights is given.
+
+    Returns:
+        The page.
+    """
+    output = Path(args.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"--output {output}: it is there already. Choose another, or remove it.")
+    classes = _class_ids(table, args.classes)
+    images = range(len(table.image_ids))
+    if 0 < args.sample < len(images):
+        images = sorted(random.Random(args.seed).sample(images, args.sample))
+    sources, predictions = _predictions(table, args, cfg, images)
+    by = args.by
+    if by == "auto":
+        by = "segm" if masks_everywhere(table, predictions) else "bbox"
+    every = judge(table, predictions, threshold=args.iou, by=by, classes=classes, images=images)
+    if not every:
+        raise InputError("no image has an object or a prediction of these classes.")
+    overlap = "masks" if by == "segm" else "boxes"
+    facts = {
+        "truth": table.source,
+        **sources,
+        "right": f"the class, and an IoU of {overlap} of at least {args.iou:g}, as in COCO",
+        "score": f"at least {args.score_threshold:g}",
+        "order": args.sort,
+        **({"classes": ", ".join(args.classes)} if args.classes else {}),
+    }
+    shown = arrange(every, args.sort, args.seed)
+    left_out = _write_gallery(output, table, every, shown, args.num_images, facts)
+    for name in predictions:
+        results = [image.matches[name] for image in every]
+        print(
+            f"{name}: {_told(results)} on {len(every)} images (score >= {args.score_threshold:g}, "
+            f"IoU of {overlap} >= {args.iou:g})"
+        )
+        if empty := sum(not result.predictions for result in results):
+            print(
+                f"{name}: no prediction on {empty} of {len(every)} images, at that score; see "
+                "--score-threshold."
+            )
+    for line in _not_drawn(left_out):
+        print(line)
+    page = output / PAGE
+    print(f"{min(args.num_images, len(every) - len(left_out))} images: {page}")
+    return page
 
 
 def picture(table: AnnotationTable, judged: Judged) -> Image.Image:
-    """One image: its objects in the colours of their classes, then for each detector what is right,
-    wrong and missed.
+    """Draw one image: its objects in the colours of their classes, then for each detector what is
+    right, wrong and missed.
     """
     image = read_pixels(table.files[judged.index])
     width, height = (int(value) for value in table.sizes[judged.index])
@@ -55,41 +172,67 @@ def picture(table: AnnotationTable, judged: Judged) -> Image.Image:
     panels = [(title, draw_instances(image, judged.truth, names, side=side))]
     for name, result in judged.matches.items():
         missed = [item for item in result.truth if item.verdict == "missed"]
-        shown = [*result.predictions, *missed]
-        drawn = draw_instances(image, shown, names, side=side, boxes=not _masked(shown))
-        panels.append((f"{name}: {_told(result.count)}", drawn))
+        items = [*result.predictions, *missed]
+        boxes = not any(item.segmentation for item in items)
+        drawn = draw_instances(image, items, names, side=side, boxes=boxes)
+        panels.append((f"{name}: {_told([result])}", drawn))
     return grid(panels, columns)
 
 
-def write_gallery(
-    output: str | os.PathLike,
+def _predictions(
+    table: AnnotationTable, args: argparse.Namespace, cfg: CfgNode | None, images: Sequence[int]
+) -> tuple[dict[str, str], dict[str, list[list[Instance]]]]:
+    """The file of each detector, and its predictions for each image."""
+    if args.weights:
+        only = {table.image_ids[index] for index in images}
+        records = predict(cfg, table.name, args.weights, only)
+        found = collect(records, table, args.score_threshold, args.weights)
+        return {"predictions": args.weights}, {"predictions": found}
+    sources: dict[str, str] = {}
+    for entry in args.predictions:
+        name, separator, path = entry.partition("=")
+        if not separator:
+            name = f"predictions {len(sources) + 1}" if sources else "predictions"
+            path = entry
+        if not name or name in sources:
+            raise InputError(f"--predictions {entry}: the name '{name}' is empty or there twice.")
+        sources[name] = path
+    return sources, {
+        name: read_results(path, table, args.score_threshold) for name, path in sources.items()
+    }
+
+
+def _class_ids(table: AnnotationTable, names: Sequence[str]) -> set[Hashable] | None:
+    """Category ids of class names; None for no name at all."""
+    ids = {name: key for key, name in table.categories.items()}
+    for name in names:
+        if name not in ids:
+            raise InputError(
+                f"--classes {name}: {table.source} has no such class.{nearest(name, ids)}"
+            )
+    return {ids[name] for name in names} or None
+
+
+def _write_gallery(
+    output: Path,
     table: AnnotationTable,
     every: Sequence[Judged],
     shown: Iterable[Judged],
     count: int,
     facts: Mapping[str, str],
-) -> tuple[Path, list[str]]:
-    """Write pictures/*.png of images, and a page that needs no other file.
+) -> list[str]:
+    """Write pictures/*.png of the first `count` images, and a page that needs no other file; the
+    page counts every image that was judged.
 
     Images that cannot be drawn are left out, and named on the page.
 
-    Args:
-        output: a folder that is not there, or empty.
-        table: the data set.
-        every: all images that were judged; the page counts them.
-        shown: those to draw, in their order.
-        count: how many of them.
-        facts: about how it was made, for the page.
-
     Returns:
-        The page, and for each image that was left out why.
+        For each image that was left out why.
     """
-    output = Path(output)
-    require_empty(output)
     temporary = output.with_name(f".tmp-{output.name}-{uuid.uuid4().hex[:12]}")
     try:
         (temporary / "pictures").mkdir(parents=True)
-        figures: list[str] = []
+        figures: list[tuple[str, Image.Image, str]] = []
         left_out: list[str] = []
         for judged in shown:
             try:
@@ -99,7 +242,10 @@ def write_gallery(
                 continue
             stem = Path(table.files[judged.index]).stem
             with_legend(drawn).save(temporary / "pictures" / f"{len(figures) + 1:03d}_{stem}.png")
-            figures.append(_figure(table, judged, drawn))
+            counts = "; ".join(f"{name}: {_told([r])}" for name, r in judged.matches.items())
+            name = os.path.basename(table.files[judged.index])
+            words = f"image {table.image_ids[judged.index]}, {name}. {counts}"
+            figures.append((words, drawn, _jpeg(drawn)))
             if len(figures) == count:
                 break
         if not figures:
@@ -107,17 +253,33 @@ def write_gallery(
                 f"none of {len(left_out)} images can be drawn; the first: {left_out[0]}"
             )
         title = f"Predictions on {table.name}"
-        body = _body(title, table, every, figures, left_out, facts)
-        write_page(temporary / PAGE, title, body, _CSS)
+        body = Environment(autoescape=True, trim_blocks=True).from_string(_BODY)
+        values = {"facts": facts, "figures": figures, "judged": len(every), "title": title}
+        values |= {"not_drawn": _not_drawn(left_out), "tables": _tables(table, every)}
+        style = {"colors": COLORS, "dashed": DASHED, "legend": LEGEND}
+        write_page(temporary / PAGE, title, body.render(values, **style), _CSS)
         os.replace(temporary, output)
     except OSError as error:
         raise InputError(f"--output {output}: cannot be written: {error.strerror}.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return output / PAGE, left_out
+    return left_out
 
 
-def not_drawn(reasons: Sequence[str]) -> list[str]:
+def _tables(
+    table: AnnotationTable, every: Sequence[Judged]
+) -> list[tuple[str, Counter, list[tuple[str, Counter]]]]:
+    """For each detector its name, the counts of all images, and of each class, worst first."""
+    tables = []
+    for name in every[0].matches:
+        counts = count_classes(every, name)
+        ranked = sorted(counts.items(), key=lambda pair: -(pair[1]["missed"] + pair[1]["wrong"]))
+        classes = [(str(table.categories.get(key, f"category {key}")), c) for key, c in ranked]
+        tables.append((name, sum(counts.values(), Counter()), classes))
+    return tables
+
+
+def _not_drawn(reasons: Sequence[str]) -> list[str]:
     """A line for each of the first images that could not be drawn, and one for the others."""
     lines = [f"not drawn: {why}" for why in reasons[:_NAMED]]
     if len(reasons) > _NAMED:
@@ -125,85 +287,13 @@ def not_drawn(reasons: Sequence[str]) -> list[str]:
     return lines
 
 
-def require_empty(output: str | os.PathLike) -> None:
-    """Raise InputError if the path is a file, or a folder that holds something."""
-    if os.path.exists(output) and (not os.path.isdir(output) or os.listdir(output)):
-        raise InputError(f"--output {output}: it is there already. Choose another, or remove it.")
+def _told(results: Sequence[Match]) -> str:
+    counts = {name: sum(r.count(name) for r in results) for name in ("right", "wrong", "missed")}
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
-def _masked(items: Sequence) -> bool:
-    return any(item.segmentation for item in items)
-
-
-def _told(count) -> str:
-    told = [f"{count(verdict)} {verdict}" for verdict in ("right", "wrong", "missed")]
-    return ", ".join(told)
-
-
-def _figure(table: AnnotationTable, judged: Judged, drawn: Image.Image) -> str:
+def _jpeg(image: Image.Image) -> str:
+    """A photograph's bytes for the page: a tenth of a PNG's."""
     file = io.BytesIO()
-    drawn.save(file, "JPEG", quality=88, subsampling=0)  # a photograph: a tenth of a PNG
-    data = base64.b64encode(file.getvalue()).decode("ascii")
-    name = os.path.basename(table.files[judged.index])
-    counts = "; ".join(f"{key}: {_told(each.count)}" for key, each in judged.matches.items())
-    words = f"image {table.image_ids[judged.index]}, {name}. {counts}"
-    return (
-        f'<figure><figcaption>{escape(words)}</figcaption><img alt="{escape(words)}" '
-        f'width="{drawn.width}" height="{drawn.height}" src="data:image/jpeg;base64,{data}">'
-        "</figure>"
-    )
-
-
-def _body(
-    title: str,
-    table: AnnotationTable,
-    every: Sequence[Judged],
-    figures: Sequence[str],
-    left_out: Sequence[str],
-    facts: Mapping[str, str],
-) -> str:
-    names = list(every[0].matches) if every else []
-    return "\n".join(
-        [
-            f"<h1>{escape(title)}</h1>",
-            f'<p class="muted">{len(figures)} of {len(every)} images shown.</p>',
-            definitions(facts),
-            *(f'<p class="muted">{escape(line)}</p>' for line in not_drawn(left_out)),
-            f'<p class="legend">{_legend()}</p>',
-            *(_tables(table, every, name) for name in names),
-            *figures,
-        ]
-    )
-
-
-def _legend() -> str:
-    return " ".join(
-        f'<span><i style="border-top:3px {style} {COLORS[verdict]}"></i>{escape(words)}</span>'
-        for verdict, words in LEGEND.items()
-        for style in ["solid" if verdict in ("right", "wrong") else "dashed"]
-    )
-
-
-def _tables(table: AnnotationTable, every: Sequence[Judged], name: str) -> str:
-    counts = count_classes(every, name)
-    total = sum(counts.values(), Counter())
-    head = (
-        '<tr><th></th><th class="n">objects</th><th class="n">found</th><th class="n">missed</th>'
-        '<th class="n">wrong</th></tr>'
-    )
-    ranked = sorted(counts.items(), key=lambda pair: -(pair[1]["missed"] + pair[1]["wrong"]))
-    rows = "".join(_row(_class_name(table, key), count) for key, count in ranked)
-    return (
-        f"<table>{head}{_row(f'{name}, all images', total)}</table>"
-        f"<details><summary>{escape(name)}: by class</summary><table>{head}{rows}</table></details>"
-    )
-
-
-def _class_name(table: AnnotationTable, key: Hashable) -> str:
-    return str(table.categories.get(key, f"category {key}"))
-
-
-def _row(name: str, count: Counter) -> str:
-    numbers = (count["found"] + count["missed"], count["found"], count["missed"], count["wrong"])
-    cells = "".join(f'<td class="n">{number}</td>' for number in numbers)
-    return f"<tr><td>{escape(name)}</td>{cells}</tr>"
+    image.save(file, "JPEG", quality=88, subsampling=0)
+    return base64.b64encode(file.getvalue()).decode("ascii")

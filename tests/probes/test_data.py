@@ -8,8 +8,7 @@ import pytest
 
 from tests.probes.small_sets import write_voc
 from virtex_d2.engine.errors import InputError
-from virtex_d2.studies.probes.datasets import load_datasets
-from virtex_d2.studies.probes.voc import VOC_CLASSES, load_voc
+from virtex_d2.studies.probes.data import VOC_CLASSES, load_datasets
 
 
 @pytest.fixture
@@ -28,7 +27,7 @@ def small_voc(tmp_path):
 
 def test_an_image_holds_a_class_if_one_of_its_objects_is_not_difficult(make_cfg, small_voc):
     cfg = make_cfg("DATA.ROOT", small_voc, "DATA.CLASSES", ["cat", "dog"])
-    train, test = load_voc(cfg)
+    train, test = load_datasets(cfg)
     assert train.classes == ("cat", "dog")
     assert train.labels.tolist() == [[-1, 1], [1, 0], [0, -1]]
     assert test.labels.tolist() == [[-1, -1], [-1, 1]]
@@ -36,14 +35,14 @@ def test_an_image_holds_a_class_if_one_of_its_objects_is_not_difficult(make_cfg,
 
 
 def test_without_a_list_the_classes_are_vocs_twenty(make_cfg, small_voc):
-    train, _ = load_voc(make_cfg("DATA.ROOT", small_voc))
+    train, _ = load_datasets(make_cfg("DATA.ROOT", small_voc))
     assert train.classes == tuple(VOC_CLASSES)
     assert len(train.classes) == 20
 
 
 def test_labels_are_vocs_own_of_the_classes_that_the_real_subset_reports(make_cfg, real_data):
     cfg = make_cfg("DATA.ROOT", real_data / "VOC2007", "DATA.CLASSES", ["bus", "person"])
-    train, test = load_voc(cfg)
+    train, test = load_datasets(cfg)
     assert (len(train.files), len(test.files)) == (450, 400)
     name = "000060"
     xml = (real_data / "VOC2007" / "Annotations" / f"{name}.xml").read_text()
@@ -90,13 +89,13 @@ def test_a_damaged_voc_folder_is_refused_with_the_file(make_cfg, small_voc, dama
     change, message = VOC_DAMAGES[damage]
     change(small_voc)
     with pytest.raises(InputError, match=message):
-        load_voc(make_cfg("DATA.ROOT", small_voc))
+        load_datasets(make_cfg("DATA.ROOT", small_voc))
 
 
 def test_a_class_that_nothing_has_is_refused_with_the_nearest_one(make_cfg, small_voc):
     cfg = make_cfg("DATA.ROOT", small_voc, "DATA.CLASSES", ["cats"])
     with pytest.raises(InputError, match=r"has cats; it has cat, dog.* Did you mean 'cat'"):
-        load_voc(cfg)
+        load_datasets(cfg)
 
 
 FOLDERS = ("TASK", "linear", "DATA.FORMAT", "folders", "DATA.TRAIN", "train", "DATA.TEST", "val")
