@@ -13,7 +13,7 @@ from torch import nn
 from pretrain.data.loader import build_eval_loader
 from pretrain.methods.captioning.samples import PretrainData
 from virtex_d2.engine.errors import InputError, nearest
-from virtex_d2.engine.preemption import abandonable
+from virtex_d2.engine.stopping import abandonable
 
 logger = logging.getLogger(__name__)
 

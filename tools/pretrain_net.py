@@ -21,7 +21,9 @@ def main(args: argparse.Namespace) -> None:
     from virtex_d2.engine.config import load_config
     from virtex_d2.engine.run import setup_run
 
-    cfg = load_config(get_pretrain_cfg(), args.config_file, args.opts)
+    cfg = load_config(get_pretrain_cfg(), args.config_file, args.opts, expand=not args.check)
+    if args.check:
+        return
     setup_run(cfg, args)
     trainer = PretrainTrainer(cfg, with_training_data=not args.eval_only)
     if args.eval_only:
@@ -36,7 +38,7 @@ if __name__ == "__main__":
     arguments = argument_parser(__doc__).parse_args()
     # after parsing: --help and a mistyped flag need not wait for torch
     from virtex_d2.engine.distributed import launch
-    from virtex_d2.engine.preemption import exit_at_once_if_unfinished
+    from virtex_d2.engine.stopping import exit_at_once_if_unfinished
 
     with exit_on_input_error(), exit_at_once_if_unfinished():
         launch(main, arguments)

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from virtex_d2.detection.fraction import register_fraction
 from virtex_d2.detection.order import Draw, TrainingOrder, build_sampler, repeat_factors
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.preemption import abandonable
 from virtex_d2.engine.randomness import own_randomness
+from virtex_d2.engine.stopping import abandonable
 from virtex_d2.engine.workers import batches_of, start_worker
 
 logger = logging.getLogger(__name__)

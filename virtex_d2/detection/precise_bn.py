@@ -9,8 +9,8 @@ from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
 from torch import nn
 
-from virtex_d2.engine.preemption import StopRequested, checked
 from virtex_d2.engine.randomness import own_randomness
+from virtex_d2.engine.stopping import StopRequested, checked
 
 logger = logging.getLogger(__name__)
 

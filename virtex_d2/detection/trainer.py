@@ -32,11 +32,10 @@ from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.evaluations import MetricsWriter
 from virtex_d2.engine.hooks import PeriodicCheckpointer
 from virtex_d2.engine.loop import build_loop
-from virtex_d2.engine.preemption import settled
 from virtex_d2.engine.randomness import own_randomness
 from virtex_d2.engine.retention import Retention
 from virtex_d2.engine.run import write_config
-from virtex_d2.engine.stopping import StopHook, StoppableTrainer
+from virtex_d2.engine.stopping import StopHook, StoppableTrainer, settled
 
 logger = logging.getLogger(__name__)
 

@@ -53,6 +53,11 @@ def argument_parser(description: str | None = None) -> argparse.ArgumentParser:
         help="only evaluate MODEL.WEIGHTS, or where that is empty OUTPUT_DIR's last checkpoint",
     )
     parser.add_argument(
+        "--check",
+        action="store_true",
+        help="only check flags, config file and keys, then end",
+    )
+    parser.add_argument(
         "--time-budget",
         metavar="TIME",
         help="after so long (45m, 23.5h or [DAYS-]HH:MM:SS since the start) write a checkpoint and "
