@@ -212,11 +212,11 @@ def get_pretrain_cfg() -> CN:
     return _C.clone()
 
 
-def load_pretrain_config(config_file: str | None, opts: Sequence[str]) -> CN:
+def load_pretrain_config(config_file: str | None, opts: Sequence[str], expand: bool = True) -> CN:
     """Merge a file and KEY VALUE pairs into the defaults and those of anybody's method.
 
     Args:
-        config_file, opts: as of `engine.config.load_config`.
+        config_file, opts, expand: as of `engine.config.load_config`.
     """
     seen = get_pretrain_cfg()
     seen.set_new_allowed(True)  # of a method whose keys are not known yet
@@ -228,4 +228,4 @@ def load_pretrain_config(config_file: str | None, opts: Sequence[str]) -> CN:
         from pretrain.methods.method import import_method  # which imports torch
 
         import_method(objective).add_config(cfg)
-    return load_config(cfg, config_file, opts)
+    return load_config(cfg, config_file, opts, expand=expand)

@@ -9,7 +9,9 @@ def main(args: argparse.Namespace) -> None:
     from pretrain.trainer import PretrainTrainer
     from virtex_d2.engine.run import setup_run
 
-    cfg = load_pretrain_config(args.config_file, args.opts)
+    cfg = load_pretrain_config(args.config_file, args.opts, expand=not args.check)
+    if args.check:
+        return
     setup_run(cfg, args)
     trainer = PretrainTrainer(cfg, with_training_data=not args.eval_only)
     if args.eval_only:

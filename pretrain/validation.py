@@ -11,7 +11,7 @@ from detectron2.utils import comm
 from pretrain.data.sources import Data
 from pretrain.methods.method import Method
 from virtex_d2.engine.errors import InputError, nearest
-from virtex_d2.engine.preemption import abandonable
+from virtex_d2.engine.stopping import abandonable
 
 logger = logging.getLogger(__name__)
 

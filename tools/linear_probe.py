@@ -22,7 +22,9 @@ def main(args: argparse.Namespace) -> None:
     from virtex_d2.studies.probes.config import get_probe_cfg
     from virtex_d2.studies.probes.run import run_probe
 
-    run_probe(load_config(get_probe_cfg(), args.config_file, args.opts), args)
+    cfg = load_config(get_probe_cfg(), args.config_file, args.opts, expand=not args.check)
+    if not args.check:
+        run_probe(cfg, args)
 
 
 if __name__ == "__main__":

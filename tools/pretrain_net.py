@@ -17,7 +17,7 @@ if __name__ == "__main__":
     arguments = argument_parser(__doc__).parse_args()
     # after parsing: --help and a mistyped flag need not wait for torch
     from virtex_d2.engine.distributed import launch
-    from virtex_d2.engine.preemption import exit_at_once_if_unfinished
+    from virtex_d2.engine.stopping import exit_at_once_if_unfinished
 
     with exit_on_input_error(), exit_at_once_if_unfinished():
         launch(main, arguments)

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from virtex_d2.engine.background import StateWriter
-from virtex_d2.engine.preemption import EXIT_UNFINISHED
 from virtex_d2.engine.snapshot import num_bytes
+from virtex_d2.engine.stopping import EXIT_UNFINISHED
 
 from . import runs
 from .step import Step

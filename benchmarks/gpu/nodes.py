@@ -14,9 +14,8 @@ from detectron2.utils import comm
 
 from virtex_d2.engine.atomic import atomic_path
 from virtex_d2.engine.distributed import describe
-from virtex_d2.engine.preemption import EXIT_UNFINISHED
 from virtex_d2.engine.preflight import check_shared
-from virtex_d2.engine.stopping import MARKER_VARIABLE
+from virtex_d2.engine.stopping import EXIT_UNFINISHED, MARKER_VARIABLE
 
 FILE = "nodes.json"
 # GB/s of the largest message on GPUs: 278 MB of gradients in less than a backward pass

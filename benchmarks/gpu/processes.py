@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from virtex_d2.engine.distributed import wrap_ddp
 from virtex_d2.engine.preflight import check_collectives, identity
-from virtex_d2.engine.topology import Topology
+from virtex_d2.engine.topology import Place
 
 from .step import Step
 
@@ -53,10 +53,8 @@ def _one_rank(device: torch.device) -> None:
         backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=60)
     )
     print(f"backend: {backend}")
-    group = dist.new_group(backend="gloo")
-    topology = Topology("check_gpu.py", "here", gpu=gpu)
-    print(f"gpu: {identity(topology)['gpu']}")
-    print(f"all-reduce: {1000 * check_collectives(topology, group):.1f} ms")
+    print(f"gpu: {identity(Place('check_gpu.py', 'here', gpu=gpu))['gpu']}")
+    print(f"all-reduce: {1000 * check_collectives(gpu):.1f} ms")
     torch.manual_seed(0)
     model = torchvision.models.resnet18().to(device, memory_format=torch.channels_last)
     images = torch.rand(4, 3, 64, 64, device=device)

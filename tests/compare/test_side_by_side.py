@@ -82,11 +82,11 @@ def test_a_run_that_another_process_has_done_meanwhile_is_kept(project, two, mon
 def test_a_comparison_that_was_taken_for_dead_ends_and_ends_its_runs(project, two, monkeypatch):
     monkeypatch.setattr(RunLock, "beat", 0.05)
     (project / "tools" / "train_net.py").write_text(
-        "import json, time; from pathlib import Path; lock = Path('out/run.lock')\n"
-        "content = json.loads(lock.read_text()) | {'token': 'another'}\n"
-        "lock.write_text(json.dumps(content)); time.sleep(600)\n"
+        "import time; from pathlib import Path; lock = Path('out/run.lock')\n"
+        "other = lock.with_name('other'); other.write_text(lock.read_text())\n"
+        "other.replace(lock); time.sleep(600)\n"
     )
-    with pytest.raises(InputError, match="another run has taken it over"):
+    with pytest.raises(InputError, match="the lock run.lock was taken over by process"):
         two().run()
     marker = json.loads((project / "out" / "stages" / f"{FIRST}.json").read_text())
     assert not marker["complete"]

@@ -13,7 +13,7 @@ from torch import nn
 from virtex_d2.detection.averages import PreciseBN
 from virtex_d2.detection.loader import build_train_loader
 from virtex_d2.detection.trainer import DetectionTrainer
-from virtex_d2.engine import preemption
+from virtex_d2.engine import stopping
 from virtex_d2.engine.randomness import own_randomness
 
 
@@ -204,11 +204,11 @@ def test_what_was_there_before_does_not_change_what_is_measured():
 
 
 def test_a_stop_while_they_are_measured_leaves_them_as_they_were(tmp_path, monkeypatch):
-    monkeypatch.setattr(preemption, "STOP_FILE_PERIOD", 0.0)
-    monkeypatch.setattr(preemption, "_watch", None)
-    preemption.watch(str(tmp_path))
+    monkeypatch.setattr(stopping, "STOP_FILE_PERIOD", 0.0)
+    monkeypatch.setattr(stopping, "_watch", None)
+    stopping.watch(str(tmp_path))
     model = _small_model()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(preemption.StopRequested):
+    with pytest.raises(stopping.StopRequested):
         _measure(model, tmp_path / "STOP")
     assert _same(before, model.state_dict())

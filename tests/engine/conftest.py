@@ -56,8 +56,7 @@ def run_ranks(rank_server, tmp_path) -> Callable[..., list[Ended]]:
 
     `main` is a function of `rank_programs`. Keyword arguments: `extra` (more arguments of each),
     `folders` (of each; all run in tmp_path otherwise), `replace` (of each: what of the project is
-    replaced by what of `rank_programs`), `timeout` (seconds), `stragglers` (how many are killed
-    when the others have ended).
+    replaced by what of `rank_programs`), `timeout` (seconds).
     """
 
     def run(
@@ -68,7 +67,6 @@ def run_ranks(rank_server, tmp_path) -> Callable[..., list[Ended]]:
         folders: list[Path] | None = None,
         replace: list[dict] | None = None,
         timeout: float = 120,
-        stragglers: int = 0,
     ) -> list[Ended]:
         processes = [
             {
@@ -84,7 +82,6 @@ def run_ranks(rank_server, tmp_path) -> Callable[..., list[Ended]]:
             {
                 "main": main,
                 "timeout": timeout,
-                "stragglers": stragglers,
                 "processes": processes,
             }
         )
@@ -128,16 +125,14 @@ def torchrun(free_port) -> Callable[..., list[dict]]:
 
 
 @pytest.fixture
-def srun(free_port) -> Callable[..., list[dict]]:
+def srun() -> Callable[..., list[dict]]:
     """`srun(nodes_of_tasks)` -> the variables of the tasks of a step, all on this machine.
 
-    `nodes_of_tasks`: the number of each task's node; 0, 1, 0, 1 is a cyclic distribution. A
-    meeting place has to be given with --dist-url: the step's is on a node of this name.
+    `nodes_of_tasks`: the number of each task's node; 0, 1, 0, 1 is a cyclic distribution.
     """
 
     def environments(*nodes_of_tasks: int, **more: object) -> list[dict]:
         nodes = max(nodes_of_tasks) + 1
-        counts = [nodes_of_tasks.count(node) for node in range(nodes)]
         return [
             {
                 "SLURM_JOB_ID": 77,
@@ -147,8 +142,8 @@ def srun(free_port) -> Callable[..., list[dict]]:
                 "SLURM_PROCID": task,
                 "SLURM_LOCALID": nodes_of_tasks[:task].count(node),
                 "SLURM_NODEID": node,
-                "SLURM_STEP_NODELIST": f"node[0-{nodes - 1}]",
-                "SLURM_STEP_TASKS_PER_NODE": ",".join(map(str, counts)),
+                "SLURM_STEP_NUM_NODES": nodes,
+                "SLURM_STEP_NODELIST": "localhost",
                 "SLURMD_NODENAME": f"node{node}",
                 **more,
             }

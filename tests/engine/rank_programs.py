@@ -11,7 +11,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.utils import comm
 
-from virtex_d2.engine import failures, preflight
+from virtex_d2.engine import preflight
 from virtex_d2.engine.config import load_config
 from virtex_d2.engine.distributed import describe, wrap_ddp
 from virtex_d2.engine.errors import InputError
@@ -67,7 +67,7 @@ def crash(args: argparse.Namespace) -> None:
 
 
 def refuse(args: argparse.Namespace) -> None:
-    if comm.get_rank() == 1:
+    if comm.get_rank() == int(os.environ.get("VICTIM", "1")):
         raise InputError("images/7.jpg: truncated.")
     comm.synchronize()
 
@@ -79,24 +79,15 @@ def vanish(args: argparse.Namespace) -> None:
     comm.synchronize()
 
 
-def freeze(args: argparse.Namespace) -> None:
-    """As on a machine that is lost: no answer, and no end of a connection."""
-    ready = Path("ready")
-    if comm.get_rank() == int(os.environ["VICTIM"]):
-        # Earlier the other one may still be in the launch, whose patience is longer.
-        while not ready.exists():
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGSTOP)
-    failures.SILENCE = 3
-    ready.touch()
-    comm.synchronize()
-
-
 def dawdle(args: argparse.Namespace) -> None:
     """Longer than the collective timeout of its test."""
     if comm.get_rank() == 1:
-        time.sleep(60)
+        oversleep()
     comm.synchronize()
+
+
+def oversleep() -> None:
+    time.sleep(8)
 
 
 def stop_unfinished(args: argparse.Namespace) -> None:
@@ -133,7 +124,3 @@ def other_code() -> dict[str, str]:
 
 def other_versions() -> dict[str, str]:
     return {**own_versions(), "torchvision": "0.1.0"}
-
-
-def hang(*args: object) -> None:
-    time.sleep(60)

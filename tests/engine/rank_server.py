@@ -2,7 +2,7 @@
 
 Reads a request (a line of JSON) at a time from stdin, answers with the exit codes:
 
-    {"main": "crash", "timeout": 60, "stragglers": 0, "processes":
+    {"main": "crash", "timeout": 60, "processes":
         [{"env": {"RANK": "0"}, "arguments": ["--resume"], "folder": "...", "output": "...",
           "replace": {"virtex_d2.engine.preflight.code": "other_code"}}]}
 
@@ -50,10 +50,10 @@ def fork(main: str, process: dict) -> int:
         os._exit(code)
 
 
-def collect(pids: list[int], timeout: float, stragglers: int) -> list[int]:
+def collect(pids: list[int], timeout: float) -> list[int]:
     """Exit codes; minus the number of the signal of those that were killed.
 
-    We kill what has not ended after the timeout, or when so many stragglers are left.
+    We kill what has not ended after the timeout.
     """
     codes: dict[int, int] = {}
     deadline = time.monotonic() + timeout
@@ -63,7 +63,7 @@ def collect(pids: list[int], timeout: float, stragglers: int) -> list[int]:
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
                     codes[pid] = os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline or len(pids) - len(codes) <= stragglers:
+        if time.monotonic() > deadline:
             for pid in pids:
                 if pid not in codes:
                     os.kill(pid, signal.SIGKILL)
@@ -76,4 +76,4 @@ if __name__ == "__main__":
     for line in sys.stdin:
         request = json.loads(line)
         pids = [fork(request["main"], process) for process in request["processes"]]
-        print(json.dumps(collect(pids, request["timeout"], request["stragglers"])), flush=True)
+        print(json.dumps(collect(pids, request["timeout"])), flush=True)

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 
 import pytest
@@ -51,47 +52,17 @@ def test_processes_of_a_torchrun_environment_train_together(
     assert "Processes" not in (tmp_path / "run" / "log.txt.rank1").read_text()
 
 
-@pytest.mark.parametrize("tasks", [(0, 0, 1), (0, 1, 0)], ids=["block", "cyclic"])
-def test_tasks_of_srun_are_the_processes(run_ranks, srun, tmp_path, free_port, tasks):
-    url = f"tcp://127.0.0.1:{free_port}"
-    assert_codes(run_ranks("tell", srun(*tasks), "--dist-url", url), 0)
+def test_tasks_of_srun_are_the_processes_in_any_distribution(run_ranks, srun, tmp_path):
+    assert_codes(run_ranks("tell", srun(0, 1, 0)), 0)
     found = results(tmp_path, 3)
-    assert [(result["local_rank"], result["local_size"]) for result in found] == [
-        {0: (tasks[:rank].count(0), 2), 1: (0, 1)}[node] for rank, node in enumerate(tasks)
-    ]
-    ranks = {(0, 0, 1): ("0-1", "2"), (0, 1, 0): ("0, 2", "1")}[tasks]
+    places = [(result["local_rank"], result["local_size"]) for result in found]
+    assert places == [(0, 2), (0, 1), (1, 2)]
     told = "\n".join(found[0]["description"])
-    assert "3 on 2 machines (srun, one task per process), over gloo" in told
-    assert f"node0: ranks {ranks[0]} on the CPU" in told
-    assert f"node1: rank {ranks[1]} on the CPU" in told
-    assert "Machines have different numbers of processes." in told
-
-
-def test_the_meeting_place_follows_from_the_step(run_ranks, srun, tmp_path):
-    steps = srun(0, 0, SLURM_STEP_NODELIST="localhost", SLURMD_NODENAME="localhost")
-    assert_codes(run_ranks("tell", steps), 0)
-    assert "meeting at localhost:13619." in results(tmp_path, 1)[0]["description"][0]
-
-
-@pytest.mark.slow
-def test_a_task_of_each_node_starts_as_many_processes_as_it_is_to(
-    run_ranks, srun, tmp_path, free_port
-):
-    """Nodes may differ."""
-    processes = run_ranks(
-        "tell",
-        srun(0, 1),
-        *("--dist-url", f"tcp://127.0.0.1:{free_port}"),
-        extra=[["--num-processes", 2], ["--num-processes", 1]],
+    assert (
+        "3 on 2 machines (srun, one task per process), over gloo, meeting at localhost:136" in told
     )
-    assert_codes(processes, 0)
-    found = results(tmp_path, 3)
-    assert [(result["local_rank"], result["local_size"]) for result in found] == [
-        (0, 2),
-        (1, 2),
-        (0, 1),
-    ]
-    assert "3 on 2 machines (srun, one task per node)" in found[0]["description"][0]
+    assert "node0: ranks 0, 2 on the CPU" in told
+    assert "node1: rank 1 on the CPU" in told
 
 
 def test_the_flags_of_detectron2_start_machines(run_ranks, tmp_path, free_port):
@@ -102,41 +73,50 @@ def test_the_flags_of_detectron2_start_machines(run_ranks, tmp_path, free_port):
 
 
 @pytest.mark.slow
-def test_processes_of_one_machine_are_started_and_share_its_cores(run_ranks, tmp_path):
-    cores = len(os.sched_getaffinity(0))
-    (process,) = run_ranks("tell", [{}], "--num-processes", 2)
-    assert process.code == 0, process.err
-    found = results(tmp_path, 2)
-    assert [result["local_rank"] for result in found] == [0, 1]
-    expected = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // 2)))
-    assert {result["threads"] for result in found} == {expected}
+class TestStarted:
+    """Processes that are started here."""
 
+    def test_tasks_of_nodes_start_theirs_and_share_the_cores(self, run_ranks, srun, tmp_path):
+        cores = len(os.sched_getaffinity(0))
+        assert_codes(run_ranks("tell", srun(0, 1), "--num-processes", 2), 0)
+        found = results(tmp_path, 4)
+        places = [(result["local_rank"], result["local_size"]) for result in found]
+        assert places == [(0, 2), (1, 2)] * 2
+        expected = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // 2)))
+        assert {result["threads"] for result in found} == {expected}
+        assert "4 on 2 machines (srun, one task per node)" in found[0]["description"][0]
 
-@pytest.mark.slow
-def test_a_signal_to_the_starting_process_reaches_all_and_their_exit_code_comes_back(
-    run_ranks, tmp_path
-):
-    import threading
-
-    ended = []
-    thread = threading.Thread(
-        target=lambda: ended.extend(
-            run_ranks("await_signal", [{}], "--num-processes", 2, timeout=400)
+    def test_a_signal_reaches_all_and_their_exit_code_comes_back(self, run_ranks, tmp_path):
+        ended = []
+        thread = threading.Thread(
+            target=lambda: ended.extend(
+                run_ranks("await_signal", [{}], "--num-processes", 2, timeout=400)
+            )
         )
-    )
-    thread.start()
-    deadline = time.monotonic() + 240
-    while not all((tmp_path / f"{rank}.json").exists() for rank in (0, 1)):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    time.sleep(0.5)
-    os.kill(results(tmp_path, 1)[0]["parent"], signal.SIGUSR1)
-    thread.join(timeout=120)
-    assert [process.code for process in ended] == [75], ended
+        thread.start()
+        deadline = time.monotonic() + 240
+        while not all((tmp_path / f"{rank}.json").exists() for rank in (0, 1)):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        time.sleep(0.5)
+        os.kill(results(tmp_path, 1)[0]["parent"], signal.SIGUSR1)
+        thread.join(timeout=120)
+        assert [process.code for process in ended] == [75], ended
+
+    def test_one_that_was_killed_is_named(self, run_ranks):
+        (process,) = run_ranks("vanish", [{}], "--num-processes", 2)
+        assert process.code == 128 + signal.SIGKILL
+        assert "was killed by SIGKILL (out of memory? see `dmesg`)." in process.err
+
+    def test_bad_input_of_one_is_told_once_and_is_the_exit_code(self, run_ranks):
+        (process,) = run_ranks("refuse", [{}], "--num-processes", 2)
+        assert process.code == 2
+        assert process.err.count("images/7.jpg: truncated.") == 2  # and by the first rank's log
+        assert "Traceback" not in process.err
 
 
 class TestEndings:
-    """Without the watch, all of these would wait for the collective timeout of 30 minutes."""
+    """No launcher is there to end the others: what broken connections and the timeout do alone."""
 
     def test_an_error_ends_all_and_its_traceback_comes_first(self, run_ranks, torchrun):
         processes = run_ranks("crash", torchrun(0, 1, 2))
@@ -166,85 +146,48 @@ class TestEndings:
         assert sum("holds another run (metrics.json)" in process.err for process in processes) >= 1
         assert os.listdir(tmp_path / "run") == ["metrics.json"]
 
-    def test_a_killed_process_is_named(self, run_ranks, torchrun):
-        first, second, third = run_ranks("vanish", torchrun(0, 1, 2))
-        assert second.code == -signal.SIGKILL
-        assert first.code == third.code == 1
-        assert "rank 1 on " in first.err + third.err
-        assert "no answer any more (killed? out of memory? machine down?)" in first.err + third.err
-
-    def test_the_others_notice_that_the_first_was_killed(self, run_ranks, torchrun):
-        processes = run_ranks("vanish", torchrun(0, 1, VICTIM=0))
-        assert [process.code for process in processes] == [-signal.SIGKILL, 1]
-        assert "rank 1 on " in processes[1].err
-
-    @pytest.mark.slow
-    def test_a_started_process_that_was_killed_is_named_by_who_started_it(self, run_ranks):
-        (process,) = run_ranks("vanish", [{}], "--num-processes", 2)
-        assert process.code == 128 + signal.SIGKILL
-        assert "was killed by SIGKILL (out of memory? see `dmesg`)." in process.err
-
-    @pytest.mark.parametrize(
-        ("victim", "message"),
-        [
-            (0, "rank 0 or what had started it, has not answered for 3 s"),
-            (1, "no sign of life from rank 1 on "),
-        ],
-    )
-    def test_a_process_on_a_lost_machine_is_named(self, run_ranks, torchrun, victim, message):
-        processes = run_ranks("freeze", torchrun(0, 1, VICTIM=victim), stragglers=1)
-        assert processes[victim].code == -signal.SIGKILL, "it was to stand still until the end"
+    @pytest.mark.parametrize("victim", [0, 1])
+    def test_who_waits_for_a_killed_process_fails_and_says_where(self, run_ranks, torchrun, victim):
+        processes = run_ranks("vanish", torchrun(0, 1, VICTIM=victim))
+        assert processes[victim].code == -signal.SIGKILL
         assert processes[1 - victim].code == 1
-        assert message in processes[1 - victim].err
+        assert f"rank {1 - victim} on " in processes[1 - victim].err
+        told = ("rank 0, or what had started it, is gone", "comm.synchronize()")[victim]
+        assert told in processes[1 - victim].err
 
-    def test_the_collective_timeout_is_a_flag(self, run_ranks, torchrun):
-        processes = run_ranks("dawdle", torchrun(0, 1), "--collective-timeout", 2)
-        assert_codes(processes, 1)
-        assert "rank 0 on " in processes[0].err
+    def test_at_the_collective_timeout_the_machines_processes_write_their_stacks(
+        self, run_ranks, torchrun
+    ):
+        first, second = run_ranks("dawdle", torchrun(0, 1), "--collective-timeout", 2)
+        assert (first.code, second.code) == (1, 1)
+        assert "rank 0 on " in first.err
+        assert "oversleep" in second.err, "where it is"
 
     def test_a_run_that_stops_on_purpose_ends_in_order(self, run_ranks, torchrun, tmp_path):
         assert_codes(run_ranks("stop_unfinished", torchrun(0, 1)), 75)
         assert len(results(tmp_path, 2)) == 2
 
-    def test_who_is_done_waits_for_the_others(self, run_ranks, torchrun, tmp_path):
+    def test_one_may_have_much_to_do_alone_at_the_end(self, run_ranks, torchrun, tmp_path):
         processes = run_ranks("finish_apart", torchrun(0, 1), "--collective-timeout", 1)
         assert_codes(processes, 0)
         assert results(tmp_path, 1)
 
 
 class TestMeeting:
-    def test_who_has_not_come_is_named_with_the_host(self, run_ranks, srun, free_port):
-        url = f"tcp://127.0.0.1:{free_port}"
-        present = srun(0, 0, 1, 1)[:3]
-        processes = run_ranks("tell", present, "--dist-url", url, "--launch-timeout", 2)
+    def test_who_has_not_come_is_named(self, run_ranks, srun):
+        processes = run_ranks("tell", srun(0, 0, 1, 1)[:2], "--launch-timeout", 2)
         assert_codes(processes, 2)
-        error = processes[0].err.splitlines()[-1]
-        assert "ranks 3 of 4, expected on node1 (1 of 2 came)" in error
-        assert "(so far came ranks 0-1 on node0; rank 2 on node1)" in error
-        assert "within 2 s" in error
+        told = "ranks 2-3 of 4 have not come within 2 s (--launch-timeout)"
+        assert sum(told in process.err for process in processes) >= 1
 
-    def test_a_machine_that_has_not_come_is_named(self, run_ranks, srun, free_port):
-        url = f"tcp://127.0.0.1:{free_port}"
-        present = srun(0, 1, 2)[:2]
-        processes = run_ranks("tell", present, "--dist-url", url, "--launch-timeout", 2)
-        assert_codes(processes, 2)
-        assert "machines 2 of 3, expected on node2 (0 of 1 came)" in processes[0].err
-
-    def test_a_first_process_that_has_not_come_is_named(self, run_ranks, torchrun, free_port):
-        (process,) = run_ranks("tell", torchrun(0, 1)[1:], "--launch-timeout", 1)
+    @pytest.mark.parametrize("address", ["127.0.0.1", "no-such-host.invalid"])
+    def test_a_first_process_that_is_not_there_is_named(
+        self, run_ranks, torchrun, free_port, address
+    ):
+        environments = torchrun(0, 1, MASTER_ADDR=address)[1:]
+        (process,) = run_ranks("tell", environments, "--launch-timeout", 1)
         assert process.code == 2
-        assert f"rank 0 has not opened the meeting place at 127.0.0.1:{free_port}" in process.err
-
-    def test_who_hangs_in_the_first_collective_is_named(self, run_ranks, torchrun):
-        processes = run_ranks(
-            "tell",
-            torchrun(0, 1),
-            *("--launch-timeout", 4),
-            replace=[{}, {"virtex_d2.engine.distributed.check_collectives": "hang"}],
-        )
-        assert_codes(processes, 2)
-        errors = "".join(process.err for process in processes)
-        assert "did not get through their first collectives (in 4 s)" in errors
+        assert f"does not reach the meeting place at {address}:{free_port} (" in process.err
 
     def test_a_port_in_use_is_named(self, run_ranks, torchrun):
         with socket.socket() as taken:
@@ -256,32 +199,12 @@ class TestMeeting:
         assert f"port {port} of " in process.err
         assert "is in use by another program" in process.err
 
-    def test_an_unknown_host_is_named(self, run_ranks, torchrun):
-        (process,) = run_ranks("tell", torchrun(0, 1, MASTER_ADDR="no-such-host.invalid")[1:])
-        assert process.code == 2
-        assert "does not know the host no-such-host.invalid" in process.err
-
     def test_other_sizes_are_named(self, run_ranks, torchrun):
         environments = torchrun(0, 1)
         environments[1]["WORLD_SIZE"] = 4
-        processes = run_ranks("tell", environments)
-        assert_codes(processes, 2)
-        assert "was started as one of 4 processes" in processes[0].err
-
-    def test_one_more_than_there_should_be_is_named(self, run_ranks, torchrun):
-        environments = [*torchrun(0, 1), {**torchrun(0, 1, 2)[2]}]
-        processes = run_ranks("crash", environments)
-        # The first two may have gone on and crashed as this program does, or be ended by the third.
-        assert processes[2].code in (1, 2)
-        if processes[2].code == 2:
-            assert "as rank 2 of 3, but rank 0 on " in processes[2].err
-
-    def test_two_of_one_rank_are_named(self, run_ranks, torchrun):
-        environments = torchrun(0, 1, 2)
-        environments[2]["RANK"] = 1
-        processes = run_ranks("tell", environments)
-        assert_codes(processes, 2)
-        assert "rank 1 is there twice: process " in processes[1].err + processes[2].err
+        processes = run_ranks("tell", environments, "--collective-timeout", 5)
+        assert processes[1].code == 2
+        assert "was started as one of 4 processes, rank 0 as one of 2" in processes[1].err
 
     @pytest.mark.parametrize(
         ("replaced", "by", "message"),
@@ -297,8 +220,9 @@ class TestMeeting:
             replace=[{}, {f"virtex_d2.engine.preflight.{replaced}": by}],
         )
         assert_codes(processes, 2)
-        assert message in processes[0].err
-        assert "rank 1 on " in processes[0].err
+        errors = "".join(process.err for process in processes)
+        assert message in errors
+        assert "rank 1 on " in errors
 
     def test_another_config_is_named(self, run_ranks, torchrun):
         overrides = [["SOLVER.BASE_LR", "0.1"], ["SOLVER.BASE_LR", "0.2"]]

@@ -51,6 +51,7 @@ class TestArgumentParser:
         assert vars(parsed) == {
             "config_file": "a.yaml",
             "resume": True,
+            "check": False,
             "time_budget": None,
             "eval_only": True,
             "num_gpus": 2,

@@ -2,8 +2,7 @@ import pytest
 
 from virtex_d2.engine.cli import argument_parser
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.slurm_step import PORTS, expand_brackets, expand_hosts, find_step
-from virtex_d2.engine.topology import Machine, resolve
+from virtex_d2.engine.topology import PORTS, Machine, resolve
 
 TORCHRUN = {
     "RANK": "5",
@@ -26,41 +25,41 @@ STEP = {  # the fourth of four tasks on two nodes
     "SLURM_LOCALID": "1",
     "SLURM_NODEID": "1",
     "SLURM_STEP_NODELIST": "gpu[07-08]",
-    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURMD_NODENAME": "gpu08",
 }
 PER_NODE = {  # the second of two tasks on two nodes
     **STEP,
     "SLURM_NTASKS": "2",
     "SLURM_PROCID": "1",
     "SLURM_LOCALID": "0",
-    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
 }
 
 
 def place(*flags, gpus=0, environment=()):
-    machine = Machine("here", gpus, expand=expand_brackets)
-    return resolve(argument_parser().parse_args([*flags]), dict(environment), machine)
+    args = argument_parser().parse_args([*flags])
+    return resolve(args, dict(environment), Machine("here", gpus))
 
 
 class TestPlain:
     @pytest.mark.parametrize("flags", [(), ("--num-gpus", "1"), ("--num-gpus", "0")])
     def test_a_plain_command_is_one_process(self, flags):
         found = place(*flags, gpus=1)
-        assert (found.spawn, found.rank, found.world_size) == (0, 0, 1)
+        assert (found.start, found.rank, found.world_size) == (0, 0, 1)
 
     def test_it_says_that_gpus_are_idle(self):
         assert "4 GPUs are visible, one is used: --num-gpus 4" in place(gpus=4).note
 
     def test_num_gpus_starts_so_many_here(self):
         found = place("--num-gpus", "4", gpus=8)
-        assert (found.spawn, found.nodes, found.port, found.serves) == (4, 1, 0, True)
-        child = found.process([("here", 4)], 2)
+        assert (found.start, found.port, found.serves) == (4, 0, True)
+        child = found.child(2)
         assert (child.rank, child.world_size, child.local_rank, child.gpu) == (2, 4, 2, 2)
-        assert (child.spawn, child.serves) == (0, False)
+        assert (child.start, child.serves) == (0, False)
 
     def test_processes_on_cpus_have_a_flag_of_their_own(self):
         found = place("--num-processes", "3")
-        assert (found.spawn, found.gpu) == (3, None)
+        assert (found.start, found.gpu) == (3, None)
 
     @pytest.mark.parametrize(
         ("flags", "gpus", "message"),
@@ -85,7 +84,7 @@ class TestTorchrun:
         assert (found.rank, found.world_size, found.local_rank, found.gpu) == (5, 8, 1, 1)
         assert (found.node, found.address, found.port) == (1, "node1", 29500)
         # A restart meets apart from what the attempt before has left.
-        assert found.run_id == "mine.2"
+        assert found.attempt == "2"
         assert not found.serves
 
     def test_the_first_opens_the_meeting_place_where_torchrun_has_not(self):
@@ -104,7 +103,7 @@ class TestTorchrun:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"RANK": None}, "expected a number in RANK, found ''.*srun.*unset"),
+            ({"RANK": None}, "expected a number in RANK, found ''.*torchrun sets"),
             ({"RANK": "one"}, "expected a number in RANK, found 'one'"),
             ({"RANK": "8"}, "RANK is 8 of WORLD_SIZE 8"),
             ({"LOCAL_RANK": None}, "expected a number in LOCAL_RANK"),
@@ -140,11 +139,9 @@ class TestDetectron2Flags:
 
     def test_each_machine_accounts_for_its_processes(self):
         found = place("--num-gpus", "4", "--machine-rank", "1", *self.FLAGS, gpus=4)
-        assert (found.node, found.nodes, found.spawn, found.serves) == (1, 2, 4, False)
+        assert (found.node, found.start, found.serves) == (1, 4, False)
         assert (found.address, found.port) == ("node1", 29500)
-        # The other machine may have another number of them.
-        child = found.process([("node1", 2), ("node2", 4)], 3)
-        assert (child.rank, child.world_size) == (5, 6)
+        assert (found.child(3).rank, found.child(3).world_size) == (7, 8)
 
     def test_the_first_machine_opens_the_meeting_place(self):
         assert place(*self.FLAGS).serves
@@ -165,10 +162,6 @@ class TestDetectron2Flags:
         with pytest.raises(InputError, match=message):
             place(*flags.split())
 
-    def test_tasks_of_a_node_would_each_start_them_all(self):
-        with pytest.raises(InputError, match="each of the tasks that srun started"):
-            place(*self.FLAGS, environment=STEP)
-
 
 class TestSlurm:
     def test_with_several_tasks_a_node_each_is_a_process(self):
@@ -176,36 +169,28 @@ class TestSlurm:
         assert found.launcher == "srun, one task per GPU"
         assert (found.rank, found.world_size, found.local_rank, found.gpu) == (3, 4, 1, 1)
         assert (found.host, found.node, found.address) == ("gpu08", 1, "gpu07")
-        assert found.expected == (("gpu07", 2), ("gpu08", 2))
-        assert (found.serves, found.spawn) == (False, 0)
+        assert (found.serves, found.start) == (False, 0)
 
     def test_a_task_that_is_bound_to_its_gpu_sees_it_as_the_first(self):
         assert place(gpus=1, environment=STEP).gpu == 0
 
     def test_a_gpu_short_is_named(self):
-        step = {
-            **STEP,
-            "SLURM_NTASKS": "6",
-            "SLURM_PROCID": "5",
-            "SLURM_LOCALID": "2",
-            "SLURM_STEP_TASKS_PER_NODE": "3(x2)",
-        }
+        step = {**STEP, "SLURM_NTASKS": "6", "SLURM_PROCID": "5", "SLURM_LOCALID": "2"}
         with pytest.raises(InputError, match="SLURM_LOCALID 2 has no GPU.*gpu08 shows 2"):
             place(gpus=2, environment=step)
 
     @pytest.mark.parametrize(
-        ("flags", "gpus", "spawn"),
-        [((), 4, 4), (("--num-gpus", "2"), 4, 2), ((), 0, 1), (("--num-processes", "3"), 0, 3)],
+        ("flags", "gpus", "processes"),
+        [((), 4, 4), (("--num-gpus", "2"), 4, 2), (("--num-processes", "3"), 0, 3)],
     )
-    def test_with_one_task_a_node_it_starts_the_processes(self, flags, gpus, spawn):
+    def test_with_one_task_a_node_it_starts_the_processes(self, flags, gpus, processes):
         found = place(*flags, gpus=gpus, environment=PER_NODE)
         assert found.launcher == "srun, one task per node"
-        assert (found.spawn, found.node, found.nodes) == (spawn, 1, 2)
+        assert (found.start, found.rank, found.world_size) == (processes, processes, 2 * processes)
 
-    def test_nodes_may_have_different_numbers_of_tasks(self):
-        step = {**STEP, "SLURM_NTASKS": "3", "SLURM_STEP_TASKS_PER_NODE": "1,2"}
-        found = place(environment={**step, "SLURM_PROCID": "2"})
-        assert (found.world_size, found.expected) == (3, (("gpu07", 1), ("gpu08", 2)))
+    def test_one_process_of_a_node_is_the_task_itself(self):
+        found = place(environment=PER_NODE)
+        assert (found.start, found.rank, found.world_size) == (0, 1, 2)
 
     @pytest.mark.parametrize(
         "changes",
@@ -234,28 +219,38 @@ class TestSlurm:
         assert (found.address, found.port) == ("10.0.0.7", 1234)
 
     def test_ports_are_below_those_of_outgoing_connections_and_each_steps_own(self):
-        steps = [
-            find_step(
-                {**STEP, "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}, expand_brackets
-            )
+        ports = [
+            place(environment={**STEP, "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}).port
             for job in range(123_456, 123_476)
             for step in range(10)
         ]
-        ports = [step.port for step in steps]
         assert len(set(ports)) == len(ports)
         assert all(1024 < port < 32768 for port in (*ports, PORTS[0], PORTS[-1]))
 
     @pytest.mark.parametrize(
+        ("nodelist", "first"),
+        [
+            ("node1", "node1"),
+            ("a,b", "a"),
+            ("gpu[08-10,3],x", "gpu08"),
+            ("r[1-2]n[1-2],s", "r1n1"),
+            ("n[1]-ib", "n1-ib"),
+            ("127.0.0.[11-12]", "127.0.0.11"),
+        ],
+    )
+    def test_all_meet_on_the_first_node_of_a_list(self, nodelist, first):
+        assert place(environment={**STEP, "SLURM_STEP_NODELIST": nodelist}).address == first
+
+    @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"SLURM_STEP_TASKS_PER_NODE": "2,1"}, "contradict each other: SLURM_NTASKS 4.*2,1"),
-            ({"SLURM_STEP_NODELIST": "gpu07"}, "contradict each other.*nodes gpu07"),
+            ({"SLURM_STEP_NUM_NODES": "5"}, "contradict each other: 4 tasks on 5 nodes"),
             ({"SLURM_PROCID": "4"}, "contradict each other.*SLURM_PROCID 4"),
-            ({"SLURM_LOCALID": "2"}, "contradict each other.*SLURM_LOCALID 2"),
-            ({"SLURM_NODEID": None}, "SLURM_NODEID is not set"),
+            ({"SLURM_NODEID": "2"}, "contradict each other.*SLURM_NODEID 2"),
+            ({"SLURM_NODEID": None}, "expected a number in SLURM_NODEID, found ''"),
             ({"SLURM_PROCID": "x"}, "expected a number in SLURM_PROCID, found 'x'"),
-            ({"SLURM_STEP_TASKS_PER_NODE": "two"}, "2\\(x3\\),1.*found 'two'"),
-            ({"SLURM_STEP_NODELIST": "gpu[07-"}, "gpu\\[07-"),
+            ({"SLURM_STEP_NODELIST": "gpu[07-"}, "SLURM_STEP_NODELIST is 'gpu\\[07-'"),
+            ({"SLURM_STEP_NODELIST": None}, "SLURM_STEP_NODELIST is ''"),
         ],
     )
     def test_variables_that_do_not_fit_are_named(self, changes, message):
@@ -273,21 +268,6 @@ class TestSlurm:
     def test_flags_that_ask_for_other_sizes_are_refused(self, flags, message):
         with pytest.raises(InputError, match=message):
             place(*flags.split(), gpus=4, environment=STEP)
-
-
-@pytest.mark.parametrize(
-    ("nodelist", "names"),
-    [
-        ("node1", ["node1"]),
-        ("a,b", ["a", "b"]),
-        ("gpu[08-10,3],x", ["gpu08", "gpu09", "gpu10", "gpu3", "x"]),
-        ("r[1-2]n[1-2]", ["r1n1", "r1n2", "r2n1", "r2n2"]),
-        ("n[1]-ib", ["n1-ib"]),
-        ("127.0.0.[11-12]", ["127.0.0.11", "127.0.0.12"]),
-    ],
-)
-def test_slurms_lists_of_hosts_are_understood_without_its_programs(nodelist, names):
-    assert expand_brackets(nodelist) == names
 
 
 LEFT_OVER = {
@@ -340,33 +320,23 @@ class TestContradictions:
 
 
 class TestShellOfSrun:
+    """What is typed there has a step's variables, and is none of its tasks."""
+
     TYPED = {**PER_NODE, "SLURM_PTY_PORT": "39999", "SLURM_TASK_PID": "17"}
 
     def place(self, *flags, pid=18, **more):
-        machine = Machine("here", 0, expand=expand_brackets, pid=pid)
-        return resolve(argument_parser().parse_args([*flags]), {**self.TYPED, **more}, machine)
+        args = argument_parser().parse_args([*flags])
+        return resolve(args, {**self.TYPED, **more}, Machine("here", 0, pid))
 
-    @pytest.mark.parametrize("step", [{}, STEP, {"SLURM_PROCID": "0", "SLURM_NODEID": "0"}])
-    def test_what_is_typed_there_is_one_task_of_several(self, step):
-        with pytest.raises(InputError, match="srun --pty.*salloc.*torchrun or --num-processes"):
-            self.place(**step)
+    def test_it_is_alone(self):
+        found = self.place()
+        assert (found.launcher, found.world_size) == ("one process", 1)
+        assert "Slurm has 2 tasks for this job, but srun has not started this" in found.note
 
     def test_it_may_start_processes_of_its_own(self):
         found = self.place("--num-processes", "2")
-        assert (found.launcher, found.spawn, found.nodes) == ("--num-processes 2", 2, 1)
+        assert (found.launcher, found.start) == ("--num-processes 2", 2)
         assert self.place(**TORCHRUN).launcher == "torchrun"
 
     def test_what_srun_starts_in_it_is_a_task(self):
         assert self.place(pid=17).launcher == "srun, one task per node"
-
-    def test_a_shell_of_one_task_is_one_process(self):
-        assert self.place(SLURM_NTASKS="1").launcher == "one process"
-
-
-@pytest.mark.parametrize("banner", ["Welcome to cluster Delta3\n", "", "--> account: ok\n\n"])
-def test_hosts_are_told_from_what_else_a_site_lets_scontrol_print(banner, tmp_path, monkeypatch):
-    program = tmp_path / "scontrol"
-    program.write_text(f"#!/bin/sh\nprintf '{banner}gpu07\\ngpu08\\n'\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert expand_hosts("gpu[07-08]") == ["gpu07", "gpu08"]

@@ -179,14 +179,14 @@ def test_a_gradient_that_is_nan_once_leaves_the_weights_of_before(images, tmp_pa
 
 def test_a_stop_behind_a_nan_leaves_no_checkpoint_of_it(images, tmp_path):
     """The vote to stop comes right behind the update: its checkpoint waits for the look, too."""
-    from virtex_d2.engine import preemption
+    from virtex_d2.engine import stopping
 
     trainer = build(images, tmp_path / "run", "SOLVER.CHECKPOINT_PERIOD", 100)
     Broken(trainer, "gradient")
 
-    def check(original=preemption.check):
+    def check(original=stopping.check):
         if trainer.iter == 3 and trainer.storage.iter == 3 and 3 in trained:
-            raise preemption.StopRequested("USR1")
+            raise stopping.StopRequested("USR1")
 
     def run_step(step=trainer.run_step):
         step()
@@ -194,7 +194,7 @@ def test_a_stop_behind_a_nan_leaves_no_checkpoint_of_it(images, tmp_path):
 
     trained, trainer.run_step = [], run_step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preemption, "check", check)
+        patch.setattr(stopping, "check", check)
         with pytest.raises(InputError, match="not finite at iteration 3"):
             trainer.train()
     assert not list((tmp_path / "run").glob("model_*.pth"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.checkpoint.layout_files import DETECTORS, EXAMPLES, THIN, random_resnet, write
-from virtex_d2.engine import preemption, signals
+from virtex_d2.engine import signals, stopping
 from virtex_d2.engine.errors import InputError
 from virtex_d2.studies.probes.features import (
     Classifier,
@@ -164,14 +164,14 @@ def test_a_probe_stops_where_it_is_asked_to_and_goes_on(probe, folders, tmp_path
         if trainer.iter == 4:
             (tmp_path / "run" / "STOP").touch()
 
-    monkeypatch.setattr(preemption, "STOP_FILE_PERIOD", 0.0)
+    monkeypatch.setattr(stopping, "STOP_FILE_PERIOD", 0.0)
     monkeypatch.setattr(ClassifierTrainer, "run_step", ask_in_the_second_epoch)
-    with pytest.raises(preemption.Unfinished):
+    with pytest.raises(stopping.Unfinished):
         probe(*options)
     assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_0000004.pth"
     monkeypatch.setattr(ClassifierTrainer, "run_step", step)
     assert "top1" in probe(*options, resume=True)
-    preemption.stop_watching()
+    stopping.stop_watching()
 
 
 def test_random_crops_follow_from_the_position_and_not_from_the_workers(probe, folders, tmp_path):

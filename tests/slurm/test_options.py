@@ -10,14 +10,14 @@ from virtex_d2.slurm.options import (
     FIELDS,
     JobOptions,
     add_arguments,
+    array_numbers,
     given_options,
     make_options,
+    read_pipeline,
     read_site,
     read_toml,
     site_file,
 )
-from virtex_d2.slurm.pipeline import read_pipeline
-from virtex_d2.slurm.values import array_numbers
 
 SITE = """
 partition = "gpu"
@@ -143,7 +143,7 @@ def test_a_site_file_that_is_absent_or_no_text_is_named(tmp_path, content):
         ({"sbatch": ["time=1:00"]}, "--sbatch time=1:00: .* use --time"),
         ({"sbatch": ["--mem 64G"]}, "--sbatch --mem 64G: .* use --memory"),
         ({"sbatch": ["-N2"]}, "--sbatch -N2: .* use --nodes"),
-        ({"sbatch": ["-D /tmp"]}, "--sbatch -D /tmp: the script sets it itself"),
+        ({"sbatch": ["-D /tmp"]}, "--sbatch -D /tmp: the script asks for it already; leave it out"),
         (
             {"sbatch": ["gres=gpu:4"], "gpus_per_node": "8"},
             "--sbatch gres=gpu:4: contradicts --gpus-per-node 8",

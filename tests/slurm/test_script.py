@@ -7,15 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import get_pretrain_cfg
-from virtex_d2.detection.config import get_virtex_cfg
 from virtex_d2.engine.errors import InputError
 from virtex_d2.slurm.command import read_command
-from virtex_d2.slurm.options import JobOptions
-from virtex_d2.slurm.pipeline import read_pipeline
+from virtex_d2.slurm.options import JobOptions, read_pipeline
 from virtex_d2.slurm.script import Job
 from virtex_d2.slurm.submit import stage_jobs
-from virtex_d2.studies.probes.config import get_probe_cfg
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -343,17 +339,13 @@ def test_ranks_of_another_run_do_not_reach_the_job(run_script, tmp_path):
     assert found == ["MASTER_PORT=1234"]  # what the job's own options say stays
 
 
-DEFAULTS = {
-    "pretrain_net.py": get_pretrain_cfg,
-    "train_net.py": get_virtex_cfg,
-    "linear_probe.py": get_probe_cfg,
-}
 PIPELINES = sorted((ROOT / "configs" / "slurm").glob("*.toml"))
 
 
 @pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.stem)
 def test_the_projects_own_pipelines_name_tools_configs_and_keys_that_exist(path):
-    jobs = stage_jobs(read_pipeline(path, {}, {}), Path("/logs"), ROOT, ROOT, DEFAULTS)
+    """Their tools are asked."""
+    jobs = stage_jobs(read_pipeline(path, {}, {}), Path("/logs"), ROOT, ROOT)
     assert [job.command.program for _, job in jobs] == [
         *("tools/pretrain_net.py", "tools/convert_checkpoint.py", "tools/train_net.py")
     ]

@@ -15,8 +15,8 @@ from torch import nn
 
 from virtex_d2.detection.checkpointer import DetectorCheckpointer
 from virtex_d2.engine.hooks import is_due
-from virtex_d2.engine.preemption import StopRequested, checked
 from virtex_d2.engine.randomness import own_randomness
+from virtex_d2.engine.stopping import StopRequested, checked
 
 logger = logging.getLogger(__name__)
 

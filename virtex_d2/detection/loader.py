@@ -31,8 +31,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from virtex_d2.detection.fraction import register_fraction
 from virtex_d2.engine.errors import InputError, nearest
-from virtex_d2.engine.preemption import abandonable
 from virtex_d2.engine.randomness import own_randomness
+from virtex_d2.engine.stopping import abandonable
 from virtex_d2.engine.workers import batches_of, start_worker
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,9 @@ from virtex_d2.engine.run import setup_run
 
 def main(args: argparse.Namespace) -> None:
     """Run what the command line, of `virtex_d2.engine.cli.argument_parser`, asks for."""
-    cfg = load_config(get_virtex_cfg(), args.config_file, args.opts)
+    cfg = load_config(get_virtex_cfg(), args.config_file, args.opts, expand=not args.check)
+    if args.check:
+        return
     changes = apply_preprocessing(cfg, args.resume)
     datasets = register_datasets(cfg, args.eval_only)
     setup_run(cfg, args, may_change=may_change(cfg))

@@ -30,10 +30,9 @@ from virtex_d2.detection.loader import TestLoader, TrainLoader, build_train_load
 from virtex_d2.engine.distributed import wrap_ddp
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.hooks import Evaluation, SkippedImages
-from virtex_d2.engine.preemption import settled
 from virtex_d2.engine.randomness import own_randomness
 from virtex_d2.engine.retention import Retention
-from virtex_d2.engine.stopping import StopHook
+from virtex_d2.engine.stopping import StopHook, settled
 from virtex_d2.engine.trainer import Trainer
 
 logger = logging.getLogger(__name__)

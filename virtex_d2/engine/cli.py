@@ -61,6 +61,11 @@ def argument_parser(description: str | None = None) -> argparse.ArgumentParser:
         help="only evaluate MODEL.WEIGHTS, or where that is empty OUTPUT_DIR's last checkpoint",
     )
     parser.add_argument(
+        "--check",
+        action="store_true",
+        help="only check flags, config file and keys, then end",
+    )
+    parser.add_argument(
         "--time-budget",
         metavar="TIME",
         help="after so long (45m, 23.5h or [DAYS-]HH:MM:SS since the start) write a checkpoint and "
@@ -132,7 +137,7 @@ def run_tool(description: str | None, main: Callable[[argparse.Namespace], None]
     """
     arguments = argument_parser(description).parse_args()
     from virtex_d2.engine.distributed import launch
-    from virtex_d2.engine.preemption import exit_at_once_if_unfinished
+    from virtex_d2.engine.stopping import exit_at_once_if_unfinished
 
     with exit_on_input_error(), exit_at_once_if_unfinished():
         launch(main, arguments)

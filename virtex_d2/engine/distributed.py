@@ -1,36 +1,67 @@
-"""Start a run's processes, however that was asked for, and end them together."""
+"""Start a run's processes, however that was asked for, and end them together.
+
+torchrun, srun or `torch.multiprocessing` start processes and end the others when one fails;
+`torch.distributed` connects them. Added here is what makes a failure tell: whose it was, once.
+"""
 
 import argparse
+import contextlib
+import faulthandler
+import json
+import logging
 import os
+import re
+import signal
 import socket
-from collections.abc import Callable
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from multiprocessing.connection import wait
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from detectron2.utils import comm
-from torch import nn
+from torch import multiprocessing, nn
 
 from virtex_d2.engine import signals
 from virtex_d2.engine.cli import COLLECTIVE_TIMEOUT, LAUNCH_TIMEOUT
-from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.failures import Board, Failure, FailureWatch, leave, leave_now, say
-from virtex_d2.engine.local_processes import limit_threads, run_processes
+from virtex_d2.engine.errors import EXIT_CODE, InputError
 from virtex_d2.engine.lock import release_locks
-from virtex_d2.engine.preemption import EXIT_UNFINISHED
+from virtex_d2.engine.parent import end_with_parent
 from virtex_d2.engine.preflight import (
     check_collectives,
-    check_interfaces,
     check_records,
-    clock_skew,
     code_version,
     identity,
     versions,
 )
-from virtex_d2.engine.rendezvous import Records, connect, meet, numbers, open_store
-from virtex_d2.engine.topology import Machine, Topology, resolve
+from virtex_d2.engine.stopping import EXIT_UNFINISHED
+from virtex_d2.engine.topology import Machine, Place, resolve
+
+GRACE = 5  # seconds for the others to have read about a failure before the meeting place is gone
+LAST_WORDS = 15  # seconds that processes have to end by themselves after a failure
+STACKS = signal.SIGUSR2  # to a process of a run: write the stacks of all threads to stderr
+
+# torch's flight recorder of NCCL's collectives, written when one waits in vain. Each name as it was
+# up to torch 2.8 and as it is later; what the environment says already stays.
+_RECORDS = os.path.join(tempfile.gettempdir(), "nccl_trace_rank_")  # torch adds the rank
+_FLIGHT_RECORDER = {
+    f"TORCH_{name}": value
+    for names, value in (
+        (("NCCL_TRACE_BUFFER_SIZE", "FR_BUFFER_SIZE"), "2000"),
+        (("NCCL_DUMP_ON_TIMEOUT", "FR_DUMP_ON_TIMEOUT"), "1"),
+        (("NCCL_DEBUG_INFO_TEMP_FILE", "FR_DUMP_TEMP_FILE"), _RECORDS),
+    )
+    for name in names
+}
+_TIMEOUT = re.compile(r"timed? ?out", re.IGNORECASE)
+_OF_PEERS = re.compile(r"gloo|nccl|c10d|store|by peer", re.IGNORECASE)
 
 Main = Callable[[argparse.Namespace], Any]
 
@@ -40,33 +71,37 @@ _description = ["Processes: one."]
 def launch(main: Main, args: argparse.Namespace) -> None:
     """Call `main(args)` in every process of the run, with detectron2's `comm` ready.
 
-    `runtime.topology.resolve` says which processes: of torchrun, of srun with a task per process or
+    `engine.topology.resolve` says which processes: of torchrun, of srun with a task per process or
     per node, of detectron2's flags, or this one alone. They meet, check that they fit together
-    (`runtime.preflight`), and communicate over NCCL where there are GPUs, else over gloo.
+    (`engine.preflight`), and communicate over NCCL where there are GPUs, else over gloo.
 
-    An exception in one process ends all of them within seconds with one exit code, and is the first
-    that is printed. A SystemExit with code 0 or 75 (stopped on purpose, to go on later) is an end
-    like that of `main`: all processes have to come to it.
+    An exception in one process ends it with its exit code, and whoever has started it ends the
+    others. A SystemExit with code 0 or 75 (stopped on purpose, to go on later) is an end like that
+    of `main`: all processes have to come to it.
 
     Args:
         main: a function of a module, as processes that are started here import it.
-        args: of `runtime.arguments.argument_parser`.
+        args: of `engine.cli.argument_parser`.
 
     Raises:
         SystemExit: in a run of several processes, where it does not end well.
     """
+    if getattr(
+        args, "check", False
+    ):  # of what another machine may run: on this one, whatever it has
+        main(args)
+        return
+    faulthandler.enable(2)  # torch ends processes by SIGABRT that wait too long for NCCL
+    faulthandler.register(STACKS, 2)
     gpus = 0 if _asks_for_cpu(args) or not torch.cuda.is_available() else torch.cuda.device_count()
-    machine = Machine(socket.gethostname(), gpus, pid=os.getpid())
-    topology = resolve(args, os.environ, machine)
+    place = resolve(args, os.environ, Machine(socket.gethostname(), gpus, os.getpid()))
     try:
-        if topology.spawn:
-            _account_for_machine(main, args, topology)
-        elif topology.world_size > 1:
-            server, port = open_store(topology, _patience(args))
-            _take_part(main, args, topology, port)
-            del server  # was open until all had left
+        if place.start:
+            _start_processes(main, args, place)
+        elif place.world_size > 1:
+            _take_part(main, args, place)
         else:
-            _description[:] = ["Processes: one.", *([topology.note] if topology.note else [])]
+            _description[:] = ["Processes: one.", *([place.note] if place.note else [])]
             main(args)
     finally:
         release_locks()
@@ -104,216 +139,357 @@ def wrap_ddp(model: nn.Module, unused_parameters: bool = False) -> nn.Module:
     )
 
 
-def _take_part(
-    main: Main, args: argparse.Namespace, topology: Topology, port: int, parent: int | None = None
-) -> None:
+def abort(error: InputError) -> NoReturn:
+    """End this process, from any thread; whoever has started the others ends them."""
+    _say(f"error: {error}")
+    _leave_now(EXIT_CODE)
+
+
+def _take_part(main: Main, args: argparse.Namespace, place: Place) -> None:
     """Be one of the run's processes, from meeting the others to leaving them."""
-    patience, rank = _patience(args), topology.rank
-    if topology.gpu is not None:
-        torch.cuda.set_device(topology.gpu)  # before anything makes a context on the first one
-    store = connect(topology, port, patience)
-    watch = FailureWatch(
-        # Of its own: what waits in one connection holds up all that use it.
-        connect(topology, port, patience),
-        *(rank, topology.world_size, topology.host),
-        speaks=topology.local_rank == 0,
-        serves=topology.serves,
-        parent=parent,
-    )
-    watch.start()
+    patience = getattr(args, "launch_timeout", LAUNCH_TIMEOUT)
+    timeout = timedelta(seconds=getattr(args, "collective_timeout", COLLECTIVE_TIMEOUT))
+    if place.gpu is not None:
+        torch.cuda.set_device(place.gpu)  # before anything makes a context on the first one
+        for name, value in _FLIGHT_RECORDER.items():
+            os.environ.setdefault(name, value)
+    rank = _Rank(place)
     stopped: SystemExit | None = None
     try:
-        others = meet(
-            store,
-            *("rank", rank, topology.world_size),
-            identity(topology),
-            check_records,
-            patience,
-            interrupted=lambda: None,  # the watch ends this process
-            expected=topology.expected,
-            notice=say,
-        )
-        watch.know([other["host"] for other in others])
-        with watch.deadline(patience, "their first collectives"):
-            _join(store, topology, others, _collective_timeout(args))
-            _look_over(topology, others)
+        rank.meet(patience)
+        rank.join(timeout, patience)
         main(args)
     except SystemExit as error:
         if error.code not in (None, 0, EXIT_UNFINISHED):
-            watch.fail(error)
+            rank.fail(error)
         stopped = error
     except BaseException as error:
-        watch.fail(error)
-    watch.finish()
+        rank.fail(error)
+    # not a collective: one process may have much to do alone at the end
+    rank.leave(timeout.total_seconds())
     release_locks()
     comm._LOCAL_PROCESS_GROUP = None
     dist.destroy_process_group()
-    watch.leave()
     if stopped is not None:
         raise stopped
 
 
-def _join(store: dist.Store, topology: Topology, others: list[dict], timeout: timedelta) -> None:
-    """Make the process groups: all, over gloo too, and this machine's for detectron2's `comm`."""
-    on_gpu = topology.gpu is not None
-    check_interfaces(os.environ, on_gpu)
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        store=dist.PrefixStore("groups", store),
-        rank=topology.rank,
-        world_size=topology.world_size,
-        timeout=timeout,
-    )
-    if on_gpu:
-        gloo = dist.new_group(backend="gloo", timeout=timeout)
+class _Rank:
+    """One of the run's processes, and its way to the meeting place, where a failure is told."""
+
+    def __init__(self, place: Place):
+        self._place = place
+        self._store: dist.Store | None = None
+        self._neighbours: list[int] = []  # ids of the machine's other processes
+
+    def meet(self, patience: float) -> None:
+        """Wait until all have come; the first one names those that have not.
+
+        Args:
+            patience: seconds.
+        """
+        place, deadline = self._place, time.monotonic() + patience
+        if not place.serves:
+            _await_listener(place, deadline)
+        opened = _store(place, patience, place.serves)
+        self._store = store = dist.PrefixStore(f"virtex/{place.attempt}", opened)
+        store.set(f"rank/{place.rank}", place.host)
+        if place.rank == 0:
+            absent = [rank for rank in range(place.world_size) if not _comes(store, rank, deadline)]
+            problem = absent and (
+                f"ranks {_numbers(absent)} of {place.world_size} have not come within "
+                f"{patience:.0f} s (--launch-timeout). Were they started, and do they run yet? Can "
+                f"their machines reach {place.host}?"
+            )
+            store.set("met", json.dumps([place.world_size, problem or ""]))
+        size, problem = json.loads(store.get("met"))
+        if problem:
+            raise InputError(problem)
+        if size != place.world_size:
+            raise InputError(
+                f"{place.name} was started as one of {place.world_size} processes, rank 0 as one "
+                f"of {size}. Start all with the same sizes."
+            )
+
+    def join(self, timeout: timedelta, patience: float) -> None:
+        """Make the process groups: all, over gloo too, and this machine's for detectron2's `comm`.
+
+        Then check that the processes fit together, and that they reach each other.
+        """
+        place, on_gpu = self._place, self._place.gpu is not None
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=dist.PrefixStore("groups", self._store),
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timeout,
+        )
+        gloo = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else dist.group.WORLD
         # detectron2 would make it when it first needs it, with torch's own timeout.
         comm._get_global_gloo_group = lambda: gloo
-    for node in sorted({other["node"] for other in others}):  # every rank makes all, in one order
-        ranks = [rank for rank, other in enumerate(others) if other["node"] == node]
-        group = dist.new_group(ranks, timeout=timeout)
-        if topology.rank in ranks:
-            comm._LOCAL_PROCESS_GROUP = group
+        dist.monitored_barrier(gloo, timedelta(seconds=patience), wait_all_ranks=True)
+        mine = identity(place)
+        others = comm.all_gather(mine, gloo)
+        check_records(others)
+        nodes: dict[int, list[int]] = {}
+        for rank, other in enumerate(others):
+            nodes.setdefault(other["node"], []).append(rank)
+        for ranks in nodes.values():  # every rank makes all, in one order
+            group = dist.new_group(ranks, timeout=timeout)
+            if place.rank in ranks:
+                comm._LOCAL_PROCESS_GROUP = group
+        seen_by = [o["process"] for o in others if o["process"][0] == mine["process"][0] != ""]
+        self._neighbours = [pid for _, pid in seen_by if pid != os.getpid()]
+        seconds = check_collectives(place.gpu)
+        _description[:] = _told(place, others, list(nodes.values()), seconds)
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """End this process because of its exception, which is printed if it is the run's first."""
+        place = self._place
+        if _TIMEOUT.search(str(error)):  # in which somebody else hangs, or waits as well
+            for pid in self._neighbours:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, STACKS)
+        text, code = _failure(error, place.name)
+        first = None
+        try:
+            if self._store is not None and self._store.add("failed", 1) > 1:
+                self._store.wait(["failure"], timedelta(seconds=GRACE))
+                first = json.loads(self._store.get("failure"))
+            elif self._store is not None:
+                self._store.set("failure", json.dumps([text, code]))
+        except RuntimeError:
+            if _OF_PEERS.search(str(error)):
+                text = (
+                    f"{place.name} failed: rank 0, or what had started it, is gone, and with it "
+                    f"the meeting place ({str(error).splitlines()[0]})"
+                )
+        if first is None:
+            _say(text)
+        else:
+            text, code = first
+            if place.rank == 0:  # in the log, and on the screen of who looks there alone
+                logging.getLogger("virtex_d2").error("The run ends: %s", text)
+            elif place.local_rank == 0:
+                _say(f"{place.name} ends, because {text.splitlines()[-1]}")
+        self.leave(GRACE if place.serves else 0)
+        _leave_now(code)
+
+    def leave(self, patience: float) -> None:
+        """Wait until all have got here, for so many seconds: the meeting place goes with one."""
+        deadline = time.monotonic() + patience
+        with contextlib.suppress(RuntimeError, AttributeError):  # it may be gone, or never was
+            self._store.add("left", 1)
+            while self._store.add("left", 0) < self._place.world_size:
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(0.05)
 
 
-def _look_over(topology: Topology, others: list[dict]) -> None:
-    """Check communication and clocks, and put into words what kind of run this is."""
-    names = [f"rank {rank} on {other['host']}" for rank, other in enumerate(others)]
-    group = comm._get_global_gloo_group()
-    seconds = check_collectives(topology, group)
-    skew, warning = clock_skew(group, names)
-    nodes: dict[int, list[int]] = {}
-    for rank, other in enumerate(others):
-        nodes.setdefault(other["node"], []).append(rank)
-    place = f"{topology.address}:{topology.port}" if topology.port else "a port of this machine"
+def _failure(error: BaseException, who: str) -> tuple[str, int]:
+    """What the user should read of an exception, and the exit code."""
+    if isinstance(error, InputError):
+        return f"error: {who}: {error}", EXIT_CODE
+    if isinstance(error, KeyboardInterrupt):
+        return f"{who}: interrupted", 130
+    trace = "".join(traceback.format_exception(error)).rstrip()
+    code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+    return f"{who} failed:\n{trace}", code
+
+
+def _told(
+    place: Place, others: Sequence[dict[str, Any]], nodes: Sequence[Sequence[int]], seconds: float
+) -> list[str]:
+    """What kind of run this is, in words."""
+    where = f"{place.address}:{place.port}"
     lines = [
         f"Processes: {len(others)} on {len(nodes)} machine{'s' if len(nodes) > 1 else ''} "
-        f"({topology.launcher}), over {'NCCL' if topology.gpu is not None else 'gloo'}, meeting at "
-        f"{place}.",
-        *([topology.note] if topology.note else []),
+        f"({place.launcher}), over {'gloo' if place.gpu is None else 'NCCL'}, meeting at {where}.",
+        *([place.note] if place.note else []),
     ]
-    for ranks in nodes.values():
-        members = [others[rank] for rank in ranks]
-        gpus = [member["gpu"] for member in members]
+    for ranks in nodes:
+        gpus = [others[rank]["gpu"] for rank in ranks]
         on = "the CPU" if gpus[0] is None else f"GPU {', '.join(gpus)}"
         what = "ranks" if len(ranks) > 1 else "rank"
-        lines.append(f"  {members[0]['host']}: {what} {numbers(ranks)} on {on}")
-    if len({len(ranks) for ranks in nodes.values()}) > 1:
-        lines.append("Machines have different numbers of processes.")
-    lines.append(
-        f"Preflight: all-reduce right, in {1000 * seconds:.1f} ms; clocks within {skew:.2f} s; "
-        f"code {code_version()} and "
-        f"{', '.join(f'{name} {version}' for name, version in versions().items())} everywhere."
-    )
-    _description[:] = [*lines, *([f"Warning: {warning}"] if warning else [])]
+        lines.append(f"  {others[ranks[0]]['host']}: {what} {_numbers(ranks)} on {on}")
+    same = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return [
+        *lines,
+        f"Preflight: all-reduce right, in {1000 * seconds:.1f} ms; code {code_version()} and "
+        f"{same} everywhere.",
+    ]
 
 
-def _account_for_machine(main: Main, args: argparse.Namespace, topology: Topology) -> None:
-    """Agree with the other machines on ranks, then start this one's processes and wait for them."""
-    patience = _patience(args)
-    server, port = open_store(topology, patience)
-    store = connect(topology, port, patience)
-    board = Board(store)
-    who = f"machine {topology.node} ({topology.host})"
-
-    def end_with_the_others() -> None:
-        failure = board.read()
-        if failure is not None:
-            say(f"{who} ends, because {failure.summary}")
-            raise SystemExit(failure.code)
-
-    machines = [(topology.host, topology.spawn)]
-    if topology.nodes > 1:
-        try:
-            records = meet(
-                store,
-                *("machine", topology.node, topology.nodes),
-                _machine(topology),
-                _check_machines,
-                patience,
-                interrupted=end_with_the_others,
-                expected=[(host, 1) for host, _ in topology.expected],
-                notice=say,
-            )
-        except Exception as error:
-            failure = Failure.of(error, who)
-            if board.claim():
-                say(failure.text)
-                board.publish(failure)
-            leave(store, "machines left", topology.nodes if topology.serves else 0)
-            raise SystemExit(failure.code) from None
-        machines = [(record["host"], record["processes"]) for record in records]
-    places = [topology.process(machines, local_rank) for local_rank in range(topology.spawn)]
-    if topology.spawn == 1:  # it needs not be started
-        try:
-            _take_part(main, args, replace(places[0], serves=topology.serves), port)
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-    else:
-        if topology.gpu is None:
-            limit_threads(topology.spawn)
-        code = run_processes(
-            _in_new_process,
-            [(main, args, place, port, os.getpid()) for place in places],
-            [place.rank for place in places],
-            topology.host,
-            board,
+def _store(place: Place, patience: float, serves: bool) -> dist.TCPStore:
+    """Open the meeting place, or connect to it."""
+    try:
+        return dist.TCPStore(
+            "localhost" if serves else place.address,
+            place.port,
+            is_master=serves,
+            # the first one gives up after `patience`, and says more about it
+            timeout=timedelta(seconds=patience + 30),
+            wait_for_workers=False,
         )
-    leave(store, "machines left", topology.nodes if topology.serves else 0)
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error) and "already in use" not in str(error):
+            raise
+        raise InputError(
+            f"port {place.port} of {place.host} is in use by another program, and the processes of "
+            "this run were to meet there. Give a free one: --dist-url "
+            f"tcp://{place.address}:PORT, or under torchrun --master-port."
+        ) from error
+
+
+def _await_listener(place: Place, deadline: float) -> None:
+    """Wait until somebody listens: torch's own client fills the log with its failed attempts."""
+    while True:
+        try:
+            with socket.create_connection((place.address, place.port), timeout=5):
+                return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                reason = error.strerror or str(error) or "no answer"
+                raise InputError(
+                    f"{place.name} does not reach the meeting place at {place.address}:"
+                    f"{place.port} ({reason}). Does the first process run, is that the name of its "
+                    "machine (getent hosts), and does a firewall let the port through? --dist-url "
+                    "tcp://ADDRESS:PORT names another place."
+                ) from error
+        time.sleep(0.1)
+
+
+def _comes(store: dist.Store, rank: int, deadline: float) -> bool:
+    left = max(0.1, deadline - time.monotonic())
+    try:
+        store.wait([f"rank/{rank}"], timedelta(seconds=left))
+    except RuntimeError:
+        return False
+    return True
+
+
+def _start_processes(main: Main, args: argparse.Namespace, place: Place) -> None:
+    """Start this machine's processes, and end as they do.
+
+    Raises:
+        SystemExit: not all have ended with code 0.
+    """
+    server = None
+    if place.serves:  # here, so that it stays open when any of the processes ends
+        server = _store(place, getattr(args, "launch_timeout", LAUNCH_TIMEOUT), serves=True)
+        place = replace(place, port=server.port)
+    if place.gpu is None:
+        limit_threads(place.start)
+    started = signals.held_back(  # until their main module listens
+        lambda: multiprocessing.start_processes(
+            _in_new_process, (main, args, place, os.getpid()), place.start, join=False
+        )
+    )
+    code = _await_end(started.processes, place)
     del server
     if code:
         raise SystemExit(code)
 
 
 def _in_new_process(
-    main: Main, args: argparse.Namespace, topology: Topology, port: int, parent: int
+    local_rank: int, main: Main, args: argparse.Namespace, place: Place, parent: int
 ) -> None:
+    end_with_parent(signal.SIGKILL, parent)
+    faulthandler.enable(2)
+    faulthandler.register(STACKS, 2)
     signals.release()
+    _take_part(main, args, place.child(local_rank))
+
+
+def _await_end(processes: Sequence[multiprocessing.Process], place: Place) -> int:
+    """Wait until all have ended; those that outlive a failure by long are killed.
+
+    What asks this process to stop is passed on.
+
+    Returns:
+        The exit code.
+    """
+    passed_on, deadline, ended = "", float("inf"), {}
     try:
-        _take_part(main, args, topology, port, parent)
-    except Exception as error:  # it did not get so far that the others could be told
-        failure = Failure.of(error, f"rank {topology.rank} on {topology.host}")
-        say(failure.text)
-        leave_now(failure.code)
+        while living := [process for process in processes if process.is_alive()]:
+            wait([process.sentinel for process in living], timeout=0.2)
+            if (name := signals.received()) != passed_on:
+                passed_on = name
+                _send(living, signal.Signals[f"SIG{name}"])
+            for rank, process in enumerate(processes, start=place.rank):
+                if process.exitcode is not None and rank not in ended:
+                    ended[rank] = _exit_code(process, f"rank {rank} on {place.host}")
+            if deadline == float("inf") and set(ended.values()) - {0, EXIT_UNFINISHED}:
+                deadline = time.monotonic() + LAST_WORDS
+            if time.monotonic() > deadline:
+                _send(living, STACKS)
+                time.sleep(1)
+                break
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    # Bad input (2) and signals (128 and more) tell more than what followed from them (1).
+    return max(ended.values())
 
 
-def _machine(topology: Topology) -> dict[str, Any]:
-    return {
-        "host": topology.host,
-        "pid": os.getpid(),
-        "processes": topology.spawn,
-        "machines": topology.nodes,
-        "gpu": topology.gpu is not None,
-    }
+def _send(processes: Sequence[multiprocessing.Process], number: signal.Signals) -> None:
+    for process in processes:
+        if process.is_alive():
+            os.kill(process.pid, number)
 
 
-def _check_machines(records: Records) -> None:
-    """Machines may have different numbers of GPUs, but not none."""
-    reference = records[min(records)]
-    for node, record in records.items():
-        if record["machines"] != reference["machines"]:
-            raise InputError(
-                f"machine {node} ({record['host']}) was started as one of {record['machines']}, "
-                f"machine {min(records)} ({reference['host']}) as one of {reference['machines']}. "
-                "Give all the same --num-machines."
-            )
-        if record["gpu"] != reference["gpu"]:
-            without, other = (record, reference) if reference["gpu"] else (reference, record)
-            raise InputError(
-                f"{without['host']} has no GPU to use, {other['host']} has. Check nvidia-smi "
-                "there, or use MODEL.DEVICE cpu."
-            )
+def _exit_code(process: multiprocessing.Process, name: str) -> int:
+    """As a shell has it; says so where a process was killed, as it could not say it itself."""
+    if process.exitcode >= 0:
+        return process.exitcode
+    number = -process.exitcode
+    known = signal.Signals(number).name if number in list(signal.Signals) else f"signal {number}"
+    hint = " (out of memory? see `dmesg`)" if number == signal.SIGKILL else ""
+    _say(f"{name} (process {process.pid}) was killed by {known}{hint}.")
+    return 128 + number
 
 
-def _patience(args: argparse.Namespace) -> float:
-    return getattr(args, "launch_timeout", LAUNCH_TIMEOUT)
+def limit_threads(processes: int) -> None:
+    """Share the CPU's cores among processes that compute on it, where nobody has said how."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
 
 
-def _collective_timeout(args: argparse.Namespace) -> timedelta:
-    return timedelta(seconds=getattr(args, "collective_timeout", COLLECTIVE_TIMEOUT))
+def _numbers(ranks: Sequence[int]) -> str:
+    """Ranks in words: "0-3, 7"."""
+    parts: list[list[int]] = []
+    for rank in sorted(ranks):
+        if parts and parts[-1][-1] == rank - 1:
+            parts[-1].append(rank)
+        else:
+            parts.append([rank])
+    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
 
 
 def _asks_for_cpu(args: argparse.Namespace) -> bool:
     opts = getattr(args, "opts", None) or []
     given = dict(zip(opts[::2], opts[1::2])).get("MODEL.DEVICE", "auto")
     return given == "cpu" or (given == "auto" and getattr(args, "num_gpus", None) == 0)
+
+
+def _say(text: str) -> None:
+    """On stderr, in one piece, after what this process has printed before."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+
+
+def _leave_now(code: int) -> NoReturn:
+    """Exit without waiting for anything: threads in a collective, gloo's, or loader workers."""
+    # A thread that is stuck in a log handler would keep the handler's lock.
+    tidy = threading.Thread(target=_tidy, daemon=True)
+    tidy.start()
+    tidy.join(GRACE)
+    os._exit(code)
+
+
+def _tidy() -> None:
+    release_locks()
+    logging.shutdown()

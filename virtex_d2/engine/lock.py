@@ -1,82 +1,21 @@
 """One live run in an output folder: a lock that outlives no run, and says who holds it.
 
-A file with who holds it, touched every few seconds by a thread. Nothing depends on what network
-file systems implement differently (flock), nor on the clocks of machines: ages are differences of
-times that the file system gave.
+A lease of filelock's: a file that its holder touches every few seconds. Nothing depends on what
+network file systems implement differently (flock), nor on the clocks of machines.
 """
 
 import atexit
-import contextlib
-import json
-import logging
 import os
-import socket
 import sys
-import threading
 import time
-import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
-from datetime import datetime
+from collections.abc import Callable
 from pathlib import Path
 
-from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.files import TEMPORARY_PREFIX
+from filelock import LeaseCompromise, SoftFileLease, Timeout
 
-logger = logging.getLogger(__name__)
+from virtex_d2.engine.errors import InputError
 
 NAME = "run.lock"
-
-
-@dataclass(frozen=True)
-class Holder:
-    """Who holds a lock.
-
-    Attributes:
-        token: of this taking of the lock.
-        host, pid: the process.
-        process: tells it from later ones with the same pid: boot of the machine, pid namespace and
-            time of its start; "" where the system has no /proc.
-        job: Slurm's cluster and job; "" outside of Slurm.
-        restarts: how often the job was requeued before.
-        since: date and time, for people.
-    """
-
-    token: str
-    host: str
-    pid: int
-    process: str
-    job: str
-    restarts: int
-    since: str
-
-    @classmethod
-    def this_process(cls, environment: Mapping[str, str] = os.environ) -> "Holder":
-        job = environment.get("SLURM_JOB_ID", "")
-        return cls(
-            token=uuid.uuid4().hex,
-            host=environment.get("SLURMD_NODENAME") or socket.gethostname(),
-            pid=os.getpid(),
-            process=" ".join((*_system(), _started(os.getpid()))) if _system() else "",
-            job=f"{environment.get('SLURM_CLUSTER_NAME', '')}:{job}" if job else "",
-            restarts=int(environment.get("SLURM_RESTART_COUNT") or 0),
-            since=datetime.now().astimezone().isoformat(" ", "seconds"),
-        )
-
-    def __str__(self) -> str:
-        job = f" (Slurm job {self.job.rpartition(':')[2]})" if self.job else ""
-        return f"process {self.pid} on {self.host}{job}, since {self.since}"
-
-    def alive(self) -> bool | None:
-        """Whether the process lives; None where that cannot be told from here."""
-        here = _system()
-        if not self.process or not here or self.process.split()[:-1] != here:
-            return None
-        return _started(self.pid) == self.process.split()[-1]
-
-    def succeeds(self, other: "Holder") -> bool:
-        """Whether this is the same Slurm job, requeued: its earlier processes are gone."""
-        return bool(self.job) and self.job == other.job and self.restarts > other.restarts
 
 
 class RunLock:
@@ -84,7 +23,8 @@ class RunLock:
 
     Args:
         folder: of the run; must exist.
-        on_lost: called, in a thread, with an InputError when another run has taken the folder.
+        on_lost: called, in a thread, with an InputError when this run does not hold the folder any
+            more: another may write there, so that this one has to end.
         key: the config key or flag that names the folder, for messages.
         part: of a folder that several runs share, the one that is locked; "": all of it. A file
             name's beginning, which may have folders that exist before it.
@@ -94,7 +34,7 @@ class RunLock:
         stale: seconds without one after which a holder on another machine is dead.
     """
 
-    beat = 15.0
+    beat = 5.0
     stale = 180.0
 
     def __init__(
@@ -108,91 +48,59 @@ class RunLock:
         self._place = f"{key} {folder}" + (f", {Path(part).name}" if part else "")
         self._key = key
         self._on_lost = on_lost
-        self._me = Holder.this_process()
-        self._released = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="run lock", daemon=True)
+        self._lease = SoftFileLease(
+            self.path,
+            lease_duration=self.stale,
+            heartbeat_interval=self.beat,
+            on_compromise=self._lost,
+            thread_local=False,  # a run that fails may be ended, and release it, in any thread
+        )
 
     def acquire(self) -> None:
         """Take the lock; where its holder may be dead, wait until that is known."""
-        while not self._create():
-            holder = self._read()
-            if holder is not None and not holder.token:
-                time.sleep(1)  # it may be in the middle of being written
-                holder = self._read()
-            if holder is not None and self._is_dead(holder):
-                self._remove(holder)
-        self._thread.start()
+        begun, seen = time.monotonic(), None
+        while True:
+            try:
+                # takes over from a process of this machine that is gone, and from any other one
+                # that this object has seen silent for as long as `stale`
+                self._lease.acquire(timeout=0)
+                return
+            except Timeout:
+                pass
+            touched = self._touched()
+            if touched is None:
+                continue  # it has been released, or was a dead one's and is removed
+            if seen is not None and touched != seen:
+                raise InputError(
+                    f"{self._place}: another run is writing it: {self._holder()}. Stop that one, "
+                    f"or choose another {self._key}."
+                )
+            if seen is None:
+                seen = touched
+                text = f"{self.path}: held by {self._holder()}. Watching whether it lives ..."
+                print(text, file=sys.stderr, flush=True)
+            if self._lease.owner is None and time.monotonic() > begun + self.stale:
+                self._lease.break_lock()  # without a name in it: left by a machine that crashed
+            time.sleep(min(1.0, self.beat / 4))
 
     def release(self) -> None:
         """Give the lock back; nothing where it is lost, or in a forked process."""
-        if os.getpid() != self._me.pid:
-            return
-        self._released.set()
-        with contextlib.suppress(OSError):
-            holder = self._read()
-            if holder is not None and holder.token == self._me.token:
-                self.path.unlink()
+        self._lease.release(force=True)
 
-    def _create(self) -> bool:
-        try:
-            descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:
-            return False
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(asdict(self._me), file)
-        return True
-
-    def _read(self, path: Path | None = None) -> Holder | None:
-        """Who holds the lock; None where nobody does."""
-        try:
-            content = json.loads((path or self.path).read_text(encoding="utf-8"))
-            return Holder(**{field.name: content[field.name] for field in fields(Holder)})
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError):
-            # Being written, or left by a full disk: judged by its age alone.
-            return Holder("", "an unknown machine", 0, "", "", 0, "an unknown time")
-
-    def _is_dead(self, holder: Holder) -> bool:
-        """Raise InputError if it lives."""
-        alive = holder.alive()
-        if alive is False or self._me.succeeds(holder):
-            logger.info("%s: its holder is gone (%s).", self.path, holder)
-            return True
-        first = self._touched()
-        if alive is None and first is not None:
-            age = self._now() - first
-            if age < self.stale:
-                say = f"{self.path}: held by {holder}, last sign of life {max(age, 0):.0f} s ago."
-                print(f"{say} Watching whether it lives ...", file=sys.stderr, flush=True)
-            while self._now() - first < self.stale:
-                time.sleep(min(1.0, self.beat / 4))
-                touched = self._touched()
-                if touched is None:
-                    return False  # released
-                if touched != first:
-                    alive = True
-                    break
-        if alive:
-            raise InputError(
-                f"{self._place}: another run is writing it: {holder}. Stop that one, or choose "
-                f"another {self._key}."
+    def _lost(self, compromise: LeaseCompromise) -> None:
+        taken = f"taken over by {self._holder()}" if self._lease.owner else "removed"
+        self._on_lost(
+            InputError(
+                f"{self._place}: the lock {self.path.name} was {taken} ({compromise.reason}). This "
+                "run ends, so as not to write over another's files; --resume goes on."
             )
-        logger.info("%s: no sign of life for %.0f s (%s).", self.path, self.stale, holder)
-        return True
+        )
 
-    def _remove(self, holder: Holder) -> None:
-        """Remove a dead run's lock, and not that of one which was faster to do so."""
-        aside = self.path.with_name(f"{TEMPORARY_PREFIX}{NAME}-{self._me.token}")
-        try:
-            os.rename(self.path, aside)
-        except FileNotFoundError:
-            return
-        found = self._read(aside)
-        if found is not None and found.token != holder.token:
-            with contextlib.suppress(FileExistsError):
-                os.link(aside, self.path)
-        aside.unlink(missing_ok=True)
+    def _holder(self) -> str:
+        owner = self._lease.owner
+        if owner is None:
+            return "an unknown process"
+        return f"process {owner.pid} on {owner.hostname.partition('?')[0]}"
 
     def _touched(self) -> float | None:
         try:
@@ -200,43 +108,6 @@ class RunLock:
                 return os.fstat(file.fileno()).st_mtime
         except FileNotFoundError:
             return None
-
-    def _now(self) -> float:
-        """The file system's time."""
-        probe = self.path.with_name(f"{TEMPORARY_PREFIX}{NAME}-now-{self._me.token}")
-        try:
-            probe.write_text("")
-            return os.stat(probe).st_mtime
-        finally:
-            probe.unlink(missing_ok=True)
-
-    def _keep(self) -> None:
-        while not self._released.wait(self.beat):
-            try:
-                if not self._leave_sign():
-                    return
-            except OSError as error:  # of a file system that may recover
-                logger.warning("%s: no sign of life could be left: %s", self.path, error)
-
-    def _leave_sign(self) -> bool:
-        """Touch the lock; False where it is another's, or released meanwhile."""
-        holder = self._read()
-        if holder is not None and holder.token == self._me.token:
-            os.utime(self.path)
-            return True
-        if self._released.is_set():
-            return False
-        if holder is None and self._create():
-            logger.warning("%s was removed; this run goes on, and holds it again.", self.path)
-            return True
-        self._on_lost(
-            InputError(
-                f"{self._place}: another run has taken it over: {self._read()}. This one "
-                "had left no sign of life for so long that it was taken for dead; it ends now, so "
-                "as not to write over the other's files."
-            )
-        )
-        return False
 
 
 _held: dict[Path, RunLock] = {}
@@ -259,23 +130,3 @@ def release_locks() -> None:
 
 
 atexit.register(release_locks)  # `launch` has done so; not everybody who sets a run up launches it
-
-
-def _system() -> list[str]:
-    """This boot of this machine, and this pid namespace; [] where there is no /proc."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return [boot, os.readlink("/proc/self/ns/pid")]
-    except OSError:
-        return []
-
-
-def _started(pid: int) -> str:
-    """When a process was started, in ticks since boot; "" where it is gone."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-    # The name, in parentheses, may hold anything; state and start time follow as fields 3 and 22.
-    after = stat.rpartition(")")[2].split()
-    return "" if after[0] in "ZX" else after[19]

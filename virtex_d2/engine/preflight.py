@@ -4,11 +4,9 @@ import functools
 import hashlib
 import os
 import platform
-import socket
-import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,74 +16,73 @@ import torch.distributed as dist
 from detectron2.utils import comm
 
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.rendezvous import Records
-from virtex_d2.engine.topology import Topology
+from virtex_d2.engine.topology import Place
 
 # The project's own packages, where the tool has imported them.
 PACKAGES = ("virtex_d2", "pretrain")
-
-# Seconds. Nothing in training reads the clock; time budgets, logs and TLS do. Five minutes is what
-# Kerberos, and with it many clusters' file systems, tolerates.
-SKEW_WARNING, SKEW_ERROR = 5.0, 300.0
 
 # Seconds. NFS clients may keep for 60 that a file does not exist (nfs(5): acdirmax).
 VISIBLE_WITHIN = 75.0
 
 
-def identity(topology: Topology) -> dict[str, Any]:
-    """What a process says of itself for `check_records`; JSON."""
+def identity(place: Place) -> dict[str, Any]:
+    """What a process says of itself, for `check_records` and for the log."""
+    gpu = None if place.gpu is None else torch.cuda.get_device_properties(place.gpu)
     return {
-        "host": topology.host,
-        "node": topology.node,
-        "local_rank": topology.local_rank,
-        "world_size": topology.world_size,
-        "pid": os.getpid(),
-        "gpu": _gpu(topology.gpu),
-        "_gpu_id": _gpu_id(topology.gpu),
-        "_versions": versions(),
-        "_code": code(),
+        "name": place.name,
+        "host": place.host,
+        "node": place.node,
+        "process": (_pid_namespace(), os.getpid()),
+        "local_rank": place.local_rank,
+        "gpu": None if gpu is None else f"{place.gpu} ({gpu.name})",
+        "gpu_id": str(getattr(gpu, "uuid", "")),  # whatever number it is seen under
+        "versions": versions(),
+        "code": code(),
     }
 
 
-def check_records(records: Records) -> None:
-    """Compare each process that has come with the first that is there."""
-    reference = records[min(records)]
-    first = _name(min(records), reference)
+def check_records(records: Sequence[dict[str, Any]]) -> None:
+    """Compare what each rank says of itself with the first one's, and with each other."""
+    first = records[0]
     places: dict[tuple, str] = {}
-    for rank, record in sorted(records.items()):
-        name = _name(rank, record)
-        if record["world_size"] != reference["world_size"]:
-            raise InputError(
-                f"{name} was started as one of {record['world_size']} processes, {first} as one of "
-                f"{reference['world_size']}. Start all with the same sizes."
-            )
+    for record in records:
         for place, what in (
             (("local rank", record["node"], record["local_rank"]), "are the same local rank of"),
-            (("gpu", record["host"], record["_gpu_id"]), "use the same GPU of"),
+            (("gpu", record["host"], record["gpu_id"]), "use the same GPU of"),
         ):
-            if place[-1] is not None and place in places:
+            if place[-1] != "" and place in places:
                 raise InputError(
-                    f"{places[place]} and {name} {what} one machine. Start one process for each of "
-                    "its GPUs, and give each its own LOCAL_RANK."
+                    f"{places[place]} and {record['name']} {what} one machine. Start one process "
+                    "for each of its GPUs, and give each its own LOCAL_RANK."
                 )
-            places[place] = name
-        if (record["gpu"] is None) != (reference["gpu"] is None):
-            without, with_one = (name, first) if record["gpu"] is None else (first, name)
+            places[place] = record["name"]
+        if (record["gpu"] is None) != (first["gpu"] is None):
+            without, other = (record, first) if record["gpu"] is None else (first, record)
             raise InputError(
-                f"{without} has no GPU to use, {with_one} has one. Check nvidia-smi there, or use "
-                "MODEL.DEVICE cpu."
+                f"{without['name']} has no GPU to use, {other['name']} has one. Check nvidia-smi "
+                "there, or use MODEL.DEVICE cpu."
             )
-        differing = [
-            f"{package} {record['_versions'].get(package, 'absent')} instead of {version}"
-            for package, version in reference["_versions"].items()
-            if record["_versions"].get(package) != version
-        ]
-        if differing:
+        if found := _differing(first["versions"], record["versions"]):
+            told = ", ".join(
+                f"{name} {record['versions'].get(name, 'absent')} instead of "
+                f"{first['versions'].get(name, 'absent')}"
+                for name in found
+            )
             raise InputError(
-                f"{name} has other versions than {first}: {', '.join(differing)}. Use one "
+                f"{record['name']} has other versions than {first['name']}: {told}. Use one "
                 "environment for all."
             )
-        _check_code(name, record["_code"], first, reference["_code"])
+        if found := _differing(first["code"], record["code"]):
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            raise InputError(
+                f"{record['name']} runs other code than {first['name']}: {', '.join(found[:3])}"
+                f"{more} differ. Start all from one folder that the machines share, or bring their "
+                "copies to one version."
+            )
+
+
+def _differing(first: dict[str, str], other: dict[str, str]) -> list[str]:
+    return sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key))
 
 
 @functools.cache
@@ -113,9 +110,8 @@ def code() -> dict[str, str]:
             continue
         folder = Path(sys.modules[name].__file__).parent
         for path in sorted(folder.rglob("*.py")):
-            content = path.read_bytes()
             relative = f"{name}/{path.relative_to(folder).as_posix()}"
-            hashes[relative] = hashlib.sha256(content).hexdigest()[:12]
+            hashes[relative] = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     return hashes
 
 
@@ -124,41 +120,13 @@ def code_version() -> str:
     return hashlib.sha256(repr(sorted(code().items())).encode()).hexdigest()[:12]
 
 
-def check_interfaces(environment: Mapping[str, str], on_gpu: bool) -> None:
-    """Look whether the network interfaces that are to be used are there.
-
-    gloo takes names. NCCL takes beginnings of names, whole ones behind "=", and behind "^" those
-    that it is to leave out, which need not be there.
-    """
-    there = [name for _, name in socket.if_nameindex()]
-    gloo, nccl = (environment.get(f"{name}_SOCKET_IFNAME", "") for name in ("GLOO", "NCCL"))
-    hint = " (gloo takes names alone, NCCL_SOCKET_IFNAME knows ^)" if "^" in gloo else ""
-    absent = {f"GLOO_SOCKET_IFNAME={gloo}{hint}": set(filter(None, gloo.split(","))) - set(there)}
-    wanted = [name for name in nccl.lstrip("^=").split(",") if name]
-    if on_gpu and wanted:
-        whole = "=" in nccl[:2]
-        found = {n for n in there for w in wanted if (n == w if whole else n.startswith(w))}
-        left = set(there) - found if nccl.startswith("^") else found
-        absent[f"NCCL_SOCKET_IFNAME={nccl}"] = set() if left else set(wanted)
-    for variable, names in absent.items():
-        if names:
-            raise InputError(
-                f"{variable}: this machine has no interface {', '.join(sorted(names))}, but "
-                f"{', '.join(there)}. Name one of these, or unset the variable."
-            )
-
-
-def check_collectives(topology: Topology, group: Any) -> float:
+def check_collectives(gpu: int | None) -> float:
     """Add up a number over all processes, where models will, and compare with what it must be.
-
-    Args:
-        topology: of this process.
-        group: of all processes, for what is on CPUs.
 
     Returns:
         Seconds that the second time took: the first builds connections.
     """
-    device = "cpu" if topology.gpu is None else f"cuda:{topology.gpu}"
+    device = "cpu" if gpu is None else f"cuda:{gpu}"
     rank, world_size = comm.get_rank(), comm.get_world_size()
     expected = world_size * (world_size + 1) // 2
     for _ in range(2):
@@ -172,33 +140,7 @@ def check_collectives(topology: Topology, group: Any) -> float:
                 "communication between the machines gives wrong results. NCCL_P2P_DISABLE=1 or "
                 "NCCL_IB_DISABLE=1 may tell which way of it."
             )
-    dist.barrier(group)
     return time.perf_counter() - start
-
-
-def clock_skew(group: Any, names: list[str], rounds: int = 5) -> tuple[float, str]:
-    """Compare the clocks of all processes.
-
-    Args:
-        group: of all processes, on CPUs.
-        names: of each rank.
-        rounds: comparisons, of which each process's median counts: some are late to look.
-
-    Returns:
-        The largest difference in seconds, and a warning or "".
-    """
-    times = []
-    for _ in range(rounds):
-        dist.barrier(group)
-        times.append(time.time())
-    every = comm.all_gather(times, group)
-    ahead = [statistics.median(t - t0 for t, t0 in zip(mine, every[0])) for mine in every]
-    first, last = ahead.index(min(ahead)), ahead.index(max(ahead))
-    skew = ahead[last] - ahead[first]
-    told = f"the clock of {names[last]} is {skew:.1f} s ahead of that of {names[first]}"
-    if skew > SKEW_ERROR:
-        raise InputError(f"{told}. Set them (chronyc tracking, timedatectl) and start again.")
-    return skew, f"{told}: times in logs do not compare." if skew > SKEW_WARNING else ""
 
 
 def check_shared(folder: str) -> None:
@@ -249,30 +191,10 @@ def _look_for(path: Path) -> str:
         time.sleep(0.2)
 
 
-def _check_code(name: str, mine: dict[str, str], first: str, reference: dict[str, str]) -> None:
-    if mine == reference:
-        return
-    differing = sorted(
-        path for path in mine.keys() | reference.keys() if mine.get(path) != reference.get(path)
-    )
-    more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-    raise InputError(
-        f"{name} runs other code than {first}: {', '.join(differing[:3])}{more} differ. Start all "
-        "from one folder that the machines share, or bring their copies to one version."
-    )
-
-
-def _name(rank: int, record: dict[str, Any]) -> str:
-    return f"rank {rank} on {record['host']}"
-
-
-def _gpu(index: int | None) -> str | None:
-    return None if index is None else f"{index} ({torch.cuda.get_device_name(index)})"
-
-
-def _gpu_id(index: int | None) -> str | None:
-    """What is the GPU's own whatever number it is seen under; torch knows it from 2.4 on."""
-    if index is None:
-        return None
-    uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
-    return str(uuid) if uuid is not None else None
+def _pid_namespace() -> str:
+    """In which this process's id counts; "" where that is not known."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""

@@ -1,7 +1,7 @@
 """The signals that ask a run to stop: kept from its first moment on, until it can answer them.
 
 USR1 and TERM are what schedulers send before they kill. Here they only leave a note;
-`virtex_d2.engine.preemption` acts on it. INT (Ctrl-C) keeps its meaning: the run ends at once.
+`virtex_d2.engine.stopping` acts on it. INT (Ctrl-C) keeps its meaning: the run ends at once.
 Imports nothing but the standard library: what a signal finds before `listen`, it ends.
 """
 

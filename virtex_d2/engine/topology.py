@@ -4,91 +4,80 @@
 """
 
 import argparse
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.slurm_step import SlurmStep, expand_hosts, find_step, is_in_step
+
+# Steps that srun did not start have ids from here on (slurm.h: SLURM_MAX_NORMAL_STEP_ID and above):
+# the batch script, the shell of an interactive allocation, what a job has left behind.
+FIRST_SPECIAL_STEP = 0xFFFFFFF0
+
+# Below 32768, where Linux takes ports for outgoing connections from, and above the well-known ones.
+PORTS = range(10_000, 30_000)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to know about the machine that this process is on.
-
-    Attributes:
-        host: its name.
-        gpus: CUDA devices that this process sees; 0 where the run is to use the CPU.
-        expand: names of the hosts in one of Slurm's lists.
-        pid: of this process.
-    """
+    """This machine: its name, the CUDA devices that the run may use, and this process's id."""
 
     host: str
     gpus: int
-    expand: Callable[[str], list[str]] = expand_hosts
     pid: int = 0
 
 
 @dataclass(frozen=True)
-class Topology:
+class Place:
     """The place of this process in the run.
 
     Attributes:
-        launcher: how it was told, in words for the log.
-        host: name of this machine.
-        node: number of this machine. Where the launcher does not tell, the rank of the machine's
-            first process.
-        nodes: how many machines; None where the launcher does not tell.
-        spawn: how many processes this one must account for: those of its machine, which have to
-            agree on their ranks first. 0: it is one of the run's processes itself.
-        rank, world_size, local_rank: of this process; None as long as `spawn` is not 0.
+        launcher: what has told it, in words for the log.
+        host, node: name and number of this machine. Where nothing tells the number, it is the rank
+            of the machine's first process.
+        rank, world_size, local_rank: of this process; where it starts others, of the first of them.
         gpu: index of its CUDA device, or None on a CPU.
+        start: how many processes this one starts, instead of being one of the run's itself.
         address, port: where all meet. Port 0 is any that is free, for processes of one machine.
         serves: whether this process opens that meeting place.
-        run_id: tells this run from others that use the same meeting place.
-        expected: names of machines with how many processes each should have, where that is known.
+        attempt: tells the keys of this start from those of earlier ones in the same meeting place.
         note: something that the user may want to know, or "".
     """
 
     launcher: str
     host: str
     node: int = 0
-    nodes: int | None = 1
-    spawn: int = 0
-    rank: int | None = 0
-    world_size: int | None = 1
-    local_rank: int | None = 0
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
     gpu: int | None = None
+    start: int = 0
     address: str = "127.0.0.1"
     port: int = 0
-    serves: bool = True
-    run_id: str = "run"
-    expected: tuple[tuple[str, int], ...] = ()
+    serves: bool = False
+    attempt: str = "0"
     note: str = ""
 
-    def process(self, machines: list[tuple[str, int]], local_rank: int) -> "Topology":
-        """The place of a process that this one accounts for.
+    @property
+    def name(self) -> str:
+        return f"rank {self.rank} on {self.host}"
 
-        Args:
-            machines: the name of each, and how many processes it has.
-            local_rank: its number on this machine.
-        """
-        counts = [count for _, count in machines]
+    def child(self, local_rank: int) -> "Place":
+        """The place of a process that this one starts."""
         return replace(
             self,
-            spawn=0,
-            rank=sum(counts[: self.node]) + local_rank,
-            world_size=sum(counts),
+            rank=self.rank + local_rank,
             local_rank=local_rank,
             gpu=None if self.gpu is None else local_rank,
+            start=0,
             serves=False,
-            expected=tuple(machines),
         )
 
 
 @dataclass(frozen=True)
 class _Flags:
-    """Those of `runtime.setup.argument_parser` that are about processes; 0 where not given."""
+    """Those of `engine.cli.argument_parser` that are about processes; 0 where not given."""
 
     per_machine: int
     name: str  # of the flag that gave it
@@ -120,13 +109,9 @@ class _Flags:
                 f"--machine-rank {machine_rank} of --num-machines {machines}: machines count from "
                 "0."
             )
-        return cls(
-            processes or gpus or 0,
-            "--num-processes" if processes else "--num-gpus",
-            machines,
-            machine_rank,
-            getattr(args, "dist_url", "auto"),
-        )
+        name = "--num-processes" if processes else "--num-gpus"
+        url = getattr(args, "dist_url", "auto")
+        return cls(processes or gpus or 0, name, machines, machine_rank, url)
 
     def refuse_other_sizes(self, launcher: str, per_machine: int | None, machines: int | None):
         """Raise InputError if they ask for other numbers than the launcher's."""
@@ -140,83 +125,128 @@ class _Flags:
                     f"{what}. Leave the flag out: sizes come from the launcher."
                 )
 
+    def require_gpus(self, machine: Machine) -> None:
+        asked = self.per_machine
+        short = machine.gpus < asked and (machine.gpus or self.name == "--num-gpus")
+        if asked > 1 and short:
+            raise InputError(
+                f"{self.name} {asked}: {machine.host} shows {machine.gpus} CUDA devices, and each "
+                "process needs one. For several processes on CPUs use --num-processes and "
+                "MODEL.DEVICE cpu."
+            )
 
-def resolve(args: argparse.Namespace, environment: Mapping[str, str], machine: Machine) -> Topology:
+
+def resolve(args: argparse.Namespace, environment: Mapping[str, str], machine: Machine) -> Place:
     """Find this process's place. The first that applies:
 
-    1. RANK and WORLD_SIZE above 1: torchrun, or whoever sets its variables; in a step of srun
-       torchrun alone, as Slurm's own numbers are of this run, and others may be left over.
-    2. `--num-machines` above 1: detectron2's flags, the command being given on every machine.
-    3. A Slurm step of several tasks. Where a node has several, each task is a process; where each
+    1. RANK and WORLD_SIZE above 1, of torchrun.
+    2. A Slurm step of several tasks. Where a node has several, each task is a process; where each
        node has one, it starts its machine's: `--num-processes`, `--num-gpus`, or one per GPU.
-    4. `--num-processes` or `--num-gpus` above 1: so many processes of this machine.
+    3. RANK and WORLD_SIZE above 1, set by hand. In a step they are left over from elsewhere.
+    4. `--num-machines`, `--num-gpus`, `--num-processes`: so many processes of each machine.
     5. One process.
     """
     flags = _Flags.of(args)
+    tasks = tasks_of_step(environment, machine.pid)
     ranked = "WORLD_SIZE" in environment and _number(environment, "WORLD_SIZE") > 1
-    if ranked and ("TORCHELASTIC_RUN_ID" in environment or not is_in_step(environment)):
+    if ranked and ("TORCHELASTIC_RUN_ID" in environment or not tasks):
         return _torchrun(flags, environment, machine)
-    step = find_step(environment, machine.expand)
-    # A shell of `srun --pty` hands on what it has of its step: only srun's own child is a task.
-    task = environment.get("SLURM_TASK_PID")
-    typed = "SLURM_PTY_PORT" in environment and task != str(machine.pid)
-    if ranked and typed and step is None:
-        return _torchrun(flags, environment, machine)
+    if tasks > 1:
+        found = _slurm(flags, environment, machine)
+    elif flags.machines > 1 or flags.per_machine > 1:
+        found = _by_flags(flags, machine)
+    else:
+        found = Place("one process", machine.host, note=_unused(environment, machine))
     if ranked:
-        others = {key: value for key, value in environment.items() if key != "WORLD_SIZE"}
         note = "RANK and WORLD_SIZE are left over from elsewhere: srun says who is who."
-        return replace(resolve(args, others, machine), note=note)
-    if flags.machines > 1:
-        return _several_machines(flags, step, machine)
-    if step is not None and typed and not flags.per_machine:
+        return replace(found, note=note)
+    return found
+
+
+def tasks_of_step(environment: Mapping[str, str], pid: int | None = None) -> int:
+    """The number of tasks of the srun step that this process is one of; 0: it is none.
+
+    Batch scripts and interactive shells have variables about the job, but are no tasks of srun. The
+    shell of `srun --pty` hands on what it has of its step, of which the other tasks will not come.
+    """
+    step = environment.get("SLURM_STEP_ID", "")
+    typed = "SLURM_PTY_PORT" in environment and environment.get("SLURM_TASK_PID") != str(
+        pid or os.getpid()
+    )
+    if not step.isdigit() or int(step) >= FIRST_SPECIAL_STEP or typed:
+        return 0
+    # SLURM_NTASKS may still be the job's in a step with a number of its own.
+    own = "SLURM_STEP_NUM_TASKS" in environment
+    return _number(environment, "SLURM_STEP_NUM_TASKS" if own else "SLURM_NTASKS")
+
+
+def _slurm(flags: _Flags, environment: Mapping[str, str], machine: Machine) -> Place:
+    tasks = tasks_of_step(environment, machine.pid)
+    nodes, task, local_task, node = (
+        _number(environment, f"SLURM_{name}")
+        for name in ("STEP_NUM_NODES", "PROCID", "LOCALID", "NODEID")
+    )
+    if not (task < tasks and node < nodes <= tasks and local_task <= task):
         raise InputError(
-            f"this is task {step.task} of a step of {step.tasks}, in the shell of srun --pty "
-            "(SLURM_PTY_PORT is set), so that the others would not come. Start all tasks with srun "
-            "from salloc's shell, or here the processes of this machine with torchrun or "
-            "--num-processes. (Where a script of srun's own has started this: unset "
-            "SLURM_PTY_PORT in it.)"
+            f"environment: Slurm's variables contradict each other: {tasks} tasks on {nodes} "
+            f"nodes, SLURM_PROCID {task}, SLURM_NODEID {node}, SLURM_LOCALID {local_task}. Were "
+            "some of them set by hand, or exported into another job?"
         )
-    if step is not None and not typed:
-        return _slurm(flags, step, machine)
-    if flags.per_machine > 1:
-        _require_gpus(machine, flags)
-        local = flags.dist_url == "auto"
-        address, port = ("127.0.0.1", 0) if local else _meeting_place(flags.dist_url)
-        return Topology(
-            address=address,
-            port=port,
-            launcher=f"{flags.name} {flags.per_machine}",
-            host=machine.host,
-            spawn=flags.per_machine,
-            rank=None,
-            world_size=None,
-            local_rank=None,
-            gpu=0 if machine.gpus else None,
+    job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID")
+    # A job's first steps and those of the next jobs, with which it may share a node, differ.
+    address = _first_host(environment.get("SLURM_STEP_NODELIST", ""))
+    port = PORTS[(job * 47 + step) % len(PORTS)]
+    if flags.dist_url != "auto":
+        address, port = _meeting_place(flags.dist_url)
+    place = Place(
+        "srun, one task per node",
+        environment.get("SLURMD_NODENAME") or machine.host,
+        node=node,
+        gpu=0 if machine.gpus else None,
+        address=address,
+        port=port,
+        serves=task == 0,
+    )
+    if tasks == nodes:
+        flags.refuse_other_sizes("srun", flags.per_machine, nodes)
+        flags.require_gpus(machine)
+        return _with_processes(place, flags.per_machine or machine.gpus or 1, nodes)
+    flags.refuse_other_sizes("srun", tasks // nodes, nodes)
+    # With --gpus-per-task=1 each task sees its own GPU as the first and only one.
+    bound = machine.gpus == 1
+    if machine.gpus and local_task >= machine.gpus and not bound:
+        raise InputError(
+            f"environment: SLURM_LOCALID {local_task} has no GPU of its own: {place.host} shows "
+            f"{machine.gpus} to it. Start as many tasks a node as it has GPUs (srun "
+            "--ntasks-per-node), or add MODEL.DEVICE cpu."
         )
-    return Topology(launcher="one process", host=machine.host, note=_unused(environment, machine))
+    return replace(
+        place,
+        launcher="srun, one task per GPU" if machine.gpus else "srun, one task per process",
+        rank=task,
+        world_size=tasks,
+        local_rank=local_task,
+        gpu=(0 if bound else local_task) if machine.gpus else None,
+    )
 
 
-def _torchrun(flags: _Flags, environment: Mapping[str, str], machine: Machine) -> Topology:
+def _torchrun(flags: _Flags, environment: Mapping[str, str], machine: Machine) -> Place:
     rank, world_size, local_rank = (
         _number(environment, key) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     )
     for key in ("MASTER_ADDR", "MASTER_PORT"):
         if not environment.get(key):
             raise InputError(f"environment: WORLD_SIZE is {world_size} but {key} is not set.")
-    if rank >= world_size:
-        raise InputError(
-            f"environment: RANK is {rank} of WORLD_SIZE {world_size}; ranks count from 0."
-        )
-    local_size = machines = None
-    if "LOCAL_WORLD_SIZE" in environment:
-        local_size = _number(environment, "LOCAL_WORLD_SIZE")
-        if local_rank >= local_size:
+    local_size, machines = (
+        _number(environment, key) if key in environment else None
+        for key in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
+    )
+    for name, value, size in (("", rank, world_size), ("LOCAL_", local_rank, local_size)):
+        if size is not None and value >= size:
             raise InputError(
-                f"environment: LOCAL_RANK is {local_rank} of LOCAL_WORLD_SIZE {local_size}; local "
-                "ranks count from 0."
+                f"environment: {name}RANK is {value} of {name}WORLD_SIZE {size}; ranks count from "
+                "0."
             )
-    if "GROUP_WORLD_SIZE" in environment:
-        machines = _number(environment, "GROUP_WORLD_SIZE")
     flags.refuse_other_sizes("torchrun", local_size, machines)
     if flags.dist_url != "auto":
         raise InputError(
@@ -228,14 +258,11 @@ def _torchrun(flags: _Flags, environment: Mapping[str, str], machine: Machine) -
             f"environment: LOCAL_RANK {local_rank} has no GPU of its own: this machine shows "
             f"{machine.gpus}. Start fewer processes, or add MODEL.DEVICE cpu."
         )
-    attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Topology(
-        launcher="torchrun" if "TORCHELASTIC_RUN_ID" in environment else "RANK and WORLD_SIZE",
-        host=environment.get("SLURMD_NODENAME") or machine.host,
-        node=_number(environment, "GROUP_RANK")
-        if "GROUP_RANK" in environment
-        else rank - local_rank,
-        nodes=machines,
+    numbered = "GROUP_RANK" in environment
+    return Place(
+        "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "RANK and WORLD_SIZE",
+        environment.get("SLURMD_NODENAME") or machine.host,
+        node=_number(environment, "GROUP_RANK") if numbered else rank - local_rank,
         rank=rank,
         world_size=world_size,
         local_rank=local_rank,
@@ -244,96 +271,39 @@ def _torchrun(flags: _Flags, environment: Mapping[str, str], machine: Machine) -
         port=_port(environment["MASTER_PORT"], "MASTER_PORT"),
         # torchrun keeps a meeting place of its own open at that address; others do not.
         serves=rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-        run_id=f"{environment.get('TORCHELASTIC_RUN_ID', 'run')}.{attempt}",
+        attempt=environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
     )
 
 
-def _several_machines(flags: _Flags, step: SlurmStep | None, machine: Machine) -> Topology:
-    if flags.dist_url == "auto":
+def _by_flags(flags: _Flags, machine: Machine) -> Place:
+    """Of detectron2's flags, the command being given on every machine."""
+    flags.require_gpus(machine)
+    several = flags.machines > 1
+    if several and flags.dist_url == "auto":
         raise InputError("--dist-url auto works on one machine; give tcp://HOST:PORT of the first.")
-    if step is not None and max(step.tasks_of_nodes) > 1:
-        raise InputError(
-            f"--num-machines {flags.machines}: each of the tasks that srun started "
-            f"({step.tasks_of_nodes[step.node]} on this node) would start a machine's processes. "
-            "Leave detectron2's flags out, or start one task a node (srun --ntasks-per-node=1)."
-        )
-    _require_gpus(machine, flags)
-    address, port = _meeting_place(flags.dist_url)
-    return Topology(
-        launcher=f"--num-machines {flags.machines}",
-        host=machine.host,
+    address, port = ("127.0.0.1", 0)
+    if flags.dist_url != "auto":
+        address, port = _meeting_place(flags.dist_url)
+    place = Place(
+        f"--num-machines {flags.machines}" if several else f"{flags.name} {flags.per_machine}",
+        machine.host,
         node=flags.machine_rank,
-        nodes=flags.machines,
-        spawn=flags.per_machine or 1,
-        rank=None,
-        world_size=None,
-        local_rank=None,
         gpu=0 if machine.gpus else None,
         address=address,
         port=port,
         serves=flags.machine_rank == 0,
     )
+    return _with_processes(place, flags.per_machine or 1, flags.machines)
 
 
-def _slurm(flags: _Flags, step: SlurmStep, machine: Machine) -> Topology:
-    address, port = step.nodes[0], step.port
-    if flags.dist_url != "auto":
-        address, port = _meeting_place(flags.dist_url)
-    common = Topology(
-        launcher="srun, one task per node",
-        host=step.nodes[step.node],
-        node=step.node,
-        nodes=len(step.nodes),
-        address=address,
-        port=port,
-        serves=step.task == 0,
-        run_id=f"{step.job}.{step.step}.{step.restarts}",
-        expected=tuple(zip(step.nodes, step.tasks_of_nodes)),
-    )
-    if max(step.tasks_of_nodes) == 1:
-        _require_gpus(machine, flags)
-        return replace(
-            common,
-            spawn=flags.per_machine or machine.gpus or 1,
-            rank=None,
-            world_size=None,
-            local_rank=None,
-            gpu=0 if machine.gpus else None,
-        )
-    here = step.tasks_of_nodes[step.node]
-    flags.refuse_other_sizes("srun", here, len(step.nodes))
-    # With --gpus-per-task=1 each task sees its own GPU as the first and only one.
-    bound = machine.gpus == 1
-    if machine.gpus and step.local_task >= machine.gpus and not bound:
-        raise InputError(
-            f"environment: SLURM_LOCALID {step.local_task} has no GPU of its own: {common.host} "
-            f"shows {machine.gpus} to it, and has {here} tasks. Start as many tasks a node as it "
-            "has GPUs (srun --ntasks-per-node), or add MODEL.DEVICE cpu."
-        )
-    index = 0 if bound else step.local_task
+def _with_processes(place: Place, processes: int, machines: int) -> Place:
+    """The place with so many processes on each machine; one needs not be started."""
     return replace(
-        common,
-        launcher="srun, one task per GPU" if machine.gpus else "srun, one task per process",
-        rank=step.task,
-        world_size=step.tasks,
-        local_rank=step.local_task,
-        gpu=index if machine.gpus else None,
+        place,
+        rank=place.node * processes,
+        world_size=machines * processes,
+        start=processes if processes > 1 else 0,
     )
-
-
-def _require_gpus(machine: Machine, flags: _Flags) -> None:
-    asked = flags.per_machine
-    if asked > 1 and flags.name == "--num-gpus" and not machine.gpus:
-        raise InputError(
-            f"--num-gpus {asked}: {machine.host} shows 0 CUDA devices. For several processes on "
-            "CPUs use --num-processes (with MODEL.DEVICE cpu where there are GPUs)."
-        )
-    if machine.gpus and asked > machine.gpus:
-        raise InputError(
-            f"{flags.name} {asked}: {machine.host} shows {machine.gpus} CUDA devices, and each "
-            "process needs one. For several processes on CPUs use --num-processes and MODEL.DEVICE "
-            "cpu."
-        )
 
 
 def _unused(environment: Mapping[str, str], machine: Machine) -> str:
@@ -346,6 +316,17 @@ def _unused(environment: Mapping[str, str], machine: Machine) -> str:
     if machine.gpus > 1:
         return f"{machine.gpus} GPUs are visible, one is used: --num-gpus {machine.gpus} uses all."
     return ""
+
+
+def _first_host(nodelist: str) -> str:
+    """The first name of one of Slurm's lists, such as gpu01 of "gpu[01-03,7],login"."""
+    first = re.match(r"(?:[^,\[\]]|\[\d[^\[\]]*\])+(?=,|$)", nodelist)
+    if not first:
+        raise InputError(
+            f"environment: SLURM_STEP_NODELIST is '{nodelist}'; expected a list of hosts such as "
+            "node[1-2]. Was the environment cleared under srun?"
+        )
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0])
 
 
 def _meeting_place(url: str) -> tuple[str, int]:
@@ -366,6 +347,6 @@ def _number(environment: Mapping[str, str], key: str) -> int:
     if not value.isdigit():
         raise InputError(
             f"environment: expected a number in {key}, found '{value}'. torchrun sets RANK, "
-            "WORLD_SIZE and LOCAL_RANK; where srun starts the processes, unset all three."
+            "WORLD_SIZE and LOCAL_RANK, srun SLURM_...: was the environment changed under them?"
         )
     return int(value)

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from virtex_d2.engine.cli import expanded, quote, quote_unread
 from virtex_d2.engine.errors import InputError
-from virtex_d2.slurm.checks import ARRAY, check_command, processes_per_node
-from virtex_d2.slurm.command import Command
+from virtex_d2.slurm.command import ARRAY, Command, check_command, processes_per_node
 from virtex_d2.slurm.options import JobOptions
 
 SCRIPT_SAYS = "== ["  # begins the script's own lines in the log

@@ -14,10 +14,8 @@ from typing import Any
 
 from virtex_d2.engine.atomic import atomic_path
 from virtex_d2.engine.errors import InputError
-from virtex_d2.slurm.checks import Defaults, check_configs
-from virtex_d2.slurm.command import read_command
-from virtex_d2.slurm.options import JobOptions
-from virtex_d2.slurm.pipeline import Stage
+from virtex_d2.slurm.command import check_configs, read_command
+from virtex_d2.slurm.options import JobOptions, Stage
 from virtex_d2.slurm.script import Job
 
 SCRIPT, RECORD = "job.sbatch", "job.json"
@@ -175,7 +173,7 @@ def submit_pipeline(jobs: Sequence[tuple[Stage, Job]]) -> list[Submitted]:
 
 
 def stage_jobs(
-    stages: Sequence[Stage], folder: Path, cwd: Path, root: Path, defaults: Defaults
+    stages: Sequence[Stage], folder: Path, cwd: Path, root: Path
 ) -> list[tuple[Stage, Job]]:
     """A job for each stage, in a folder of its own below `folder`.
 
@@ -183,7 +181,6 @@ def stage_jobs(
         stages: in order.
         folder: of the pipeline; it is not made.
         cwd, root: as `Job`.
-        defaults: as `checks.check_configs`.
     """
     jobs: list[tuple[Stage, Job]] = []
     for stage in stages:
@@ -191,7 +188,7 @@ def stage_jobs(
             command = read_command(stage.command, cwd, root, unread=True)
             job = Job(stage.options, command, folder / stage.name, cwd, root)
             earlier = [other.command for _, other in jobs]
-            check_configs(command, stage.options, cwd, defaults, earlier)
+            check_configs(command, stage.options, cwd, earlier)
         except InputError as error:
             raise InputError(f"stage {stage.name}: {error}") from None
         jobs.append((stage, job))
@@ -238,7 +235,6 @@ def single_job(
     logs: Path,
     cwd: Path,
     root: Path,
-    defaults: Defaults,
 ) -> Job:
     """The job of one command line, in a new folder of `logs`.
 
@@ -247,9 +243,8 @@ def single_job(
         words: of the command line.
         logs: where its folder is to be; it is not made.
         cwd, root: as `Job`.
-        defaults: as `checks.check_configs`.
     """
     command = read_command(words, cwd, root)
     job = Job(options, command, new_folder(logs, options.name or command.name), cwd, root)
-    check_configs(command, options, cwd, defaults)
+    check_configs(command, options, cwd)
     return job

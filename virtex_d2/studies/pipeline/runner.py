@@ -16,7 +16,7 @@ from typing import Any
 
 from virtex_d2.engine.errors import EXIT_CODE, InputError
 from virtex_d2.engine.lock import RunLock
-from virtex_d2.engine.slurm_step import find_step
+from virtex_d2.engine.topology import tasks_of_step
 from virtex_d2.studies.pipeline.markers import FOLDER, checked_marker, read_record, write_record
 from virtex_d2.studies.pipeline.process import StageProcess
 from virtex_d2.studies.pipeline.progress import Progress, clock
@@ -83,9 +83,9 @@ def claim_output(output: Path, kind: str, settings: Mapping[str, Any]) -> None:
 
 
 def _refuse_several(kind: str, environ: Mapping[str, str]) -> None:
-    step = find_step(environ)
-    count, starter = (step.tasks, "srun") if step else (environ.get("WORLD_SIZE", "1"), "torchrun")
-    if step or ("RANK" in environ and count != "1"):
+    tasks = tasks_of_step(environ)
+    count, starter = (tasks, "srun") if tasks > 1 else (environ.get("WORLD_SIZE", "1"), "torchrun")
+    if tasks > 1 or ("RANK" in environ and count != "1"):
         raise InputError(
             f"{starter} has started this {count} times, and each would do the whole {kind}: it is "
             "to be started once, and starts the processes of its runs itself. With Slurm: srun "

@@ -10,9 +10,9 @@ import time
 import pytest
 
 from tests.e2e.forked_runs import ROOT
-from virtex_d2.engine import preemption, signals
+from virtex_d2.engine import signals, stopping
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.preemption import StopRequested, Watch, seconds_of
+from virtex_d2.engine.stopping import StopRequested, Watch, seconds_of
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,7 @@ def _outside_of_slurm(monkeypatch):
     for key in ("SLURM_JOB_END_TIME", "SLURM_JOB_START_TIME", "VIRTEX_TIME_BUDGET"):
         monkeypatch.delenv(key, raising=False)
     yield
-    preemption.stop_watching()
+    stopping.stop_watching()
 
 
 @pytest.mark.parametrize(
@@ -46,14 +46,14 @@ def test_a_budget_is_over_so_long_after_the_start(tmp_path, monkeypatch):
 
 def test_the_environment_gives_a_budget_where_no_flag_does(tmp_path, monkeypatch):
     monkeypatch.setenv("VIRTEX_TIME_BUDGET", "0s")
-    preemption.watch(str(tmp_path), "1h")
-    preemption.check()
-    preemption.watch(str(tmp_path))
+    stopping.watch(str(tmp_path), "1h")
+    stopping.check()
+    stopping.watch(str(tmp_path))
     with pytest.raises(StopRequested, match="time budget"):
-        preemption.check()
+        stopping.check()
     monkeypatch.setenv("VIRTEX_TIME_BUDGET", "60")
     with pytest.raises(InputError, match="VIRTEX_TIME_BUDGET '60'"):
-        preemption.watch(str(tmp_path))
+        stopping.watch(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -83,31 +83,31 @@ def test_the_end_of_a_job_that_is_over_is_no_limit(ago, start, tmp_path, monkeyp
 
 
 def test_a_file_stop_asks_for_one_stop(tmp_path, monkeypatch):
-    monkeypatch.setattr(preemption, "STOP_FILE_PERIOD", 0.0)
-    preemption.watch(str(tmp_path))
-    assert list(preemption.abandonable([1, 2])) == [1, 2]
+    monkeypatch.setattr(stopping, "STOP_FILE_PERIOD", 0.0)
+    stopping.watch(str(tmp_path))
+    assert list(stopping.abandonable([1, 2])) == [1, 2]
     (tmp_path / "STOP").touch()
     with pytest.raises(StopRequested, match="the file STOP"):
-        list(preemption.abandonable([1, 2]))
-    preemption.obeyed()
+        list(stopping.abandonable([1, 2]))
+    stopping.obeyed()
     assert not (tmp_path / "STOP").exists()
-    preemption.watch(str(tmp_path))
-    preemption.check()
+    stopping.watch(str(tmp_path))
+    stopping.check()
 
 
 def test_nothing_stops_what_nobody_watches(tmp_path, monkeypatch):
     monkeypatch.setattr(signals, "_received", [15])
-    preemption.check()
-    assert list(preemption.checked("ab")) == ["a", "b"]
-    preemption.watch(str(tmp_path))
+    stopping.check()
+    assert list(stopping.checked("ab")) == ["a", "b"]
+    stopping.watch(str(tmp_path))
     with pytest.raises(StopRequested, match="TERM"):
-        preemption.check()
+        stopping.check()
 
 
 def test_a_finished_tool_and_one_that_failed_end_as_ever():
-    with preemption.exit_at_once_if_unfinished():
+    with stopping.exit_at_once_if_unfinished():
         pass
-    with pytest.raises(SystemExit, match="3"), preemption.exit_at_once_if_unfinished():
+    with pytest.raises(SystemExit, match="3"), stopping.exit_at_once_if_unfinished():
         raise SystemExit(3)
 
 
@@ -116,21 +116,21 @@ RANK = """
     import torch.distributed as dist
     import virtex_d2.engine.listening
     from detectron2.utils import comm
-    from virtex_d2.engine import preemption
+    from virtex_d2.engine import stopping
 
     dist.init_process_group("gloo")
     rank = comm.get_rank()
-    preemption.watch(sys.argv[1])
+    stopping.watch(sys.argv[1])
 
     def batches(lengths, kill):
         seen = 0
         try:
-            for batch in preemption.abandonable(range(lengths[rank])):
+            for batch in stopping.abandonable(range(lengths[rank])):
                 time.sleep(0.002 * (rank + 1))
                 seen += 1
                 if rank == kill and seen == 5:
                     os.kill(os.getpid(), signal.SIGUSR1)
-        except preemption.StopRequested as stop:
+        except stopping.StopRequested as stop:
             return f"stopped {stop.reason} {seen < lengths[rank]}"
         return f"all {seen}"
 
@@ -138,8 +138,8 @@ RANK = """
     print(batches((0, 7), None), flush=True)
     print(batches((4, 2000), 1), flush=True)    # one waits at its end, the other is stopped
     try:
-        preemption.check()
-    except preemption.StopRequested as stop:
+        stopping.check()
+    except stopping.StopRequested as stop:
         print("agreed", stop.reason, flush=True)
     comm.synchronize()
     os._exit(0)
