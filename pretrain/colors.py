@@ -12,10 +12,8 @@ import numpy as np
 import torch
 
 from pretrain.device import upload
-
-# ImageNet's, RGB, on the scale 0-255: what torchvision's ResNets expect.
-PIXEL_MEAN = (123.675, 116.28, 103.53)
-PIXEL_STD = (58.395, 57.12, 57.375)
+from virtex_d2.engine.backbone_file import IMAGENET_MEAN as PIXEL_MEAN
+from virtex_d2.engine.backbone_file import IMAGENET_STD as PIXEL_STD
 
 # Kinds of change in the order of `jitter`'s amounts; no change at all.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)

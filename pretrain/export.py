@@ -7,14 +7,8 @@ import torch
 import torchvision
 from detectron2.config import CfgNode
 
-import virtex_d2
-from pretrain.colors import PIXEL_MEAN, PIXEL_STD
+from virtex_d2.engine.backbone_file import IMAGENET_RGB, write_backbone
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.files import write_safetensors
-
-FORMAT = "virtex_d2.backbone"
-FORMAT_VERSION = "1"
-
 
 _PREFIX = "visual.cnn."  # of the ResNet's tensors in an objective
 
@@ -49,22 +43,16 @@ def export_backbone(
             f"{path} is not written: {len(broken)} tensors of the backbone hold NaN or Inf, the "
             f"first is {broken[0]}. The training has diverged: lower SOLVER.CNN_LR."
         )
-    write_safetensors(
+    write_backbone(
         path,
         tensors,
+        cfg.MODEL.VISUAL.NAME,
+        IMAGENET_RGB,
         {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "architecture": cfg.MODEL.VISUAL.NAME,
-            "channel_order": "RGB",
-            "pixel_mean": ",".join(map(str, PIXEL_MEAN)),
-            "pixel_std": ",".join(map(str, PIXEL_STD)),
             "crop": str(cfg.DATA.IMAGE_SIZE),
-            "stride_in_1x1": "false",
             "source": f"pretrain {cfg.MODEL.OBJECTIVE}",
             "iteration": str(iteration),
             "config_sha256": hashlib.sha256(cfg.dump().encode()).hexdigest(),
-            "virtex_d2_version": virtex_d2.__version__,
             "torch_version": torch.__version__,
             "torchvision_version": torchvision.__version__,
         },

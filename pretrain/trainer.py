@@ -46,17 +46,14 @@ from pretrain.methods.captioning.tokenizer import Tokenizer
 from pretrain.optim import Lookahead, build_lr_scheduler, build_optimizer, step_where_finite
 from pretrain.validation import check_metric, validate
 from pretrain.weights import load_weights
-from virtex_d2.engine.background import StateWriter
-from virtex_d2.engine.checkpointer import AtomicCheckpointer
+from virtex_d2.engine.checkpointer import AtomicCheckpointer, Retention, StateWriter, has_checkpoint
 from virtex_d2.engine.device import AMP_DTYPES, check_amp
-from virtex_d2.engine.disk import stop_where_disk_is_full
 from virtex_d2.engine.distributed import wrap_ddp
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.evaluations import MetricsWriter
+from virtex_d2.engine.files import stop_where_disk_is_full
 from virtex_d2.engine.hooks import PeriodicCheckpointer
-from virtex_d2.engine.last_checkpoint import has_checkpoint
 from virtex_d2.engine.randomness import place_seed
-from virtex_d2.engine.retention import Retention
 from virtex_d2.engine.run import write_config
 from virtex_d2.engine.stopping import StopHook, StoppableTrainer
 

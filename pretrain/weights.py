@@ -8,7 +8,7 @@ from torch import nn
 
 from pretrain.methods.captioning.tokenizer import Tokenizer
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.files import read_checkpoint
+from virtex_d2.engine.safe_load import read_checkpoint
 
 # In a checkpoint's record of what its run was (`identity.RunIdentity`).
 TOKENIZER_KEY = "the tokenizer's sha256"

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 
-from virtex_d2.engine.background import StateWriter
+from virtex_d2.engine.checkpointer import StateWriter, num_bytes
 from virtex_d2.engine.preemption import EXIT_UNFINISHED
-from virtex_d2.engine.snapshot import num_bytes
 
 from . import runs
 from .step import Step

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from virtex_d2.engine.atomic import atomic_path
+from virtex_d2.engine.files import atomic_path
 
 from .plan import STEPS, limit
 from .report import line, summary

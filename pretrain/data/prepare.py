@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from virtex_d2.engine.atomic import atomic_path
 from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.files import atomic_path
 from virtex_d2.engine.folders import image_suffix
 from virtex_d2.engine.images import read_image
 from virtex_d2.engine.parent import end_with_parent

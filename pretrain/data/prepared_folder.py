@@ -21,9 +21,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pretrain.data.prepare import Outcome, Settings, begin_worker, prepare_image
-from virtex_d2.engine.atomic import TEMPORARY_PREFIX, atomic_path
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.files import read_json
+from virtex_d2.engine.files import TEMPORARY_PREFIX, atomic_path, read_json
 from virtex_d2.engine.folders import images_in
 from virtex_d2.engine.lock import NAME as LOCK
 from virtex_d2.engine.lock import RunLock

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from virtex_d2.checkpoint.naming import (
+from virtex_d2.checkpoint.layouts import (
     CAFFE2,
     DETECTRON2,
     SEQUENTIAL,

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from virtex_d2.checkpoint.addresses import local_path
+from virtex_d2.checkpoint.source import local_path
 from virtex_d2.engine.errors import InputError
 
 ADVICE = "Download it where that works, and give the file's path."

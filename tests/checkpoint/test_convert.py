@@ -21,11 +21,10 @@ from tests.checkpoint.layout_files import (
     write,
 )
 from virtex_d2.checkpoint.convert import convert, inspect, verify
-from virtex_d2.checkpoint.layouts import SUFFIXES
-from virtex_d2.checkpoint.naming import DETECTRON2, TORCHVISION, translate
+from virtex_d2.checkpoint.layouts import DETECTRON2, SUFFIXES, TORCHVISION, translate
 from virtex_d2.checkpoint.source import read_backbone
-from virtex_d2.engine.checksum import has_checksum, save_with_checksum
 from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.files import has_checksum, save_with_checksum
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "convert_checkpoint.py"

@@ -5,10 +5,10 @@ import torch
 from detectron2.modeling import build_model
 
 from tests.checkpoint.layout_files import DETECTORS, EXAMPLES, FULL, THIN, random_resnet, write
-from virtex_d2.checkpoint.naming import DETECTRON2, TORCHVISION, translate
+from virtex_d2.checkpoint.layouts import DETECTRON2, TORCHVISION, translate
 from virtex_d2.checkpoint.probe import TOLERANCE
 from virtex_d2.checkpoint.resnet import ResNet
-from virtex_d2.checkpoint.source import read_backbone
+from virtex_d2.checkpoint.source import Source, read_backbone
 from virtex_d2.checkpoint.transfer import backbone_names, extract_backbone, load_backbone
 
 
@@ -55,7 +55,7 @@ def test_a_layout_is_recognised_and_loaded_completely(
     cfg = detector_config(kind, *options)
     model = build_model(cfg)
     path = example.write(tmp_path, *networks)
-    report = load_backbone(model, str(path), cfg)
+    report = load_backbone(model, Source(str(path)), cfg)
 
     assert (report.layout, report.copy) == (example.layout, example.copy)
     wanted = backbone_names(model.state_dict())
@@ -93,7 +93,7 @@ def test_a_full_size_resnet_50_is_loaded(name, tmp_path, detector_config):
     networks = random_resnet(FULL, seed=1), random_resnet(FULL, seed=2)
     cfg = detector_config("C4")
     model = build_model(cfg)
-    report = load_backbone(model, str(EXAMPLES[name].write(tmp_path, *networks)), cfg)
+    report = load_backbone(model, Source(str(EXAMPLES[name].write(tmp_path, *networks))), cfg)
     assert report.architecture == "resnet50"
     assert len(report.loaded) == 265
     assert max(report.probe.values()) <= TOLERANCE
@@ -119,7 +119,7 @@ def test_every_depth_and_width_computes_what_the_source_does(
     tensors = random_resnet(architecture, seed=1)
     path = write(tmp_path / "resnet.pth", {"state_dict": tensors})
     cfg = detector_config("FPN", *resnet_options(architecture))
-    report = load_backbone(build_model(cfg), str(path), cfg)
+    report = load_backbone(build_model(cfg), Source(str(path)), cfg)
     assert len(report.loaded) == len(architecture.shapes())
     assert max(report.probe.values()) <= TOLERANCE
 

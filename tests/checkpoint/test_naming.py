@@ -6,7 +6,7 @@ from detectron2.modeling import build_backbone
 from hypothesis import given
 from hypothesis import strategies as st
 
-from virtex_d2.checkpoint.naming import (
+from virtex_d2.checkpoint.layouts import (
     CAFFE2,
     DETECTRON2,
     NAMINGS,

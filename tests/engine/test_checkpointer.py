@@ -9,8 +9,11 @@ import pytest
 import torch
 from fvcore.common.checkpoint import PeriodicCheckpointer
 
-from virtex_d2.engine.background import StateWriter
-from virtex_d2.engine.checkpointer import AtomicCheckpointer, AtomicDetectionCheckpointer
+from virtex_d2.engine.checkpointer import (
+    AtomicCheckpointer,
+    AtomicDetectionCheckpointer,
+    StateWriter,
+)
 from virtex_d2.engine.errors import InputError
 
 KINDS = (AtomicCheckpointer, AtomicDetectionCheckpointer)
@@ -92,7 +95,7 @@ def test_a_kill_while_saving_leaves_the_last_checkpoint_whole(
     script = textwrap.dedent("""
         import os, signal, sys, time
         import torch
-        from virtex_d2.engine.background import StateWriter
+        from virtex_d2.engine.checkpointer import StateWriter
         from virtex_d2.engine.checkpointer import AtomicCheckpointer
 
         folder, moment, background = sys.argv[1:]
@@ -145,7 +148,7 @@ def test_a_kill_at_any_time_during_saves_leaves_a_checkpoint_that_loads(
     script = textwrap.dedent("""
         import os, signal, sys, threading
         import torch
-        from virtex_d2.engine.background import StateWriter
+        from virtex_d2.engine.checkpointer import StateWriter
         from virtex_d2.engine.checkpointer import AtomicCheckpointer
 
         model = torch.nn.Linear(1000, 1000)

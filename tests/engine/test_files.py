@@ -1,10 +1,7 @@
 import hashlib
 import os
-import pickle
 import signal
-from collections import OrderedDict
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -14,8 +11,6 @@ from safetensors.torch import save_file
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import (
     atomic_path,
-    read_checkpoint,
-    read_numpy_pickle,
     read_safetensors,
     read_text,
     sha256,
@@ -135,82 +130,11 @@ class TestSafetensors:
         with pytest.raises(InputError, match="another format"):
             read_safetensors(path)
 
-    @pytest.mark.parametrize("read", [read_safetensors, read_checkpoint, read_numpy_pickle])
-    def test_a_missing_file_and_a_folder_are_named(self, tmp_path, read):
+    def test_a_missing_file_and_a_folder_are_named(self, tmp_path):
         with pytest.raises(InputError, match=r"absent: expected a file, found nothing"):
-            read(tmp_path / "absent")
+            read_safetensors(tmp_path / "absent")
         with pytest.raises(InputError, match="found a folder"):
-            read(tmp_path)
-
-
-class Touch:
-    """Pickles into a call that creates a file: what a malicious checkpoint would do."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-class TestReadCheckpoint:
-    def test_tensors_and_plain_values_are_read_onto_the_cpu(self, tmp_path):
-        state = OrderedDict(weight=torch.randn(2, 3))
-        torch.save({"model": state, "iteration": 7, "lrs": [0.1, None]}, tmp_path / "model.pth")
-        read = read_checkpoint(tmp_path / "model.pth")
-        assert torch.equal(read["model"]["weight"], state["weight"])
-        assert (read["iteration"], read["lrs"]) == (7, [0.1, None])
-
-    def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_does_not_run(self, tmp_path):
-        torch.save({"model": {}, "args": Touch(tmp_path / "trace")}, tmp_path / "model.pth")
-        with pytest.raises(InputError, match=r"model\.pth: refused.*mkdir.*run any code"):
-            read_checkpoint(tmp_path / "model.pth")
-        assert not (tmp_path / "trace").exists()
-
-    @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
-    def test_a_truncated_checkpoint_is_named(self, tmp_path, share):
-        path = tmp_path / "model.pth"
-        torch.save({"model": {"weight": torch.randn(1000)}}, path)
-        content = path.read_bytes()
-        path.write_bytes(content[: int(share * len(content))])
-        with pytest.raises(InputError, match=r"model\.pth: expected a torch checkpoint"):
-            read_checkpoint(path)
-
-    def test_another_format_is_named(self, tmp_path):
-        (tmp_path / "model.pth").write_text("not found\n")
-        with pytest.raises(InputError, match=r"model\.pth: expected a torch checkpoint"):
-            read_checkpoint(tmp_path / "model.pth")
-
-    def test_a_bare_tensor_is_no_checkpoint(self, tmp_path):
-        torch.save(torch.ones(2), tmp_path / "model.pth")
-        with pytest.raises(InputError, match="found a Tensor"):
-            read_checkpoint(tmp_path / "model.pth")
-
-
-class TestReadNumpyPickle:
-    def test_arrays_of_every_pickle_protocol_are_read(self, tmp_path):
-        data = {
-            "model": {"weight": np.arange(6, dtype=np.float32).reshape(2, 3)},
-            "__author__": "x",
-        }
-        for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-            path = tmp_path / f"model{protocol}.pkl"
-            path.write_bytes(pickle.dumps(data, protocol=protocol))
-            read = read_numpy_pickle(path)
-            np.testing.assert_array_equal(read["model"]["weight"], data["model"]["weight"])
-            assert read["__author__"] == "x"
-
-    def test_a_pickle_with_code_in_it_is_refused_and_the_code_does_not_run(self, tmp_path):
-        (tmp_path / "model.pkl").write_bytes(pickle.dumps({"model": Touch(tmp_path / "trace")}))
-        with pytest.raises(InputError, match=r"model\.pkl.*mkdir.*could run code"):
-            read_numpy_pickle(tmp_path / "model.pkl")
-        assert not (tmp_path / "trace").exists()
-
-    @pytest.mark.parametrize("content", [b"", b"\x80\x04", b"hello there", pickle.dumps([1])])
-    def test_anything_else_is_named(self, tmp_path, content):
-        (tmp_path / "model.pkl").write_bytes(content)
-        with pytest.raises(InputError, match=r"model\.pkl: expected"):
-            read_numpy_pickle(tmp_path / "model.pkl")
+            read_safetensors(tmp_path)
 
 
 def test_sha256_is_that_of_the_bytes(tmp_path):

@@ -5,9 +5,13 @@ import logging
 import pytest
 import torch
 
-from virtex_d2.engine.checkpointer import AtomicCheckpointer, AtomicDetectionCheckpointer
+from virtex_d2.engine.checkpointer import (
+    AtomicCheckpointer,
+    AtomicDetectionCheckpointer,
+    has_checkpoint,
+    last_whole_checkpoint,
+)
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.last_checkpoint import has_checkpoint, last_whole_checkpoint
 
 KINDS = (AtomicCheckpointer, AtomicDetectionCheckpointer)
 

@@ -3,10 +3,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from virtex_d2.engine.background import StateWriter
-from virtex_d2.engine.checkpointer import AtomicCheckpointer
+from virtex_d2.engine.checkpointer import (
+    AtomicCheckpointer,
+    Retention,
+    StateWriter,
+    numbered_checkpoints,
+)
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.retention import Retention, numbered_checkpoints
 
 
 def checkpointer(folder, retention, background=False):

@@ -14,9 +14,9 @@ from tests.checkpoint.layout_files import (
     with_prefix,
     write,
 )
-from virtex_d2.checkpoint.layouts import IMAGENET_RGB
 from virtex_d2.checkpoint.resnet import ResNet
 from virtex_d2.checkpoint.source import read_backbone
+from virtex_d2.engine.backbone_file import IMAGENET_RGB
 
 RESNET = ResNet(18, res2_channels=64)
 BRIEF = ("SOLVER.MAX_ITER", 1, "DATASETS.TEST", "()")

@@ -10,17 +10,15 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
 import virtex_d2
-from virtex_d2.checkpoint.addresses import local_path
-from virtex_d2.checkpoint.layouts import IMAGENET_RGB, SUFFIXES, Preprocessing
-from virtex_d2.checkpoint.naming import DETECTRON2, TORCHVISION, translate
+from virtex_d2.checkpoint.layouts import DETECTRON2, SUFFIXES, TORCHVISION, translate
 from virtex_d2.checkpoint.probe import TOLERANCE, ProbeResult, probe
 from virtex_d2.checkpoint.source import (
-    FORMAT,
-    FORMAT_VERSION,
     Backbone,
-    find_layouts,
+    Source,
+    local_path,
     read_backbone,
 )
+from virtex_d2.engine.backbone_file import IMAGENET_RGB, Preprocessing, write_backbone
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import atomic_path, write_safetensors
 
@@ -123,7 +121,8 @@ def inspect(path: str, layout: str = "", copy: str = "", prefix: str = "") -> di
         where it is not known), "assumed" (those of the keys that the file does not say), "dropped",
         "beside", "notes", "metadata", "sha256".
     """
-    backbone = read_backbone(path := local_path(path), layout, copy, prefix)
+    source = Source(local_path(path))
+    backbone = source.backbone(layout, copy, prefix)
     return {
         "path": backbone.path,
         "sha256": backbone.sha256,
@@ -140,7 +139,7 @@ def inspect(path: str, layout: str = "", copy: str = "", prefix: str = "") -> di
                 "prefix": found.prefix,
                 "layouts": [f"{entry.name}: {one.name}" for entry, one in found.layouts],
             }
-            for found in find_layouts(path)
+            for found in source.resnets
         ],
         "dropped": list(backbone.dropped),
         "beside": list(backbone.beside),
@@ -191,8 +190,8 @@ def _write_backbone(dest: Path, backbone: Backbone) -> None:
             f"with, which a backbone file must{doubt}. Convert with --to detectron2, and set the "
             "four keys where it is used."
         )
-    own = {"format": FORMAT, "format_version": FORMAT_VERSION}
-    write_safetensors(dest, backbone.tensors, {**_metadata(backbone), **own})
+    name, metadata = backbone.architecture.name, _metadata(backbone)
+    write_backbone(dest, backbone.tensors, name, backbone.preprocessing, metadata)
 
 
 def _write_detectron2(dest: Path, backbone: Backbone) -> None:

@@ -15,9 +15,9 @@ from detectron2.modeling.backbone.resnet import BottleneckBlock, ResNet
 from torch import nn
 from torch.nn import functional as F
 
-from virtex_d2.checkpoint.layouts import Preprocessing
 from virtex_d2.checkpoint.resnet import BLOCKS
 from virtex_d2.checkpoint.source import Backbone
+from virtex_d2.engine.backbone_file import Preprocessing
 from virtex_d2.engine.errors import InputError
 
 TOLERANCE = 1e-5  # relative error in float32; the wrong networks are at 0.03 and above

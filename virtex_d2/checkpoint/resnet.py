@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from virtex_d2.checkpoint.naming import NORM
+from virtex_d2.checkpoint.layouts import NORM
 from virtex_d2.engine.errors import InputError
 
 # Depth by (blocks of the four stages, whether they are bottlenecks). He et al., arXiv 1512.03385,

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from virtex_d2.checkpoint.layouts import IMAGENET_RGB, MEAN, ORDER, STD, STRIDE
-from virtex_d2.checkpoint.naming import unwrapped
+from virtex_d2.checkpoint.layouts import unwrapped
 from virtex_d2.checkpoint.resnet import ResNet
-from virtex_d2.checkpoint.stored import Placeholder
+from virtex_d2.engine.backbone_file import IMAGENET_RGB, MEAN, ORDER, STD, STRIDE
+from virtex_d2.engine.unpickling import Placeholder
 
 PIXELS = (ORDER, MEAN, STD, STRIDE)
 # What is looked at: the largest configs have some thousand values and are ten levels deep.

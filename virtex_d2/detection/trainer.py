@@ -16,7 +16,8 @@ from detectron2.utils.events import CommonMetricPrinter
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
-from virtex_d2.checkpoint.transfer import config_preprocessing, is_backbone, load_backbone
+from virtex_d2.checkpoint.source import Source
+from virtex_d2.checkpoint.transfer import config_preprocessing, load_backbone, open_weights
 from virtex_d2.detection.batch import resolve_batch
 from virtex_d2.detection.checkpointer import DetectorCheckpointer
 from virtex_d2.detection.ema import ExportEMA, UpdateEMA, WeightEMA
@@ -25,16 +26,15 @@ from virtex_d2.detection.hooks import Evaluation, ImagesPerSecond, SeedIteration
 from virtex_d2.detection.loader import TestLoader, TrainLoader, build_train_loader
 from virtex_d2.detection.options import check_augmented_evaluation, check_training, clips_full_model
 from virtex_d2.detection.precise_bn import PreciseBN
-from virtex_d2.engine.background import StateWriter
-from virtex_d2.engine.disk import stop_where_disk_is_full
+from virtex_d2.engine.checkpointer import Retention, StateWriter
 from virtex_d2.engine.distributed import wrap_ddp
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.evaluations import MetricsWriter
+from virtex_d2.engine.files import stop_where_disk_is_full
 from virtex_d2.engine.hooks import PeriodicCheckpointer
 from virtex_d2.engine.loop import build_loop
 from virtex_d2.engine.preemption import settled
 from virtex_d2.engine.randomness import own_randomness
-from virtex_d2.engine.retention import Retention
 from virtex_d2.engine.run import write_config
 from virtex_d2.engine.stopping import StopHook, StoppableTrainer
 
@@ -87,7 +87,9 @@ class DetectionTrainer(StoppableTrainer, DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     @classmethod
-    def evaluate_only(cls, cfg: CfgNode, resume: bool = False) -> dict:
+    def evaluate_only(
+        cls, cfg: CfgNode, resume: bool = False, source: Source | None = None
+    ) -> dict:
         """Evaluate MODEL.WEIGHTS, or with `resume` the last checkpoint, on DATASETS.TEST.
 
         With VIRTEX.EMA.ENABLED and EVALUATE that is the average which the checkpoint holds.
@@ -99,13 +101,15 @@ class DetectionTrainer(StoppableTrainer, DefaultTrainer):
         weights = cfg.MODEL.WEIGHTS
         # The last one and, should it be damaged, no older one: whose results would be taken for it.
         last = checkpointer.get_checkpoint_file() if resume else ""
-        if not last and (not weights or is_backbone(weights)):
+        source = source or open_weights(cfg, resume)
+        if not last and (source is None or not source.is_detector):
             raise InputError(
                 f"MODEL.WEIGHTS {weights!r}: --eval-only needs a detector's checkpoint, such as "
                 "OUTPUT_DIR/model_final.pth, or --resume and one in OUTPUT_DIR; a backbone alone "
                 "detects nothing."
             )
-        checkpointer.load(last or weights, checkpointables=[])
+        checkpointer.opened = source and source.stored
+        checkpointer.load(last or source.path, checkpointables=[])
         if averaged:
             logger.info("What is evaluated is the moving average of the checkpoint's weights.")
         results = cls.test(cfg, model)
@@ -115,14 +119,21 @@ class DetectionTrainer(StoppableTrainer, DefaultTrainer):
             verify_results(cfg, results)
         return results
 
-    def resume_or_load(self, resume: bool = True) -> None:
-        """Continue from OUTPUT_DIR's last checkpoint if `resume`, else start from MODEL.WEIGHTS."""
+    def resume_or_load(self, resume: bool = True, source: Source | None = None) -> None:
+        """Continue from OUTPUT_DIR's last checkpoint if `resume`, else start from MODEL.WEIGHTS.
+
+        Args:
+            resume: whether to continue.
+            source: the file, where it is open already.
+        """
+        source = source or open_weights(self.cfg, resume)
         resuming = resume and self.checkpointer.has_checkpoint()
-        if not resuming and is_backbone(self.cfg.MODEL.WEIGHTS):
-            report = load_backbone(self.model, self.cfg.MODEL.WEIGHTS, self.cfg)
+        if not resuming and source is not None and not source.is_detector:
+            report = load_backbone(self.model, source, self.cfg)
             if comm.is_main_process():
                 report.write(self.cfg.OUTPUT_DIR)
         else:
+            self.checkpointer.opened = source and source.stored
             super().resume_or_load(resume)
         self.data_loader.start_at(self.start_iter)
         if resuming:

@@ -8,7 +8,7 @@ from detectron2.engine import hooks
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, EventWriter, JSONWriter, TensorboardXWriter
 
-from virtex_d2.engine.atomic import atomic_path
+from virtex_d2.engine.files import atomic_path
 
 # Recorded with each evaluation's results: how long it took. Tells that they are complete.
 RECORD = "eval_seconds"

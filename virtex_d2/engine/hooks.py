@@ -7,10 +7,13 @@ from pathlib import Path
 import torch
 from detectron2.engine import hooks
 
-from virtex_d2.engine.checkpointer import AtomicCheckpointer, AtomicDetectionCheckpointer
-from virtex_d2.engine.disk import free_bytes, in_bytes
-from virtex_d2.engine.retention import numbered_checkpoints
-from virtex_d2.engine.snapshot import num_bytes
+from virtex_d2.engine.checkpointer import (
+    AtomicCheckpointer,
+    AtomicDetectionCheckpointer,
+    num_bytes,
+    numbered_checkpoints,
+)
+from virtex_d2.engine.files import free_bytes, in_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -22,9 +22,10 @@ from pretrain.weights import load_weights
 from virtex_d2.engine.config import load_config
 from virtex_d2.engine.device import resolve_device
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.files import read_checkpoint, require_file
+from virtex_d2.engine.files import require_file
 from virtex_d2.engine.folders import images_in
 from virtex_d2.engine.images import read_image
+from virtex_d2.engine.safe_load import read_checkpoint
 
 
 @dataclass(frozen=True, eq=False)

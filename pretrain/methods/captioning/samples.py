@@ -19,8 +19,8 @@ from pretrain.methods.captioning.tokenizer import Tokenizer, train_tokenizer
 from pretrain.methods.captioning.vocabulary import merge_warning
 from pretrain.methods.classification.labels import ImageLabels, check_same_classes
 from pretrain.transforms import EvalTransform, TrainTransform
+from virtex_d2.engine.checkpointer import has_checkpoint
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.last_checkpoint import has_checkpoint
 
 logger = logging.getLogger(__name__)
 

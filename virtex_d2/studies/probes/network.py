@@ -12,9 +12,7 @@ from detectron2.modeling.backbone.resnet import ResNet, build_resnet_backbone
 from torch import nn
 from torch.nn import functional as F
 
-from virtex_d2.checkpoint.addresses import local_path
-from virtex_d2.checkpoint.source import read_backbone
-from virtex_d2.checkpoint.transfer import apply_preprocessing, load_backbone
+from virtex_d2.checkpoint.transfer import apply_preprocessing, load_backbone, open_weights
 from virtex_d2.engine.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -108,12 +106,11 @@ def complete_config(cfg: CfgNode) -> list[str]:
         )
     if cfg.MODEL.WEIGHTS == RANDOM:
         return []
-    path = local_path(cfg.MODEL.WEIGHTS)
-    virtex = cfg.VIRTEX
-    backbone = read_backbone(path, virtex.LAYOUT, virtex.COPY, virtex.PREFIX)
+    source, virtex = open_weights(cfg), cfg.VIRTEX
+    backbone = source.backbone(virtex.LAYOUT, virtex.COPY, virtex.PREFIX)
     for key, value in backbone.architecture.config().items():
         cfg.MODEL.RESNETS[key.rpartition(".")[2]] = value
-    return apply_preprocessing(cfg)
+    return apply_preprocessing(cfg, source)
 
 
 def build_network(cfg: CfgNode) -> tuple[PooledResNet, dict[str, Any]]:
@@ -130,7 +127,7 @@ def build_network(cfg: CfgNode) -> tuple[PooledResNet, dict[str, Any]]:
         logger.info("Backbone: a ResNet-%d of random weights", cfg.MODEL.RESNETS.DEPTH)
         about |= {"seed": cfg.SEED, "zero_init_residual": cfg.MODEL.ZERO_INIT_RESIDUAL}
     else:
-        report = load_backbone(network, local_path(cfg.MODEL.WEIGHTS), cfg)
+        report = load_backbone(network, open_weights(cfg), cfg)
         about |= {
             "sha256": report.sha256,
             "layout": report.layout,

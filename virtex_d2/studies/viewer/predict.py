@@ -10,7 +10,7 @@ from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from tqdm import tqdm
 
-from virtex_d2.checkpoint.transfer import is_backbone
+from virtex_d2.checkpoint.source import Source
 from virtex_d2.detection.checkpointer import DetectorCheckpointer
 from virtex_d2.detection.trainer import DetectionTrainer
 from virtex_d2.engine.errors import InputError
@@ -31,7 +31,7 @@ def predict(
     Returns:
         Records as COCOEvaluator writes them, with the data set's own category ids.
     """
-    if is_backbone(weights):
+    if not Source(weights).is_detector:
         raise InputError(
             f"--weights {weights}: expected a detector's checkpoint, such as OUTPUT_DIR/"
             "model_final.pth; a backbone alone detects nothing."

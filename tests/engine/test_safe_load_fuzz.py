@@ -23,8 +23,8 @@ import torch
 import yacs.config
 from safetensors.torch import save
 
-from virtex_d2.checkpoint.reading import read_tensors
 from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.safe_load import read_tensors
 
 # Of pickletools, in the mutations.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning")
