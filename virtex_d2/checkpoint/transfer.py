@@ -41,23 +41,16 @@ BACKBONE_PREFIXES = ("backbone.bottom_up.", "backbone.", "roi_heads.")
 
 @dataclass(frozen=True)
 class TransferReport:
-    """What a load did.
+    """What a load did. Attributes that are not explained are those of `Backbone`.
 
     Attributes:
-        source, sha256: the file.
-        layout, copy: whose it is, and which of the networks in it.
-        architecture: as torchvision calls it.
         loaded: the detector's names of the tensors that were set: all of its backbone.
         dropped: the file's tensors that a detector has no use for, and those of stages that this
             one lacks.
-        beside: what else the file holds.
         new: the detector's tensors that no backbone has (FPN, RPN, heads).
         preprocessing: the config keys that the backbone wants.
-        assumed: those of them that the file does not say.
         vouched: whether the config is believed instead of the file (VIRTEX.PREPROCESSING config).
         probe: relative error by stage; empty where the probe is off.
-        notes: of the file.
-        metadata: the file's.
         versions: of what computed this.
     """
 

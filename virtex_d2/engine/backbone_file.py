@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 FORMAT = "virtex_d2.backbone"
 VERSION = "1"
-# ImageNet's statistics as torchvision gives them, RGB: (0.485, 0.456, 0.406) and
-# (0.229, 0.224, 0.225), x 255.
+# torchvision's (0.485, 0.456, 0.406) and (0.229, 0.224, 0.225), RGB, x 255.
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 

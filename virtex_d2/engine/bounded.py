@@ -3,7 +3,7 @@
 import os
 from typing import BinaryIO
 
-MAX_STEPS = 8_000_000  # reads of a pickle and values of its content; an R-50's takes 100 000
+MAX_STEPS = 3_000_000  # reads of a pickle and values of its content; an R-50's takes 100 000
 
 
 class Refused(Exception):  # noqa: N818  # the program is right, and so may be the file

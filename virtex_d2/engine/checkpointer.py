@@ -25,7 +25,7 @@ from virtex_d2.engine.files import (
     save_with_checksum,
     stop_where_disk_is_full,
 )
-from virtex_d2.engine.safe_load import StoredCheckpoint, read_checkpoint, read_whole, whole_content
+from virtex_d2.engine.safe_load import StoredCheckpoint, read_checkpoint, read_stored, whole_content
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +62,8 @@ def num_bytes(state: Any) -> int:
 class Snapshot:
     """Takes copies of states in the CPU's memory; each one's memory is that of the one before.
 
-        snapshot = Snapshot()
-        copied = snapshot.take({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
-
-    What shares memory (tied weights) shares it in the copy too, so that a file of the copy has the
-    tensors of a file of the state, once each. The memory, as much as the tensors take, is kept for
-    the next copy: to get it anew from the system costs several times the copying.
+    To get it anew from the system costs several times the copying. What shares memory (tied
+    weights) shares it in the copy too, so that a file of the copy has each tensor once.
     """
 
     def __init__(self) -> None:
@@ -98,12 +94,11 @@ class StateWriter:
 
     In the thread it writes a copy (`Snapshot`), for which the CPU's memory must have room once
     more. A thread and no process: a forked one could not use CUDA nor be sure of its locks, and a
-    spawned one would need the tensors in shared memory, of which containers have little. It holds
-    Python's lock only between the large writes. It logs nothing, because loader workers are forked
-    while it runs.
+    spawned one would need the tensors in shared memory, of which containers have little. It logs
+    nothing, because loader workers are forked while it runs.
 
-    An error of the thread is raised by the next `check`, `wait` or `write`, in the caller's thread.
-    The interpreter's end waits for the thread; `os._exit` and signals do not: before these, `wait`.
+    An error of the thread is raised by the next `check`, `wait` or `write`. The interpreter's end
+    waits for the thread; `os._exit` and signals do not: before these, `wait`.
 
     Args:
         background: whether to write in a thread.
@@ -115,11 +110,7 @@ class StateWriter:
         self._error: BaseException | None = None
 
     def write(self, state: State, action: Callable[[State], None]) -> None:
-        """Wait for the write before, then call `action(state)`, or start to, with a copy.
-
-        Raises:
-            Exception: of `action` in place; else what the write before has raised.
-        """
+        """Wait for the write before, then call `action(state)`, or start to, with a copy."""
         self.wait()
         if self._snapshot is None:
             action(state)
@@ -169,9 +160,8 @@ def numbered_checkpoints(folder: Path) -> dict[int, Path]:
 class Retention:
     """Keep the last so many checkpoints, and one of every so many iterations for good.
 
-    fvcore's `max_to_keep` knows the checkpoints of its own process, so that each restart leaves as
-    many more behind; here the folder is asked. What has another name (model_final, model_best,
-    model_ema) is never removed.
+    fvcore's `max_to_keep` knows the checkpoints of its own process only; here the folder is asked.
+    What has another name (model_final, model_best, model_ema) is never removed.
 
     Attributes:
         last: how many; 0: all. With 1 there is none to fall back to when it is damaged.
@@ -241,8 +231,8 @@ def has_checkpoint(folder: str | os.PathLike) -> bool:
 def last_whole_checkpoint(folder: str | os.PathLike, tell: bool = True) -> str:
     """The file that `last_checkpoint` names; where it is damaged or missing, the one before.
 
-    The first process looks, for all of them; to be called in all. Each candidate is held against
-    its checksum, or read where it has none.
+    To be called in all processes: the first looks, and tells the others. Each candidate is held
+    against its checksum, or read where it has none.
 
     Args:
         folder: OUTPUT_DIR, of which `has_checkpoint` is true.
@@ -314,11 +304,10 @@ def _candidates(folder: Path) -> tuple[list[Path], list[str]]:
 
 
 class _AtomicMixin:
-    """Over a `Checkpointer`: the same files, which cannot be lost.
+    """Over a `Checkpointer`: a kill at any moment leaves `last_checkpoint` naming a whole file.
 
-    A kill at any moment leaves `last_checkpoint` naming a whole checkpoint: the checkpoint is
-    complete on disk before the name is written, and each appears by a rename. A file has its
-    checksum in it, and is read with tensors only.
+    A checkpoint is complete on disk before its name is written, and each appears by a rename. A
+    file has its checksum in it, and is read with tensors only.
 
     Args:
         *args, **kwargs: of fvcore's or detectron2's class.
@@ -406,7 +395,7 @@ class _AtomicMixin:
                 leftover.unlink(missing_ok=True)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Let `last_checkpoint` name a file of the same folder."""
+        """Name the file of the same folder that a run goes on from."""
         with atomic_path(Path(self.save_dir) / LAST_CHECKPOINT) as temporary:
             temporary.write_text(last_filename_basename, encoding="utf-8")
 
@@ -443,17 +432,11 @@ class _AtomicMixin:
 
 
 class AtomicCheckpointer(_AtomicMixin, Checkpointer):
-    """fvcore's `Checkpointer` with atomic writes and safe reads.
-
-    `load` returns what the file holds besides the model and the checkpointables.
-    """
+    """fvcore's: `load` returns what the file holds besides the model and the checkpointables."""
 
 
 class AtomicDetectionCheckpointer(_AtomicMixin, DetectionCheckpointer):
-    """detectron2's `DetectionCheckpointer` with atomic writes and safe reads.
-
-    Reads .pth files (a bare state dict too) and the model zoo's .pkl files.
-    """
+    """detectron2's: reads .pth files (a bare state dict too) and the model zoo's .pkl files."""
 
     # A file that was read before it is to be loaded.
     opened: StoredCheckpoint | None = None
@@ -461,7 +444,7 @@ class AtomicDetectionCheckpointer(_AtomicMixin, DetectionCheckpointer):
     def _load_file(self, filename: str) -> dict[str, Any]:
         stored, self.opened = self.opened, None
         if stored is None or stored.path != filename:
-            stored = read_whole(filename)
+            stored = read_stored(filename)
         data = dict(whole_content(stored))
         if stored.format != "pickle":
             return data if "model" in data else {"model": data}

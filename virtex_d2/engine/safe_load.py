@@ -78,7 +78,7 @@ class StoredCheckpoint:
 
 def read_tensors(path: str | os.PathLike) -> StoredCheckpoint:
     """Read the tensors of anybody's checkpoint, and the plain values among them."""
-    stored = _read(path)
+    stored = read_stored(path)
     if isinstance(stored.content, Placeholder):
         raise InputError(
             f"{path}: expected tensors by name, found one object of {stored.content.name}, which "
@@ -93,24 +93,14 @@ def read_tensors(path: str | os.PathLike) -> StoredCheckpoint:
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """Read a checkpoint of a training run: all of it, or nothing."""
-    return whole_content(read_whole(path))
-
-
-def read_whole(path: str | os.PathLike) -> StoredCheckpoint:
-    """Read a file after a look at its own checksum, if it has one."""
-    require_file(path)
-    if found := checksum_damage(path):
-        raise InputError(
-            f"{path}: expected a whole checkpoint, but the file is truncated or damaged: {found}. "
-            "Copy it again, or use an older one."
-        )
-    return _read(path)
+    return whole_content(read_stored(path))
 
 
 def whole_content(stored: StoredCheckpoint) -> dict[str, Any]:
     """A file's content, if it is a dict and nothing in it was replaced."""
     if not isinstance(stored.content, dict):
-        found = getattr(stored.content, "name", type(stored.content).__name__)
+        value = stored.content
+        found = value.name if isinstance(value, Placeholder) else type(value).__name__
         raise InputError(f"{stored.path}: expected a checkpoint (a dict), found a {found}.")
     # Arrays of text stand beside the weights in some files of the model zoos.
     if foreign := [name for name in stored.foreign if name != "numpy.ndarray"]:
@@ -121,9 +111,15 @@ def whole_content(stored: StoredCheckpoint) -> dict[str, Any]:
     return stored.content
 
 
-def _read(path: str | os.PathLike) -> StoredCheckpoint:
+def read_stored(path: str | os.PathLike) -> StoredCheckpoint:
+    """Read a file, whatever is in it, after a look at its own checksum, if it has one."""
     path = os.fsdecode(path)
     require_file(path)
+    if found := checksum_damage(path):
+        raise InputError(
+            f"{path}: expected a whole checkpoint, but the file is truncated or damaged: {found}. "
+            "Copy it again, or use an older one."
+        )
     kind, foreign = "checkpoint", set()
     try:
         with open(path, "rb") as file:

@@ -469,15 +469,6 @@ def _array_of_buffer(machine, data, dtype, shape, order, axes=None):
     return StoredArray(dtype, shape, order, data)
 
 
-def _scalar(machine, dtype, data=b""):
-    return StoredArray(dtype, (), "C", data, is_scalar=True)
-
-
-def _dtype(machine, code, *_):
-    # A dtype of another library is a class; it is named if an array has it.
-    return StoredDtype(code if type(code) is str else code.label)
-
-
 def _encode(machine, text, encoding):
     """_codecs.encode: how the bytes of Python 3 are in pickles of protocol 2."""
     if type(text) is not str or encoding not in ("latin1", "latin-1"):
@@ -498,10 +489,6 @@ def _dict(machine, items=()):
     machine.budget.spend(_ELEMENT * len(items))
     pairs = items.items() if isinstance(items, dict) else items
     return StoredDict({_checked_key(key): value for key, value in pairs})
-
-
-def _default_dict(machine, _factory=None, items=()):
-    return _dict(machine, items)
 
 
 def _container(kind: type, is_hashed: bool) -> Callable[..., Any]:
@@ -549,15 +536,18 @@ _BUILDERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch.storage", "_load_from_bytes"): _embedded_storage,
     ("torch", "Size"): _container(tuple, is_hashed=False),
     ("torch", "device"): _device,
-    ("numpy", "dtype"): _dtype,
+    # A dtype of another library is a class; it is named if an array has it.
+    ("numpy", "dtype"): lambda _, code, *__: StoredDtype(code if type(code) is str else code.label),
     ("numpy._core.multiarray", "_reconstruct"): _array,
-    ("numpy._core.multiarray", "scalar"): _scalar,
+    ("numpy._core.multiarray", "scalar"): lambda _, dtype, data=b"": StoredArray(
+        dtype, (), "C", data, is_scalar=True
+    ),
     ("numpy._core.numeric", "_frombuffer"): _array_of_buffer,
     ("_codecs", "encode"): _encode,
     ("copyreg", "_reconstructor"): _object,
     ("collections", "OrderedDict"): _dict,
     ("collections", "Counter"): _dict,
-    ("collections", "defaultdict"): _default_dict,
+    ("collections", "defaultdict"): lambda machine, _=None, items=(): _dict(machine, items),
     ("builtins", "dict"): _dict,
     ("builtins", "list"): _container(list, is_hashed=False),
     ("builtins", "tuple"): _container(tuple, is_hashed=False),
