@@ -4,12 +4,20 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from tests.checkpoint.layout_files import DETECTORS, EXAMPLES, FULL, THIN, random_resnet, write
+from tests.checkpoint.layout_files import (
+    DETECTORS,
+    EXAMPLES,
+    FULL,
+    THIN,
+    backbone_in,
+    random_resnet,
+    write,
+)
 from virtex_d2.checkpoint.layouts import DETECTRON2, TORCHVISION, translate
 from virtex_d2.checkpoint.probe import TOLERANCE
 from virtex_d2.checkpoint.resnet import ResNet
 from virtex_d2.checkpoint.source import Source, read_backbone
-from virtex_d2.checkpoint.transfer import backbone_names, extract_backbone, load_backbone
+from virtex_d2.checkpoint.transfer import backbone_names, load_backbone
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +105,7 @@ def test_a_full_size_resnet_50_is_loaded(name, tmp_path, detector_config):
     assert report.architecture == "resnet50"
     assert len(report.loaded) == 265
     assert max(report.probe.values()) <= TOLERANCE
-    back = extract_backbone(model)
+    back = backbone_in(model)
     assert all(torch.equal(back[key], networks[0][key]) for key in back)
 
 

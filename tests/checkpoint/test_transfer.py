@@ -7,9 +7,10 @@ import torch
 from detectron2.modeling import build_model
 from safetensors.torch import load_file
 
+from tests.checkpoint.layout_files import backbone_in
 from virtex_d2.checkpoint.layouts import DETECTRON2, TORCHVISION, translate
 from virtex_d2.checkpoint.source import Source
-from virtex_d2.checkpoint.transfer import backbone_names, extract_backbone, load_backbone
+from virtex_d2.checkpoint.transfer import backbone_names, load_backbone
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import read_safetensors, write_safetensors
 
@@ -36,7 +37,7 @@ def test_every_backbone_tensor_is_set_and_comes_back_bit_for_bit(
     assert report.dropped == ()
     assert f"{len(report.loaded)} of {len(report.loaded)} backbone tensors set" in caplog.text
 
-    original, back = load_file(path), extract_backbone(model)
+    original, back = load_file(path), backbone_in(model)
     assert back.keys() == original.keys()
     assert all(torch.equal(back[name], original[name]) for name in original)
 

@@ -20,25 +20,15 @@ NORM = ("weight", "bias", "running_mean", "running_var")
 
 @dataclass(frozen=True)
 class Naming:
-    """How one project names a ResNet's tensors.
-
-    Attributes:
-        name: of the naming.
-        first_stage: the number of the stage behind the stem.
-        modules: role -> module name, with the fields {stage}, {block} and {n} (a convolution of
-            its block, counted by `numbers`).
-        convolution, norm: parameter -> what follows the module's name.
-        numbers: the convolutions of a block in order.
-        also: further (role, module name) that are read, and not written.
-    """
+    """How one project names a ResNet's tensors."""
 
     name: str
-    first_stage: int
-    modules: dict[str, str]
-    convolution: dict[str, str]
+    first_stage: int  # the number of the stage behind the stem
+    modules: dict[str, str]  # by role, with the fields {stage}, {block} and {n}, a convolution
+    convolution: dict[str, str]  # parameter -> what follows the module's name
     norm: dict[str, str]
-    numbers: str = "123"
-    also: tuple[tuple[str, str], ...] = ()
+    numbers: str = "123"  # of the convolutions of a block in order
+    also: tuple[tuple[str, str], ...] = ()  # further (role, module) that are read, not written
 
     def parameters(self, role: str) -> dict[str, str]:
         """Parameter -> suffix of a role's module."""
@@ -224,45 +214,28 @@ MSRA_BGR = Preprocessing("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0), True
 
 @dataclass(frozen=True)
 class Copy:
-    """One of the networks that a training checkpoint holds.
+    """One of the networks that a training checkpoint holds, with regular expressions."""
 
-    Attributes:
-        name: for `--copy` and VIRTEX.COPY.
-        prefix: regular expression of what stands before the ResNet's names, without the wrappers
-            of DDP, torch.compile and the like.
-        container: regular expression of the path of dict keys to the state dict, joined by "/".
-    """
-
-    name: str
-    prefix: str
-    container: str = r"(?!.*ema).*"
+    name: str  # for `--copy` and VIRTEX.COPY
+    prefix: str  # before the ResNet's names, without the wrappers of DDP, torch.compile and so on
+    container: str = r"(?!.*ema).*"  # the path of dict keys to the state dict, joined by "/"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One project's files.
+    """One project's files."""
 
-    Attributes:
-        name: for `--layout` and VIRTEX.LAYOUT.
-        projects: whose files look so.
-        copies: the networks that may be in a file; the first is the one that is taken.
-        naming: of the ResNet behind the prefix.
-        markers: regular expressions of names; one must begin a name beside the ResNet's, or, where
-            there are none here, the prefix alone is enough.
-        preprocessing: what such networks are trained with, which is assumed where the file itself
-            says nothing; None where there is no such custom.
-        refusal: why this cannot be loaded, where it cannot.
-        detector: whether the file is of a whole detector, which is loaded as detectron2 does.
-    """
-
-    name: str
-    projects: str
-    copies: tuple[Copy, ...]
-    naming: Naming = TORCHVISION
+    name: str  # for `--layout` and VIRTEX.LAYOUT
+    projects: str  # whose files look so
+    copies: tuple[Copy, ...]  # that may be in a file; the first is the one that is taken
+    naming: Naming = TORCHVISION  # of the ResNet behind the prefix
+    # Regular expressions: one must begin a name beside the ResNet's. Without any the prefix is
+    # enough.
     markers: tuple[str, ...] = ()
+    # Assumed where the file itself says nothing; None where there is no such custom.
     preprocessing: Preprocessing | None = IMAGENET_RGB
-    refusal: str = ""
-    detector: bool = False
+    refusal: str = ""  # why this cannot be loaded, where it cannot
+    detector: bool = False  # a whole one, which is loaded as detectron2 does
 
 
 _EMA = r"(.*/)?[^/]*ema[^/]*(/.*)?"
@@ -404,19 +377,12 @@ _ANCHORS = {
 
 @dataclass(frozen=True)
 class Found:
-    """A ResNet in a file, and what it may be.
+    """A ResNet in a file, and what it may be."""
 
-    Attributes:
-        container: path of dict keys to its state dict, joined by "/".
-        prefix: before its names, without wrappers.
-        naming: of its names.
-        layouts: (layout, copy) that fit, the more specific layouts only.
-    """
-
-    container: str
-    prefix: str
+    container: str  # path of dict keys to its state dict, joined by "/"
+    prefix: str  # before its names, without wrappers
     naming: Naming
-    layouts: tuple[tuple[Layout, Copy], ...]
+    layouts: tuple[tuple[Layout, Copy], ...]  # that fit, the more specific ones only
 
     @property
     def place(self) -> str:

@@ -87,42 +87,23 @@ def local_path(weights: str) -> str:
 
 @dataclass(frozen=True)
 class Backbone:
-    """A ResNet that was found in a file.
-
-    Attributes:
-        path, sha256: the file.
-        layout, copy: whose it is, and which of the networks in it.
-        architecture: depth and widths.
-        tensors: all of the ResNet's by torchvision name, float32 on the CPU.
-        names: torchvision name -> name in the file; without those that the file did not hold.
-        preprocessing: what it was trained with; None where neither the file nor its layout says so,
-            or there are `doubts`.
-        assumed: the config keys of it that the file does not say.
-        doubts: sentences on what the file says or holds that contradicts itself or its layout.
-        metadata: the file's, where it is a backbone file.
-        dropped: the other names in the same state dict (heads, projectors, counters).
-        beside: paths of what else the file holds (optimizer, other copies).
-        notes: what a careful user would like to know.
-    """
+    """A ResNet that was found in a file."""
 
     path: str
-    sha256: str
-    layout: str
-    copy: str
+    sha256: str  # of the file
+    layout: str  # whose it is
+    copy: str  # which of the networks in it
     architecture: ResNet
-    tensors: dict[str, torch.Tensor] = field(repr=False)
-    names: dict[str, str] = field(repr=False)
+    tensors: dict[str, torch.Tensor] = field(repr=False)  # by torchvision name, float32 on the CPU
+    names: dict[str, str] = field(repr=False)  # torchvision name -> name in the file, if there
+    # What it was trained with; None where neither the file nor its layout says so, or in doubt.
     preprocessing: Preprocessing | None
-    assumed: tuple[str, ...]
-    doubts: tuple[str, ...]
-    metadata: dict[str, str]
-    dropped: tuple[str, ...]
-    beside: tuple[str, ...]
-    notes: tuple[str, ...]
-
-    def original(self, name: str) -> str:
-        """What the file calls a tensor."""
-        return self.names.get(name, name)
+    assumed: tuple[str, ...]  # the config keys of it that the file does not say
+    doubts: tuple[str, ...]  # sentences on what contradicts itself or the layout
+    metadata: dict[str, str]  # of a backbone file
+    dropped: tuple[str, ...]  # the other names in the same state dict: heads, projectors, counters
+    beside: tuple[str, ...]  # paths of what else the file holds: optimizer, other copies
+    notes: tuple[str, ...]  # what a careful user would like to know
 
 
 class Source:

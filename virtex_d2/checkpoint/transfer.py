@@ -38,35 +38,26 @@ _OTHER_WAYS = "(VIRTEX.PREPROCESSING auto sets them; config believes the config.
 # Where detectors keep their ResNet: FPN; C4 and others without FPN; res5 of C4's ROI heads.
 BACKBONE_PREFIXES = ("backbone.bottom_up.", "backbone.", "roi_heads.")
 
+_AS_IN_BACKBONE = ("sha256", "layout", "copy", "beside", "assumed", "notes", "metadata")
+
 
 @dataclass(frozen=True)
 class TransferReport:
-    """What a load did. Attributes that are not explained are those of `Backbone`.
-
-    Attributes:
-        loaded: the detector's names of the tensors that were set: all of its backbone.
-        dropped: the file's tensors that a detector has no use for, and those of stages that this
-            one lacks.
-        new: the detector's tensors that no backbone has (FPN, RPN, heads).
-        preprocessing: the config keys that the backbone wants.
-        vouched: whether the config is believed instead of the file (VIRTEX.PREPROCESSING config).
-        probe: relative error by stage; empty where the probe is off.
-        versions: of what computed this.
-    """
+    """What a load did. Fields without a comment are those of `Backbone`."""
 
     source: str
     sha256: str
     layout: str
     copy: str
     architecture: str
-    loaded: tuple[str, ...]
-    dropped: tuple[str, ...]
+    loaded: tuple[str, ...]  # the detector's names of the tensors that were set: its whole backbone
+    dropped: tuple[str, ...]  # the file's tensors that this detector has no use for
     beside: tuple[str, ...]
-    new: tuple[str, ...]
-    preprocessing: dict[str, object]
+    new: tuple[str, ...]  # the detector's tensors that no backbone has (FPN, RPN, heads)
+    preprocessing: dict[str, object]  # the config keys that the backbone wants
     assumed: tuple[str, ...]
-    vouched: bool
-    probe: dict[str, float]
+    vouched: bool  # whether the config is believed instead of the file
+    probe: dict[str, float]  # relative error by stage; empty where the probe is off
     notes: tuple[str, ...]
     metadata: dict[str, str]
     versions: dict[str, str] = field(
@@ -171,6 +162,7 @@ def load_backbone(model: nn.Module, source: Source, cfg: CfgNode) -> TransferRep
     wanted = backbone_names(state)
     stages = {_stage(name) for name in wanted}
     unused = sorted(name for name in given if _stage(name) not in stages)
+    there = [translate(name, DETECTRON2, TORCHVISION) for name in unused]
     problems = list(_problems(given, wanted, state, unused, cfg.MODEL.RESNETS.NORM))
     if problems:
         raise InputError(
@@ -187,20 +179,14 @@ def load_backbone(model: nn.Module, source: Source, cfg: CfgNode) -> TransferRep
         result = probe(model, backbone, used, cfg.INPUT.FORMAT)
     report = TransferReport(
         source=backbone.path,
-        sha256=backbone.sha256,
-        layout=backbone.layout,
-        copy=backbone.copy,
         architecture=backbone.architecture.name,
         loaded=tuple(sorted(wanted.values())),
-        dropped=(*backbone.dropped, *(_original(backbone, name) for name in unused)),
-        beside=backbone.beside,
+        dropped=(*backbone.dropped, *(backbone.names.get(n, n) for n in there)),
         new=tuple(sorted(n for n in state if n not in set(wanted.values()) and not is_counter(n))),
         preprocessing=used.config(),
-        assumed=backbone.assumed,
         vouched=vouched,
         probe=result.errors,
-        notes=backbone.notes,
-        metadata=backbone.metadata,
+        **{name: getattr(backbone, name) for name in _AS_IN_BACKBONE},
     )
     _log(report, backbone, cfg, unused)
     if not result.passed:
@@ -224,24 +210,8 @@ def backbone_names(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def extract_backbone(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A detector's ResNet in torchvision's naming: float tensors on the CPU, copied.
-
-    The other way of `load_backbone`: what that loaded comes back bit for bit.
-    """
-    state = getattr(model, "module", model).state_dict()
-    return {
-        translate(name, DETECTRON2, TORCHVISION): state[full_name].detach().cpu().clone()
-        for name, full_name in backbone_names(state).items()
-    }
-
-
 def _backbone_of(source: Source, cfg: CfgNode) -> Backbone:
     return source.backbone(cfg.VIRTEX.LAYOUT, cfg.VIRTEX.COPY, cfg.VIRTEX.PREFIX)
-
-
-def _original(backbone: Backbone, detectron2_name: str) -> str:
-    return backbone.original(translate(detectron2_name, DETECTRON2, TORCHVISION) or "")
 
 
 def _known_preprocessing(backbone: Backbone) -> Preprocessing:
@@ -259,12 +229,7 @@ def _known_preprocessing(backbone: Backbone) -> Preprocessing:
 
 def config_preprocessing(cfg: CfgNode) -> Preprocessing:
     """What a detector of this config is fed."""
-    return Preprocessing(
-        cfg.INPUT.FORMAT,
-        tuple(map(float, cfg.MODEL.PIXEL_MEAN)),
-        tuple(map(float, cfg.MODEL.PIXEL_STD)),
-        cfg.MODEL.RESNETS.STRIDE_IN_1X1,
-    )
+    return Preprocessing.of_config({key: _get(cfg, key) for key in PIXELS})
 
 
 def _check_config(backbone: Backbone, expected: dict[str, object], cfg: CfgNode) -> None:

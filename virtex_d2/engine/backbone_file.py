@@ -56,7 +56,8 @@ class Preprocessing:
     @classmethod
     def of_config(cls, values: Mapping[str, Any]) -> "Preprocessing":
         """The other way of `config`."""
-        return cls(values[ORDER], tuple(values[MEAN]), tuple(values[STD]), values[STRIDE])
+        mean, std = (tuple(map(float, values[key])) for key in (MEAN, STD))
+        return cls(values[ORDER], mean, std, values[STRIDE])
 
     def metadata(self) -> dict[str, str]:
         """The same as strings, for files."""
