@@ -276,7 +276,8 @@ def values_of(content):
 
 def is_plain(value):
     if isinstance(value, torch.Tensor):
-        return value.is_contiguous() and value.device.type == "cpu" and value.sum() is not None
+        has_no_gaps = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+        return has_no_gaps and value.device.type == "cpu" and value.sum() is not None
     kinds = ("NoneType", "bool", "int", "float", "complex", "str", "bytes", "set", "Placeholder")
     return type(value).__name__ in kinds
 
