@@ -209,7 +209,7 @@ def run_stock(tmp_path, run_python):
 
     def run(lines: str) -> str:
         script = tmp_path / "stock.py"
-        compat = str(ROOT / "virtex_d2" / "runtime" / "compat.py")
+        compat = str(ROOT / "virtex_d2" / "engine" / "compat.py")
         script.write_text(STOCK.replace("{compat!r}", repr(compat)) + lines)
         result = run_python(script, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
