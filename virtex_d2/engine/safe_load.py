@@ -103,7 +103,8 @@ def whole_content(stored: StoredCheckpoint) -> dict[str, Any]:
         found = value.name if isinstance(value, Placeholder) else type(value).__name__
         raise InputError(f"{stored.path}: expected a checkpoint (a dict), found a {found}.")
     # Arrays of text stand beside the weights in some files of the model zoos.
-    if foreign := [name for name in stored.foreign if name != "numpy.ndarray"]:
+    dropped = {"numpy.ndarray"} if stored.format == "pickle" else set()
+    if foreign := set(stored.foreign) - dropped:
         raise InputError(
             f"{stored.path}: refused, because besides tensors it holds Python objects "
             f"({_some(foreign)}), and building such objects could run any code. {_SAVE_ALONE}"
