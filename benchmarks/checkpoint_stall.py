@@ -22,10 +22,8 @@ from benchmarks.measuring import machine
 from benchmarks.rounds import count, spread
 from virtex_d2.detection.config import get_virtex_cfg
 from virtex_d2.detection.trainer import DetectionTrainer
-from virtex_d2.engine.background import StateWriter
-from virtex_d2.engine.checkpointer import AtomicCheckpointer
+from virtex_d2.engine.checkpointer import AtomicCheckpointer, StateWriter, num_bytes
 from virtex_d2.engine.config import load_config
-from virtex_d2.engine.snapshot import num_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "coco" / "mask_rcnn_R_50_FPN_2x.yaml"

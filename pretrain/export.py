@@ -11,15 +11,12 @@ import torchvision
 from detectron2.config import CfgNode
 from torch import nn
 
-import virtex_d2
-from pretrain.transforms import PIXEL_MEAN, PIXEL_STD
+from virtex_d2.engine.backbone_file import IMAGENET_RGB, backbone_metadata
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.files import read_checkpoint, write_safetensors
+from virtex_d2.engine.files import write_safetensors
+from virtex_d2.engine.safe_load import read_checkpoint
 
 logger = logging.getLogger(__name__)
-
-FORMAT = "virtex_d2.backbone"
-FORMAT_VERSION = "1"
 
 
 class Exported(NamedTuple):
@@ -45,16 +42,8 @@ def export_backbone(
     model: Mapping[str, torch.Tensor], cfg: CfgNode, prefix: str = "visual.cnn."
 ) -> Exported:
     """The ResNet in a method's state dict by torchvision names, and how to feed it right."""
-    metadata = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "architecture": cfg.MODEL.VISUAL.NAME,
-        "channel_order": "RGB",
-        "pixel_mean": ",".join(map(str, PIXEL_MEAN)),
-        "pixel_std": ",".join(map(str, PIXEL_STD)),
-        "crop": str(cfg.DATA.IMAGE_SIZE),
-        "stride_in_1x1": "false",
-    }
+    metadata = backbone_metadata(cfg.MODEL.VISUAL.NAME, IMAGENET_RGB)
+    metadata["crop"] = str(cfg.DATA.IMAGE_SIZE)
     return Exported(tensors_of(model, prefix), metadata)
 
 
@@ -73,7 +62,6 @@ def write_exports(
         "source": f"pretrain {cfg.MODEL.OBJECTIVE}",
         "iteration": str(iteration),
         "config_sha256": hashlib.sha256(cfg.dump().encode()).hexdigest(),
-        "virtex_d2_version": virtex_d2.__version__,
         "torch_version": torch.__version__,
         "torchvision_version": torchvision.__version__,
     }

@@ -16,7 +16,7 @@ from pretrain.export import load_weights, write_exports
 from pretrain.methods.method import find_method
 from pretrain.optim import Lookahead, build_lr_scheduler, build_optimizer
 from pretrain.validation import check_metric, validate
-from virtex_d2.engine.checkpointer import AtomicCheckpointer
+from virtex_d2.engine.checkpointer import AtomicCheckpointer, Retention
 from virtex_d2.engine.device import AMP_DTYPES, check_amp
 from virtex_d2.engine.distributed import wrap_ddp
 from virtex_d2.engine.errors import InputError
@@ -31,7 +31,6 @@ from virtex_d2.engine.hooks import (
 )
 from virtex_d2.engine.identity import RunIdentity, texts
 from virtex_d2.engine.loop import UpdateLoop
-from virtex_d2.engine.retention import Retention
 from virtex_d2.engine.stopping import StopHook
 from virtex_d2.engine.trainer import Trainer
 

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-from virtex_d2.engine.background import StateWriter
-from virtex_d2.engine.snapshot import num_bytes
+from virtex_d2.engine.checkpointer import StateWriter, num_bytes
 from virtex_d2.engine.stopping import EXIT_UNFINISHED
 
 from . import runs

@@ -11,7 +11,7 @@ from detectron2.utils.collect_env import collect_env_info
 
 from benchmarks.measuring import machine
 from virtex_d2.engine import compat
-from virtex_d2.engine.disk import free_bytes
+from virtex_d2.engine.files import free_bytes
 
 from .step import Step
 

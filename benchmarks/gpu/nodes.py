@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 
-from virtex_d2.engine.atomic import atomic_path
 from virtex_d2.engine.distributed import describe
+from virtex_d2.engine.files import atomic_path
 from virtex_d2.engine.preflight import check_shared
 from virtex_d2.engine.stopping import EXIT_UNFINISHED, MARKER_VARIABLE
 

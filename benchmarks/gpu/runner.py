@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
 from typing import Any
 
-from virtex_d2.engine.atomic import atomic_path
+from virtex_d2.engine.files import atomic_path
 
 from .plan import STEPS, limit
 from .report import line, summary

@@ -17,8 +17,8 @@ from filelock import FileLock
 from pretrain.config import get_pretrain_cfg
 from pretrain.methods.captioning.tokenizer import train_tokenizer
 from pretrain.trainer import PretrainTrainer
-from virtex_d2.engine.atomic import atomic_path
 from virtex_d2.engine.config import load_config
+from virtex_d2.engine.files import atomic_path
 from virtex_d2.engine.hooks import MetricsWriter
 from virtex_d2.studies.shapes.write import write_dataset
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 import virtex_d2  # noqa: F401 - lays detectron2's bridges
-from virtex_d2.engine.atomic import atomic_path
+from virtex_d2.engine.files import atomic_path
 from virtex_d2.engine.parent import end_with_parent
 
 from .plan import STEPS

@@ -25,8 +25,8 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from virtex_d2.engine.atomic import TEMPORARY_PREFIX, atomic_path
 from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.files import TEMPORARY_PREFIX, atomic_path
 from virtex_d2.engine.images import image_suffix, images_in, read_image
 from virtex_d2.engine.parent import end_with_parent
 

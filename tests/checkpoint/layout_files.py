@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from virtex_d2.checkpoint.naming import (
+from virtex_d2.checkpoint.layouts import (
     CAFFE2,
     DETECTRON2,
     SEQUENTIAL,
@@ -21,6 +21,7 @@ from virtex_d2.checkpoint.naming import (
     translate,
 )
 from virtex_d2.checkpoint.resnet import ResNet
+from virtex_d2.checkpoint.transfer import backbone_names
 
 THIN = ResNet(50, stem_channels=8, res2_channels=16, group_width=4)
 FULL = ResNet(50)
@@ -42,6 +43,13 @@ def random_resnet(architecture: ResNet = THIN, seed: int = 0, counters: bool = T
         if counters and name.endswith("running_var"):
             tensors[name.replace("running_var", "num_batches_tracked")] = torch.tensor(7)
     return tensors
+
+
+def backbone_in(detector: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The ResNet of a detector in torchvision's names."""
+    state = detector.state_dict()
+    names = backbone_names(state).items()
+    return {translate(name, DETECTRON2, TORCHVISION): state[full] for name, full in names}
 
 
 def with_prefix(tensors: Tensors, prefix: str) -> dict[str, torch.Tensor]:

@@ -21,11 +21,10 @@ from tests.checkpoint.layout_files import (
     write,
 )
 from virtex_d2.checkpoint.convert import convert, inspect, verify
-from virtex_d2.checkpoint.layouts import SUFFIXES
-from virtex_d2.checkpoint.naming import DETECTRON2, TORCHVISION, translate
+from virtex_d2.checkpoint.layouts import DETECTRON2, SUFFIXES, TORCHVISION, translate
 from virtex_d2.checkpoint.source import read_backbone
-from virtex_d2.engine.checksum import has_checksum, save_with_checksum
 from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.files import checksum_damage, save_with_checksum
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "convert_checkpoint.py"
@@ -210,7 +209,7 @@ def run_stock(tmp_path, run_python):
 
     def run(lines: str) -> str:
         script = tmp_path / "stock.py"
-        compat = str(ROOT / "virtex_d2" / "runtime" / "compat.py")
+        compat = str(ROOT / "virtex_d2" / "engine" / "compat.py")
         script.write_text(STOCK.replace("{compat!r}", repr(compat)) + lines)
         result = run_python(script, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
@@ -262,7 +261,7 @@ def test_stock_detectron2_resumes_from_a_checkpoint_with_a_checksum(tmp_path, ru
     content = torch.load(path, weights_only=True)
     content["model"]["proposal_generator.rpn_head.conv.bias"].fill_(0.25)
     save_with_checksum(content, path)
-    assert has_checksum(path)
+    assert checksum_damage(path) == ""
     printed = run_stock(
         """
 rest = DetectionCheckpointer(model, "run").resume_or_load("", resume=True)

@@ -21,8 +21,8 @@ from tests.checkpoint.layout_files import (
 )
 from virtex_d2.checkpoint import probe as probe_module
 from virtex_d2.checkpoint.probe import TOLERANCE, probe
-from virtex_d2.checkpoint.source import read_backbone
-from virtex_d2.checkpoint.transfer import apply_preprocessing, is_backbone, load_backbone
+from virtex_d2.checkpoint.source import Source, read_backbone
+from virtex_d2.checkpoint.transfer import apply_preprocessing, load_backbone, open_weights
 from virtex_d2.engine.errors import InputError
 
 
@@ -44,7 +44,7 @@ def thin_config(detector_config):
 
 def load(path, cfg):
     model = build_model(cfg)
-    return model, load_backbone(model, str(path), cfg)
+    return model, load_backbone(model, Source(str(path)), cfg)
 
 
 def test_a_renamed_pth_is_set_without_any_heuristics(resnet, tmp_path, thin_config):
@@ -115,7 +115,7 @@ def test_another_preprocessing_is_refused_before_anything_is_set(
 def test_preprocessing_is_applied_on_demand(resnet, tmp_path, thin_config):
     path = EXAMPLES["msra"].write(tmp_path, resnet, resnet)
     cfg = thin_config("MODEL.WEIGHTS", path, "VIRTEX.PREPROCESSING", "auto")
-    apply_preprocessing(cfg)
+    apply_preprocessing(cfg, open_weights(cfg))
     assert cfg.INPUT.FORMAT == "BGR"
     assert cfg.MODEL.PIXEL_STD == [1.0, 1.0, 1.0]
     assert cfg.MODEL.RESNETS.STRIDE_IN_1X1 is True
@@ -125,7 +125,7 @@ def test_preprocessing_is_applied_on_demand(resnet, tmp_path, thin_config):
 
 def test_an_unknown_way_with_preprocessing_is_refused(thin_config):
     with pytest.raises(InputError, match="expected one of check, auto, config"):
-        apply_preprocessing(thin_config("VIRTEX.PREPROCESSING", "maybe"))
+        apply_preprocessing(thin_config("VIRTEX.PREPROCESSING", "maybe"), None)
 
 
 # What the detector does wrong, and what the probe says of it.
@@ -151,7 +151,7 @@ def test_the_probe_names_the_cause(mistake, resnet, tmp_path, thin_config):
     backbone = read_backbone(str(write(tmp_path / "tv.pth", torchvision(resnet, resnet))))
     cfg = thin_config(*overrides, "VIRTEX.PREPROCESSING", "config", "VIRTEX.PROBE", False)
     model = build_model(cfg)
-    load_backbone(model, backbone.path, cfg)
+    load_backbone(model, Source(backbone.path), cfg)
     result = probe(model, backbone, backbone.preprocessing, cfg.INPUT.FORMAT)
     assert not result.passed
     assert max(result.errors.values()) > 1e-2
@@ -162,7 +162,7 @@ def test_the_probe_names_the_stage_of_a_changed_tensor(resnet, tmp_path, thin_co
     backbone = read_backbone(str(write(tmp_path / "tv.pth", torchvision(resnet, resnet))))
     cfg = thin_config()
     model = build_model(cfg)
-    load_backbone(model, backbone.path, cfg)
+    load_backbone(model, Source(backbone.path), cfg)
     with torch.no_grad():
         model.backbone.bottom_up.res4[1].conv2.norm.running_var.fill_(1.0)
     result = probe(model, backbone, backbone.preprocessing, "RGB")
@@ -179,7 +179,7 @@ def test_a_detector_that_computes_something_else_is_refused(
     model.backbone.bottom_up.res3[0].conv2.stride = (1, 1)
     model.backbone.bottom_up.res3[0].shortcut.stride = (1, 1)
     with pytest.raises(InputError, match="does not compute .*res3"):
-        load_backbone(model, str(path), cfg)
+        load_backbone(model, Source(str(path)), cfg)
 
 
 def test_the_probe_leaves_the_model_as_it_was(resnet, tmp_path, thin_config):
@@ -187,7 +187,7 @@ def test_the_probe_leaves_the_model_as_it_was(resnet, tmp_path, thin_config):
     cfg = thin_config()
     model = build_model(cfg).train()
     model.backbone.bottom_up.res2.eval()
-    load_backbone(model, str(path), cfg)
+    load_backbone(model, Source(str(path)), cfg)
     assert model.training
     assert not model.backbone.bottom_up.res2[0].training
     assert torch.equal(
@@ -233,6 +233,5 @@ def test_a_detector_is_told_from_a_backbone_by_what_is_in_the_file(resnet, tmp_p
     from tests.checkpoint.layout_files import DETECTORS
 
     for name, make in DETECTORS.items():
-        assert not is_backbone(str(write(tmp_path / f"{name}.pth", make(resnet, resnet))))
-    assert is_backbone(str(write(tmp_path / "a.pth", torchvision(resnet, resnet))))
-    assert not is_backbone("")
+        assert Source(write(tmp_path / f"{name}.pth", make(resnet, resnet))).is_detector
+    assert not Source(write(tmp_path / "a.pth", torchvision(resnet, resnet))).is_detector

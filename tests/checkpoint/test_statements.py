@@ -25,13 +25,14 @@ from tests.checkpoint.layout_files import (
     write,
 )
 from virtex_d2.checkpoint.convert import convert, inspect
-from virtex_d2.checkpoint.layouts import IMAGENET_RGB, MEAN, MSRA_BGR, ORDER, STD, STRIDE
-from virtex_d2.checkpoint.reading import read_tensors
+from virtex_d2.checkpoint.layouts import MSRA_BGR
 from virtex_d2.checkpoint.resnet import ResNet
-from virtex_d2.checkpoint.source import read_backbone
+from virtex_d2.checkpoint.source import Source, read_backbone
 from virtex_d2.checkpoint.statements import _read_config, hear, weigh
-from virtex_d2.checkpoint.transfer import apply_preprocessing, load_backbone
+from virtex_d2.checkpoint.transfer import apply_preprocessing, load_backbone, open_weights
+from virtex_d2.engine.backbone_file import IMAGENET_RGB, MEAN, ORDER, STD, STRIDE
 from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.safe_load import read_tensors
 
 CAFFE = [103.53, 116.28, 123.675]
 RGB = [123.675, 116.28, 103.53]
@@ -47,6 +48,10 @@ def resnet():
 def thin_config(detector_config):
     options = [part for key, value in THIN.config().items() for part in (key, value)]
     return lambda *overrides: detector_config("FPN", *options, *overrides)
+
+
+def applied(cfg):
+    return apply_preprocessing(cfg, open_weights(cfg))
 
 
 def folded(tensors):
@@ -250,15 +255,15 @@ def test_a_caffe_network_in_torchvisions_names_must_be_vouched_for(resnet, tmp_p
     for mode in ("check", "auto"):
         cfg = thin_config("VIRTEX.PREPROCESSING", mode, "MODEL.WEIGHTS", path)
         with pytest.raises(InputError, match=r"0 and 1: they are folded .* config\.$"):
-            apply_preprocessing(cfg)
-            load_backbone(build_model(cfg), str(path), cfg)
+            applied(cfg)
+            load_backbone(build_model(cfg), Source(str(path)), cfg)
     assert "VIRTEX.PREPROCESSING config" in " ".join(inspect(str(path))["notes"])
     with pytest.raises(InputError, match="folded"):
         convert(str(path), str(tmp_path / "b.safetensors"), "backbone")
 
     keys = [part for item in MSRA_BGR.config().items() for part in item]
     cfg = thin_config("VIRTEX.PREPROCESSING", "config", *keys)
-    report = load_backbone(build_model(cfg), str(path), cfg)
+    report = load_backbone(build_model(cfg), Source(str(path)), cfg)
     assert report.vouched
     assert len(report.loaded) == 265
 
@@ -302,11 +307,11 @@ def test_what_the_file_says_goes_before_its_layouts_custom(resnet, tmp_path, thi
     path = write(tmp_path / "mm.pth", {"meta": {"config": text()}, "state_dict": state})
     with pytest.raises(InputError, match="INPUT.FORMAT is RGB, the file says BGR"):
         cfg = thin_config()
-        load_backbone(build_model(cfg), str(path), cfg)
+        load_backbone(build_model(cfg), Source(str(path)), cfg)
     cfg = thin_config("VIRTEX.PREPROCESSING", "auto", "MODEL.WEIGHTS", path)
-    lines = apply_preprocessing(cfg)
+    lines = applied(cfg)
     assert f"INPUT.FORMAT: RGB -> BGR, as {path} says" in lines
-    report = load_backbone(build_model(cfg), str(path), cfg)
+    report = load_backbone(build_model(cfg), Source(str(path)), cfg)
     assert report.preprocessing == MSRA_BGR.config()
     assert report.assumed == ()
 
@@ -317,26 +322,26 @@ def test_an_architecture_that_the_tensors_are_not_is_refused_with_both_names(
     path = write(tmp_path / "said.pth", {"arch": "resnet18", "state_dict": resnet})
     cfg = thin_config()
     with pytest.raises(InputError, match="'resnet18', but its tensors are those of a resnet50"):
-        load_backbone(build_model(cfg), str(path), cfg)
+        load_backbone(build_model(cfg), Source(str(path)), cfg)
     cfg = thin_config("VIRTEX.PREPROCESSING", "config")
-    assert "'resnet18'" in " ".join(load_backbone(build_model(cfg), str(path), cfg).notes)
+    assert "'resnet18'" in " ".join(load_backbone(build_model(cfg), Source(str(path)), cfg).notes)
 
 
 def test_what_nobody_says_is_logged_as_assumed(resnet, tmp_path, thin_config, caplog):
     path = write(tmp_path / "tv.pth", torchvision(resnet, resnet))
     cfg = thin_config()
     with caplog.at_level(logging.INFO):
-        report = load_backbone(build_model(cfg), str(path), cfg)
+        report = load_backbone(build_model(cfg), Source(str(path)), cfg)
     assert set(report.assumed) == set(PIXELS)
     assert "the file does not say, assumed: INPUT.FORMAT, MODEL.PIXEL_MEAN" in caplog.text
     assert "as the file says" not in caplog.text
     cfg = thin_config("INPUT.FORMAT", "BGR")
     with pytest.raises(InputError, match="INPUT.FORMAT is BGR, assumed is RGB"):
-        load_backbone(build_model(cfg), str(path), cfg)
+        load_backbone(build_model(cfg), Source(str(path)), cfg)
     cfg = thin_config(
         *("INPUT.FORMAT", "BGR", "VIRTEX.PREPROCESSING", "auto", "MODEL.WEIGHTS", path)
     )
-    assert apply_preprocessing(cfg) == [f"INPUT.FORMAT: BGR -> RGB, assumed: {path} does not say"]
+    assert applied(cfg) == [f"INPUT.FORMAT: BGR -> RGB, assumed: {path} does not say"]
 
 
 def test_an_assumption_stays_one_through_conversions(resnet, tmp_path):
@@ -366,13 +371,13 @@ def test_a_detectors_own_pixels_are_compared_or_set(prefix, resnet, tmp_path, th
     content = detector(resnet, **pixels(RGB, ALL_RGB[STD], prefix))
     path = write(tmp_path / "old.pth", content)
     with pytest.raises(InputError, match="INPUT.FORMAT is BGR, not RGB"):
-        apply_preprocessing(thin_config("MODEL.WEIGHTS", path, *OTHER))
+        applied(thin_config("MODEL.WEIGHTS", path, *OTHER))
     cfg = thin_config("MODEL.WEIGHTS", path, *OTHER, "VIRTEX.PREPROCESSING", "auto")
-    lines = apply_preprocessing(cfg)
+    lines = applied(cfg)
     assert pytest.approx(RGB) == cfg.MODEL.PIXEL_MEAN
     assert cfg.INPUT.FORMAT == "RGB"
     assert "STRIDE_IN_1X1: not checked" in lines[0]
-    assert len(apply_preprocessing(thin_config("MODEL.WEIGHTS", path))) == 1  # the stride
+    assert len(applied(thin_config("MODEL.WEIGHTS", path))) == 1  # the stride
 
 
 @pytest.mark.parametrize("mode", ["check", "auto"])
@@ -381,7 +386,7 @@ def test_a_detectors_file_that_says_nothing_is_told_to_be_unchecked(
 ):
     path = write(tmp_path / "new.pth", detector(resnet))
     cfg = thin_config("MODEL.WEIGHTS", path, "VIRTEX.PREPROCESSING", mode)
-    (line,) = apply_preprocessing(cfg)
+    (line,) = applied(cfg)
     assert all(key in line for key in PIXELS)
     assert "not checked" in line
 
@@ -390,11 +395,8 @@ def test_a_detector_that_says_two_things_is_refused(resnet, tmp_path, thin_confi
     both = {**pixels(RGB, ALL_RGB[STD]), **pixels(CAFFE, ALL_RGB[STD], "teacher.")}
     path = write(tmp_path / "two.pth", detector(resnet, **both))
     with pytest.raises(InputError, match="it says two things of MODEL.PIXEL_MEAN"):
-        apply_preprocessing(thin_config("MODEL.WEIGHTS", path))
-    assert (
-        apply_preprocessing(thin_config("MODEL.WEIGHTS", path, "VIRTEX.PREPROCESSING", "config"))
-        == []
-    )
+        applied(thin_config("MODEL.WEIGHTS", path))
+    assert applied(thin_config("MODEL.WEIGHTS", path, "VIRTEX.PREPROCESSING", "config")) == []
 
 
 def test_safetensors_metadata_are_heard(resnet, tmp_path):

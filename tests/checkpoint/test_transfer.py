@@ -7,8 +7,10 @@ import torch
 from detectron2.modeling import build_model
 from safetensors.torch import load_file
 
-from virtex_d2.checkpoint.naming import DETECTRON2, TORCHVISION, translate
-from virtex_d2.checkpoint.transfer import backbone_names, extract_backbone, load_backbone
+from tests.checkpoint.layout_files import backbone_in
+from virtex_d2.checkpoint.layouts import DETECTRON2, TORCHVISION, translate
+from virtex_d2.checkpoint.source import Source
+from virtex_d2.checkpoint.transfer import backbone_names, load_backbone
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import read_safetensors, write_safetensors
 
@@ -30,12 +32,12 @@ def test_every_backbone_tensor_is_set_and_comes_back_bit_for_bit(
     model = build_model(cfg)
     path = str(backbone_file(architecture))
     with caplog.at_level(logging.INFO):
-        report = load_backbone(model, path, cfg)
+        report = load_backbone(model, Source(path), cfg)
     assert len(report.loaded) == TENSORS[architecture]
     assert report.dropped == ()
     assert f"{len(report.loaded)} of {len(report.loaded)} backbone tensors set" in caplog.text
 
-    original, back = load_file(path), extract_backbone(model)
+    original, back = load_file(path), backbone_in(model)
     assert back.keys() == original.keys()
     assert all(torch.equal(back[name], original[name]) for name in original)
 
@@ -44,7 +46,7 @@ def test_res5_of_a_c4_detector_is_filled_in_its_roi_heads(detector_config, backb
     cfg = detector_config("C4")
     model = build_model(cfg)
     path = str(backbone_file("resnet50"))
-    report = load_backbone(model, path, cfg)
+    report = load_backbone(model, Source(path), cfg)
     name = "roi_heads.res5.2.conv3.norm.running_var"
     assert name in report.loaded
     assert torch.equal(model.state_dict()[name], load_file(path)["layer4.2.bn3.running_var"])
@@ -60,7 +62,7 @@ def test_a_file_fits_a_distributed_model(detector_config, backbone_file):
             self.module = build_model(cfg)
 
     path = str(backbone_file())
-    assert len(load_backbone(Wrapped(), path, cfg).loaded) == TENSORS["resnet18"]
+    assert len(load_backbone(Wrapped(), Source(path), cfg).loaded) == TENSORS["resnet18"]
 
 
 @pytest.mark.parametrize("freeze_at", range(6))
@@ -69,7 +71,7 @@ def test_frozen_stages_get_the_files_statistics_and_compute_with_them(
 ):
     cfg = detector_config("FPN", "MODEL.BACKBONE.FREEZE_AT", freeze_at)
     model, path = build_model(cfg), str(backbone_file())
-    load_backbone(model, path, cfg)
+    load_backbone(model, Source(path), cfg)
     original, bottom_up = load_file(path), model.backbone.bottom_up
     parts = [bottom_up.stem, bottom_up.res2, bottom_up.res3, bottom_up.res4, bottom_up.res5]
     for index, part in enumerate(parts):
@@ -85,7 +87,7 @@ def test_the_loaded_backbone_computes_what_the_original_computes(detector_config
 
     cfg, path = detector_config(), str(backbone_file())
     model = build_model(cfg).eval()
-    load_backbone(model, path, cfg)
+    load_backbone(model, Source(path), cfg)
     reference = torchvision.models.resnet18().eval()
     reference.load_state_dict(load_file(path), strict=False)
     image = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
@@ -101,7 +103,7 @@ def test_stages_that_the_detector_lacks_are_dropped_and_named(
     detector_config, backbone_file, caplog
 ):
     cfg = detector_config("C4", "MODEL.META_ARCHITECTURE", "ProposalNetwork")
-    report = load_backbone(build_model(cfg), str(backbone_file("resnet50")), cfg)
+    report = load_backbone(build_model(cfg), Source(str(backbone_file("resnet50"))), cfg)
     assert len(report.loaded) + len(report.dropped) == TENSORS["resnet50"]
     assert {name.partition(".")[0] for name in report.dropped} == {"layer4"}
     assert "has no res5" in caplog.text
@@ -123,7 +125,7 @@ def test_other_preprocessing_than_in_pretraining_is_refused_with_the_yaml_to_use
     model = build_model(cfg)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(InputError, match="does not fit this backbone") as caught:
-        load_backbone(model, str(backbone_file()), cfg)
+        load_backbone(model, Source(str(backbone_file())), cfg)
     message = str(caught.value).splitlines()
     assert all(line in message for line in lines)
     assert overrides[0] in message[0]
@@ -143,20 +145,20 @@ def test_another_depth_is_refused_with_the_yaml_to_use(
 ):
     cfg = detector_config()
     with pytest.raises(InputError, match="DEPTH is 18") as caught:
-        load_backbone(build_model(cfg), str(backbone_file(architecture)), cfg)
+        load_backbone(build_model(cfg), Source(str(backbone_file(architecture))), cfg)
     assert line in str(caught.value).splitlines()
 
 
 def test_another_width_is_refused_with_the_yaml_to_use(detector_config, backbone_file):
     cfg = detector_config("C4")
     with pytest.raises(InputError, match="WIDTH_PER_GROUP is 64, the file says 128"):
-        load_backbone(build_model(cfg), str(backbone_file("wide_resnet50_2")), cfg)
+        load_backbone(build_model(cfg), Source(str(backbone_file("wide_resnet50_2"))), cfg)
 
 
 def test_a_norm_without_running_statistics_is_refused(detector_config, backbone_file):
     cfg = detector_config("FPN", "MODEL.RESNETS.NORM", "GN")
     with pytest.raises(InputError, match="NORM 'GN' keeps no running statistics"):
-        load_backbone(build_model(cfg), str(backbone_file()), cfg)
+        load_backbone(build_model(cfg), Source(str(backbone_file())), cfg)
 
 
 def _without(tensors):
@@ -216,7 +218,7 @@ def test_a_file_that_does_not_fit_is_named_tensor_by_tensor_and_changes_nothing(
     model = build_model(cfg)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(InputError, match=message) as caught:
-        load_backbone(model, path, cfg)
+        load_backbone(model, Source(path), cfg)
     assert path in str(caught.value)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -234,7 +236,7 @@ def test_a_file_that_does_not_say_how_it_must_be_fed_is_refused(
 ):
     cfg = detector_config()
     with pytest.raises(InputError, match=message):
-        load_backbone(build_model(cfg), str(backbone_file(**metadata)), cfg)
+        load_backbone(build_model(cfg), Source(str(backbone_file(**metadata))), cfg)
 
 
 def test_backbone_tensors_are_told_from_the_detectors_own():

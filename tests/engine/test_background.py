@@ -8,10 +8,8 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from virtex_d2.engine.background import StateWriter
-from virtex_d2.engine.checkpointer import AtomicCheckpointer
+from virtex_d2.engine.checkpointer import AtomicCheckpointer, Snapshot, StateWriter, num_bytes
 from virtex_d2.engine.hooks import PeriodicCheckpointer
-from virtex_d2.engine.snapshot import Snapshot, num_bytes
 
 
 class Net(torch.nn.Module):
@@ -199,7 +197,7 @@ def test_a_process_that_ends_finishes_what_it_has_begun_to_write(tmp_path, run_p
     script = textwrap.dedent("""
         import sys, time
         import torch
-        from virtex_d2.engine.background import StateWriter
+        from virtex_d2.engine.checkpointer import StateWriter
         from virtex_d2.engine.checkpointer import AtomicCheckpointer
 
         writer = StateWriter(background=True)

@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from virtex_d2.engine.background import StateWriter
-from virtex_d2.engine.checkpointer import AtomicCheckpointer
-from virtex_d2.engine.disk import in_bytes, stop_where_disk_is_full
+from virtex_d2.engine.checkpointer import (
+    AtomicCheckpointer,
+    Retention,
+    StateWriter,
+    last_whole_checkpoint,
+)
 from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.files import in_bytes, stop_where_disk_is_full
 from virtex_d2.engine.hooks import PeriodicCheckpointer
-from virtex_d2.engine.last_checkpoint import last_whole_checkpoint
-from virtex_d2.engine.retention import Retention
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,10 +39,10 @@ needs_mounts = pytest.mark.skipif(not _may_mount(), reason="needs the right to m
 RUN = """
 import os, shutil, subprocess, sys
 import torch
-from virtex_d2.engine.background import StateWriter
+from virtex_d2.engine.checkpointer import StateWriter
 from virtex_d2.engine.checkpointer import AtomicCheckpointer
 from virtex_d2.engine.errors import exit_on_input_error
-from virtex_d2.engine.retention import Retention
+from virtex_d2.engine.checkpointer import Retention
 
 folder, copy, how, background = sys.argv[1:]
 

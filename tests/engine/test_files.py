@@ -1,10 +1,11 @@
 import hashlib
+import io
 import os
-import pickle
 import signal
+import subprocess
+import zipfile
 from collections import OrderedDict
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -14,13 +15,14 @@ from safetensors.torch import save_file
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import (
     atomic_path,
-    read_checkpoint,
-    read_numpy_pickle,
+    checksum_damage,
     read_safetensors,
     read_text,
+    save_with_checksum,
     sha256,
     write_safetensors,
 )
+from virtex_d2.engine.safe_load import read_checkpoint
 
 
 class TestAtomicPath:
@@ -135,82 +137,11 @@ class TestSafetensors:
         with pytest.raises(InputError, match="another format"):
             read_safetensors(path)
 
-    @pytest.mark.parametrize("read", [read_safetensors, read_checkpoint, read_numpy_pickle])
-    def test_a_missing_file_and_a_folder_are_named(self, tmp_path, read):
+    def test_a_missing_file_and_a_folder_are_named(self, tmp_path):
         with pytest.raises(InputError, match=r"absent: expected a file, found nothing"):
-            read(tmp_path / "absent")
+            read_safetensors(tmp_path / "absent")
         with pytest.raises(InputError, match="found a folder"):
-            read(tmp_path)
-
-
-class Touch:
-    """Pickles into a call that creates a file: what a malicious checkpoint would do."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-class TestReadCheckpoint:
-    def test_tensors_and_plain_values_are_read_onto_the_cpu(self, tmp_path):
-        state = OrderedDict(weight=torch.randn(2, 3))
-        torch.save({"model": state, "iteration": 7, "lrs": [0.1, None]}, tmp_path / "model.pth")
-        read = read_checkpoint(tmp_path / "model.pth")
-        assert torch.equal(read["model"]["weight"], state["weight"])
-        assert (read["iteration"], read["lrs"]) == (7, [0.1, None])
-
-    def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_does_not_run(self, tmp_path):
-        torch.save({"model": {}, "args": Touch(tmp_path / "trace")}, tmp_path / "model.pth")
-        with pytest.raises(InputError, match=r"model\.pth: refused.*mkdir.*run any code"):
-            read_checkpoint(tmp_path / "model.pth")
-        assert not (tmp_path / "trace").exists()
-
-    @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
-    def test_a_truncated_checkpoint_is_named(self, tmp_path, share):
-        path = tmp_path / "model.pth"
-        torch.save({"model": {"weight": torch.randn(1000)}}, path)
-        content = path.read_bytes()
-        path.write_bytes(content[: int(share * len(content))])
-        with pytest.raises(InputError, match=r"model\.pth: expected a torch checkpoint"):
-            read_checkpoint(path)
-
-    def test_another_format_is_named(self, tmp_path):
-        (tmp_path / "model.pth").write_text("not found\n")
-        with pytest.raises(InputError, match=r"model\.pth: expected a torch checkpoint"):
-            read_checkpoint(tmp_path / "model.pth")
-
-    def test_a_bare_tensor_is_no_checkpoint(self, tmp_path):
-        torch.save(torch.ones(2), tmp_path / "model.pth")
-        with pytest.raises(InputError, match="found a Tensor"):
-            read_checkpoint(tmp_path / "model.pth")
-
-
-class TestReadNumpyPickle:
-    def test_arrays_of_every_pickle_protocol_are_read(self, tmp_path):
-        data = {
-            "model": {"weight": np.arange(6, dtype=np.float32).reshape(2, 3)},
-            "__author__": "x",
-        }
-        for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-            path = tmp_path / f"model{protocol}.pkl"
-            path.write_bytes(pickle.dumps(data, protocol=protocol))
-            read = read_numpy_pickle(path)
-            np.testing.assert_array_equal(read["model"]["weight"], data["model"]["weight"])
-            assert read["__author__"] == "x"
-
-    def test_a_pickle_with_code_in_it_is_refused_and_the_code_does_not_run(self, tmp_path):
-        (tmp_path / "model.pkl").write_bytes(pickle.dumps({"model": Touch(tmp_path / "trace")}))
-        with pytest.raises(InputError, match=r"model\.pkl.*mkdir.*could run code"):
-            read_numpy_pickle(tmp_path / "model.pkl")
-        assert not (tmp_path / "trace").exists()
-
-    @pytest.mark.parametrize("content", [b"", b"\x80\x04", b"hello there", pickle.dumps([1])])
-    def test_anything_else_is_named(self, tmp_path, content):
-        (tmp_path / "model.pkl").write_bytes(content)
-        with pytest.raises(InputError, match=r"model\.pkl: expected"):
-            read_numpy_pickle(tmp_path / "model.pkl")
+            read_safetensors(tmp_path)
 
 
 def test_sha256_is_that_of_the_bytes(tmp_path):
@@ -236,3 +167,109 @@ def test_a_binary_file_in_place_of_text_is_told_from_one_in_another_encoding(tmp
         path.write_text('["caf\u00e9"]', encoding=encoding)
         with pytest.raises(InputError, match="line 1: expected UTF-8.*iconv"):
             read_text(path)
+
+
+def state():
+    weights = torch.arange(40.0)
+    return {
+        "model": OrderedDict(weight=weights, part=weights[3:5], half=torch.ones(3).bfloat16()),
+        "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(7)}}, "lr": [0.1]},
+        "iteration": 3,
+    }
+
+
+def equal(one, other):
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(equal(one[key], other[key]) for key in one)
+    return one == other
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "model.pth"
+    save_with_checksum(state(), path)
+    return path
+
+
+def flip_a_byte_of_a_tensor(content: bytes) -> bytes:
+    place = content.index(torch.arange(40.0).numpy().tobytes()) + 7
+    return content[:place] + bytes([content[place] ^ 64]) + content[place + 1 :]
+
+
+def test_torch_loads_a_flipped_byte_without_a_word_and_the_checksum_tells(file, tmp_path):
+    """Why there is a checksum. Should torch have begun to check its own, this test will say so."""
+    damaged = tmp_path / "model.pth"
+    damaged.write_bytes(flip_a_byte_of_a_tensor(file.read_bytes()))
+    assert not equal(torch.load(damaged, weights_only=True), state())
+    assert "not what was written" in checksum_damage(damaged)
+    with pytest.raises(InputError, match=r"model\.pth.*damaged: its content is not what was"):
+        read_checkpoint(damaged)
+
+
+def test_a_file_with_a_checksum_is_one_of_torchs(file):
+    assert checksum_damage(file) == ""
+    assert equal(read_checkpoint(file), state())
+    for options in ({}, {"mmap": True}, {"weights_only": True}):
+        assert equal(torch.load(file, **options), state())
+    assert equal(torch.load(io.BytesIO(file.read_bytes())), state())
+    with zipfile.ZipFile(file) as archive:
+        assert archive.testzip() is None
+        assert archive.comment.startswith(b"virtex_d2 sha256=")
+    torch_alone = io.BytesIO()
+    torch.save(state(), torch_alone)
+    assert file.stat().st_size == len(torch_alone.getvalue()) + 81
+
+
+@settings(max_examples=300)
+@given(data=st.data())
+def test_whatever_bytes_change_it_is_found_or_changes_nothing(file, data):
+    content = bytearray(file.read_bytes())
+    kind = data.draw(st.sampled_from(["flip", "zeros", "random", "cut", "lengthen"]))
+    start = data.draw(st.integers(0, len(content) - 1))
+    if kind == "flip":
+        content[start] ^= data.draw(st.integers(1, 255))
+    elif kind == "cut":
+        del content[start:]
+    elif kind == "lengthen":
+        content += data.draw(st.binary(min_size=1, max_size=200))
+    else:
+        size = data.draw(st.integers(1, 600))
+        new = bytes(size) if kind == "zeros" else data.draw(st.binary(min_size=size, max_size=size))
+        content[start : start + size] = new[: len(content) - start]
+    damaged = file.with_name("damaged.pth")
+    damaged.write_bytes(content)
+    if not checksum_damage(damaged):
+        try:
+            loaded = read_checkpoint(damaged)
+        except InputError:
+            return
+        assert equal(loaded, state())
+
+
+def test_a_file_of_stock_detectron2_is_checked_by_its_records(tmp_path):
+    path = tmp_path / "stock.pth"
+    torch.save(state(), path)
+    assert checksum_damage(path) is None
+    path.write_bytes(flip_a_byte_of_a_tensor(path.read_bytes()))
+    with pytest.raises(InputError, match=r"stock\.pth.*Bad CRC-32 for file 'stock/data/0'"):
+        read_checkpoint(path)
+
+
+def test_a_file_from_before_torch_1_6_has_no_checksum_and_is_read(tmp_path):
+    path = tmp_path / "old.pth"
+    torch.save(state(), path, _use_new_zipfile_serialization=False)
+    assert checksum_damage(path) is None
+    assert equal(read_checkpoint(path), state())
+
+
+def test_what_cannot_be_read_is_told(tmp_path):
+    assert "No such file" in checksum_damage(tmp_path / "absent.pth")
+    (tmp_path / "empty.pth").touch()
+    assert checksum_damage(tmp_path / "empty.pth") == "it is empty"
+
+
+@pytest.mark.skipif(not os.path.exists("/usr/bin/unzip"), reason="no unzip")
+def test_unzip_can_check_a_checkpoint_where_there_is_no_python(file):
+    assert subprocess.run(["/usr/bin/unzip", "-tq", file], check=False).returncode == 0

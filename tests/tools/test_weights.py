@@ -14,9 +14,10 @@ from tests.checkpoint.layout_files import (
     with_prefix,
     write,
 )
-from virtex_d2.checkpoint.layouts import IMAGENET_RGB
 from virtex_d2.checkpoint.resnet import ResNet
 from virtex_d2.checkpoint.source import read_backbone
+from virtex_d2.engine.backbone_file import IMAGENET_RGB
+from virtex_d2.engine.safe_load import read_stored
 
 RESNET = ResNet(18, res2_channels=64)
 BRIEF = ("SOLVER.MAX_ITER", 1, "DATASETS.TEST", "()")
@@ -37,6 +38,11 @@ def as_virtex(folder, resnet):
 
 def as_detectron2(folder, resnet):
     return write(folder / "renamed.pth", {"model": in_detectron2(resnet)})
+
+
+def as_detector(folder, resnet):
+    tensors = with_prefix(in_detectron2(resnet), "backbone.bottom_up.")
+    return write(folder / "detector.pth", {"model": tensors})
 
 
 def as_flat_pickle(folder, resnet):
@@ -161,3 +167,21 @@ def test_the_backbone_of_a_detector_knows_how_it_was_trained(resnet, tool, tmp_p
     assert tool("MODEL.WEIGHTS", as_torchvision(tmp_path, resnet), *BRIEF) == 0
     backbone = read_backbone(str(tool.output / "model_final.pth"))
     assert backbone.preprocessing == IMAGENET_RGB
+
+
+@pytest.mark.parametrize("make", [as_torchvision, as_detector])
+@pytest.mark.parametrize("mode", ["check", "auto"])
+def test_the_file_is_read_once(make, mode, resnet, tool, tmp_path, monkeypatch):
+    path, read = make(tmp_path, resnet), []
+
+    def counted(file):
+        read.append(str(file))
+        return read_stored(file)
+
+    monkeypatch.setattr("virtex_d2.engine.safe_load.read_stored", counted)
+    monkeypatch.setattr("virtex_d2.engine.checkpointer.read_stored", counted)
+    assert tool("MODEL.WEIGHTS", path, "VIRTEX.PREPROCESSING", mode, *BRIEF) == 0
+    assert read == [str(path)]
+    del read[:]
+    assert tool("--resume", "VIRTEX.PREPROCESSING", mode, *BRIEF) == 0
+    assert read == [str(tool.output / "model_final.pth")]

@@ -1,26 +1,26 @@
 """One ResNet, written as other programs expect it."""
 
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from detectron2.config import get_cfg
-from detectron2.modeling import build_model
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone.resnet import build_resnet_backbone
+from torch import nn
 
 import virtex_d2
-from virtex_d2.checkpoint.addresses import local_path
-from virtex_d2.checkpoint.layouts import IMAGENET_RGB, SUFFIXES, Preprocessing
-from virtex_d2.checkpoint.naming import DETECTRON2, TORCHVISION, translate
+from virtex_d2.checkpoint.layouts import DETECTRON2, SUFFIXES, TORCHVISION, translate
 from virtex_d2.checkpoint.probe import TOLERANCE, ProbeResult, probe
 from virtex_d2.checkpoint.source import (
-    FORMAT,
-    FORMAT_VERSION,
     Backbone,
-    find_layouts,
+    Source,
+    local_path,
     read_backbone,
 )
+from virtex_d2.engine.backbone_file import IMAGENET_RGB, Preprocessing, write_backbone
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import atomic_path, write_safetensors
 
@@ -89,7 +89,7 @@ def _notes(to: str, backbone: Backbone) -> list[str]:
 def verify(path: str, original: Backbone) -> ProbeResult:
     """Read a converted file again and compare it with what it was made from.
 
-    Every tensor must be the same bit for bit; then a detectron2 Mask R-CNN takes it, and its stages
+    Every tensor must be the same bit for bit; then detectron2's ResNet takes them, and its stages
     are compared with the original's.
     """
     written = read_backbone(path)
@@ -101,10 +101,10 @@ def verify(path: str, original: Backbone) -> ProbeResult:
     if different:
         raise InputError(f"{path}: {len(different)} tensors differ, the first: {different[0]}.")
     preprocessing = original.preprocessing or Preprocessing("RGB", (0.0,) * 3, (1.0,) * 3, False)
-    model = _stock_detector(original, preprocessing)
-    state = model.state_dict()
+    model = _StockNetwork(original, preprocessing)
+    state = model.backbone.state_dict()
     for name, tensor in written.tensors.items():
-        state[f"backbone.bottom_up.{translate(name, TORCHVISION, DETECTRON2)}"].copy_(tensor)
+        state[translate(name, TORCHVISION, DETECTRON2)].copy_(tensor)
     result = probe(model, original, preprocessing, preprocessing.channel_order)
     if not result.passed:
         raise InputError(
@@ -123,7 +123,8 @@ def inspect(path: str, layout: str = "", copy: str = "", prefix: str = "") -> di
         where it is not known), "assumed" (those of the keys that the file does not say), "dropped",
         "beside", "notes", "metadata", "sha256".
     """
-    backbone = read_backbone(path := local_path(path), layout, copy, prefix)
+    source = Source(local_path(path))
+    backbone = source.backbone(layout, copy, prefix)
     return {
         "path": backbone.path,
         "sha256": backbone.sha256,
@@ -140,33 +141,13 @@ def inspect(path: str, layout: str = "", copy: str = "", prefix: str = "") -> di
                 "prefix": found.prefix,
                 "layouts": [f"{entry.name}: {one.name}" for entry, one in found.layouts],
             }
-            for found in find_layouts(path)
+            for found in source.resnets
         ],
         "dropped": list(backbone.dropped),
         "beside": list(backbone.beside),
         "notes": list(backbone.notes),
         "metadata": backbone.metadata,
     }
-
-
-def describe(found: Mapping[str, object]) -> str:
-    """`inspect`'s result as a table."""
-    rows = []
-    for key, value in found.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{name} {item}" for name, item in value.items()) or "none"
-        elif isinstance(value, list):
-            texts = [
-                f"{item['place'] or 'top level'} {item['prefix'] or '(no prefix)'} "
-                f"{' or '.join(item['layouts']) or 'no known layout'}"
-                if isinstance(item, dict)
-                else str(item)
-                for item in value
-            ]
-            more = f" and {len(texts) - 4} more" if len(texts) > 4 else ""
-            value = "; ".join(texts[:4]) + more or "none"
-        rows.append(f"{key:14}{'the file does not say' if value is None else value}")
-    return "\n".join(rows)
 
 
 def _metadata(backbone: Backbone) -> dict[str, str]:
@@ -191,8 +172,8 @@ def _write_backbone(dest: Path, backbone: Backbone) -> None:
             f"with, which a backbone file must{doubt}. Convert with --to detectron2, and set the "
             "four keys where it is used."
         )
-    own = {"format": FORMAT, "format_version": FORMAT_VERSION}
-    write_safetensors(dest, backbone.tensors, {**_metadata(backbone), **own})
+    name, metadata = backbone.architecture.name, _metadata(backbone)
+    write_backbone(dest, backbone.tensors, name, backbone.preprocessing, metadata)
 
 
 def _write_detectron2(dest: Path, backbone: Backbone) -> None:
@@ -228,18 +209,17 @@ _WRITERS: dict[str, Callable[[Path, Backbone], None]] = {
 }
 
 
-def _stock_detector(backbone: Backbone, preprocessing: Preprocessing) -> torch.nn.Module:
-    cfg = get_cfg()
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
-    cfg.MODEL.BACKBONE.FREEZE_AT = 0
-    cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
-    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
-    cfg.MODEL.RESNETS.NORM = "BN"
-    cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
-    cfg.MODEL.FPN.OUT_CHANNELS = 8
-    cfg.MODEL.RPN.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
-    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32], [64], [128], [256], [512]]
-    for key, value in {**backbone.architecture.config(), **preprocessing.config()}.items():
-        cfg.merge_from_list([key, value])
-    return build_model(cfg)
+class _StockNetwork(nn.Module):
+    """detectron2's own ResNet, fed as a detector feeds it."""
+
+    def __init__(self, backbone: Backbone, preprocessing: Preprocessing):
+        super().__init__()
+        cfg = get_cfg()
+        cfg.MODEL.BACKBONE.FREEZE_AT = 0
+        cfg.MODEL.RESNETS.NORM = "BN"
+        cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+        for key, value in {**backbone.architecture.config(), **preprocessing.config()}.items():
+            cfg.merge_from_list([key, value])
+        self.backbone = build_resnet_backbone(cfg, ShapeSpec(channels=3))
+        self.pixel_mean = torch.tensor(cfg.MODEL.PIXEL_MEAN).view(3, 1, 1)
+        self.pixel_std = torch.tensor(cfg.MODEL.PIXEL_STD).view(3, 1, 1)

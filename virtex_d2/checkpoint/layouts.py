@@ -1,117 +1,241 @@
-"""Whose checkpoint is this: what projects call the ResNet in their files, as a table.
+"""Whose checkpoint is this, and how it names the tensors of its ResNet: tables.
 
+A naming is a table from roles to names, so that names are translated from any naming to any other.
 A layout is recognised by the keys in the file, never by the file's name. To add one: an entry in
 `LAYOUTS`, and a fixture in tests/checkpoint/layout_files.py.
 """
 
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from virtex_d2.checkpoint.naming import (
-    CAFFE2,
-    DETECTRON2,
-    NAMINGS,
-    SEQUENTIAL,
-    SEQUENTIAL_STEM,
-    TORCHVISION,
-    TRANSFORMERS,
-    Naming,
-    unwrapped,
-)
+from virtex_d2.engine.backbone_file import IMAGENET_RGB, Preprocessing
 
-ORDER, MEAN, STD = "INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"
-STRIDE = "MODEL.RESNETS.STRIDE_IN_1X1"
+# What each kind of module holds. Batch counters (`num_batches_tracked`) are not of the backbone:
+# with a fixed momentum nothing reads them.
+CONVOLUTION = ("weight",)
+NORM = ("weight", "bias", "running_mean", "running_var")
 
 
 @dataclass(frozen=True)
-class Preprocessing:
-    """What was done to pixels before the network saw them.
+class Naming:
+    """How one project names a ResNet's tensors."""
 
-    Attributes:
-        channel_order: "RGB" or "BGR".
-        mean, std: per channel in that order, on the scale 0 to 255.
-        stride_in_1x1: whether a bottleneck halves the resolution in its first 1x1 convolution
-            (MSRA's networks) or in the 3x3 one (torchvision's and all later ones).
+    name: str
+    first_stage: int  # the number of the stage behind the stem
+    modules: dict[str, str]  # by role, with the fields {stage}, {block} and {n}, a convolution
+    convolution: dict[str, str]  # parameter -> what follows the module's name
+    norm: dict[str, str]
+    numbers: str = "123"  # of the convolutions of a block in order
+    also: tuple[tuple[str, str], ...] = ()  # further (role, module) that are read, not written
+
+    def parameters(self, role: str) -> dict[str, str]:
+        """Parameter -> suffix of a role's module."""
+        return self.norm if role.endswith("norm") else self.convolution
+
+    @functools.cached_property
+    def patterns(self) -> list[tuple[str, str, re.Pattern]]:
+        """Role, parameter and regular expression of each name, the fields as named groups."""
+        fields = {"stage": r"\d+", "block": r"\d+", "n": f"[{self.numbers}]"}
+        return [
+            (
+                role,
+                parameter,
+                re.compile(
+                    re.sub(
+                        r"\\{(\w+)\\}",
+                        lambda match: f"(?P<{match[1]}>{fields[match[1]]})",
+                        re.escape(module + suffix),
+                    )
+                ),
+            )
+            for role, module in (*self.modules.items(), *self.also)
+            for parameter, suffix in self.parameters(role).items()
+        ]
+
+
+def _dotted(names: Iterable[str]) -> dict[str, str]:
+    return {name: f".{name}" for name in names}
+
+
+TORCHVISION = Naming(
+    "torchvision",
+    first_stage=1,
+    modules={
+        "stem convolution": "conv1",
+        "stem norm": "bn1",
+        "convolution": "layer{stage}.{block}.conv{n}",
+        "norm": "layer{stage}.{block}.bn{n}",
+        "shortcut convolution": "layer{stage}.{block}.downsample.0",
+        "shortcut norm": "layer{stage}.{block}.downsample.1",
+    },
+    convolution=_dotted(CONVOLUTION),
+    norm=_dotted(NORM),
+    also=(
+        ("stem convolution", "layer0.0"),
+        ("stem norm", "layer0.1"),
+        ("stem convolution", "layer0.conv1"),
+        ("stem norm", "layer0.bn1"),
+        ("shortcut convolution", "layer{stage}.{block}.shortcut.0"),
+        ("shortcut norm", "layer{stage}.{block}.shortcut.1"),
+    ),
+)
+
+
+def _numbered(name: str, first_stage: int, stem: str, norm: str) -> Naming:
+    """torchvision's blocks in nn.Sequential, which counts its parts."""
+    modules = {
+        role: module.replace("layer{stage}", "{stage}")
+        for role, module in TORCHVISION.modules.items()
+    }
+    modules |= {"stem convolution": stem, "stem norm": norm}
+    return Naming(name, first_stage, modules, TORCHVISION.convolution, TORCHVISION.norm)
+
+
+# nn.Sequential(*resnet.children()), and one whose first part is the stem (convolution, norm, ReLU
+# and pooling).
+SEQUENTIAL = _numbered("sequential", 4, "0", "1")
+SEQUENTIAL_STEM = _numbered("sequential-stem", 1, "0.0", "0.1")
+
+TRANSFORMERS = Naming(
+    "transformers",
+    first_stage=0,
+    modules={
+        "stem convolution": "embedder.embedder.convolution",
+        "stem norm": "embedder.embedder.normalization",
+        "convolution": "encoder.stages.{stage}.layers.{block}.layer.{n}.convolution",
+        "norm": "encoder.stages.{stage}.layers.{block}.layer.{n}.normalization",
+        "shortcut convolution": "encoder.stages.{stage}.layers.{block}.shortcut.convolution",
+        "shortcut norm": "encoder.stages.{stage}.layers.{block}.shortcut.normalization",
+    },
+    convolution=_dotted(CONVOLUTION),
+    norm=_dotted(NORM),
+    numbers="012",
+)
+
+DETECTRON2 = Naming(
+    "detectron2",
+    first_stage=2,
+    modules={
+        "stem convolution": "stem.conv1",
+        "stem norm": "stem.conv1.norm",
+        "convolution": "res{stage}.{block}.conv{n}",
+        "norm": "res{stage}.{block}.conv{n}.norm",
+        "shortcut convolution": "res{stage}.{block}.shortcut",
+        "shortcut norm": "res{stage}.{block}.shortcut.norm",
+    },
+    convolution=_dotted(CONVOLUTION),
+    norm=_dotted(NORM),
+)
+
+# Statistics are folded into its norms' affine parameters: it has no running ones.
+CAFFE2 = Naming(
+    "caffe2",
+    first_stage=2,
+    modules={
+        "stem convolution": "conv1",
+        "stem norm": "res_conv1",
+        "convolution": "res{stage}_{block}_branch2{n}",
+        "norm": "res{stage}_{block}_branch2{n}",
+        "shortcut convolution": "res{stage}_{block}_branch1",
+        "shortcut norm": "res{stage}_{block}_branch1",
+    },
+    convolution={"weight": "_w"},
+    norm={"weight": "_bn_s", "bias": "_bn_b"},
+    numbers="abc",
+)
+
+NAMINGS = (TORCHVISION, DETECTRON2, CAFFE2, TRANSFORMERS, SEQUENTIAL, SEQUENTIAL_STEM)
+
+# What wrappers put into names, at any depth: DDP and DataParallel, torch.compile, FSDP, activation
+# checkpointing, DeepSpeed.
+_WRAPPED = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_WRAPPED |= {"_forward_module"}
+
+# Names that only a ResNet-like network has. One of them that is not in the tables belongs to
+# another architecture (a deep stem, squeeze and excitation, a convolution with a bias).
+_OF_A_RESNET = re.compile(
+    r"(stem\.|conv\d|bn\d|norm\d|layer\d|res\d|res_conv|attnpool|transformer|blocks?\.|embedder\.|"
+    r"encoder\.stages\.|[0-7]\.(\d+\.|bias$))"
+)
+
+
+def translate(name: str, source: Naming, target: Naming) -> str | None:
+    """A tensor's name in another naming; None where one of the two has no such tensor.
+
+    >>> translate("layer1.0.bn3.running_var", TORCHVISION, DETECTRON2)
+    'res2.0.conv3.norm.running_var'
     """
-
-    channel_order: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    stride_in_1x1: bool
-
-    def config(self) -> dict[str, object]:
-        """The four config keys that feed a detector so."""
-        return {
-            ORDER: self.channel_order,
-            MEAN: list(self.mean),
-            STD: list(self.std),
-            STRIDE: self.stride_in_1x1,
-        }
-
-    @classmethod
-    def of_config(cls, values: Mapping[str, Any]) -> "Preprocessing":
-        """The other way of `config`."""
-        return cls(values[ORDER], tuple(values[MEAN]), tuple(values[STD]), values[STRIDE])
-
-    def metadata(self) -> dict[str, str]:
-        """The same as strings, for files."""
-        return {
-            "channel_order": self.channel_order,
-            "pixel_mean": ",".join(map(str, self.mean)),
-            "pixel_std": ",".join(map(str, self.std)),
-            "stride_in_1x1": str(self.stride_in_1x1).lower(),
-        }
+    for role, parameter, pattern in source.patterns:
+        match = pattern.fullmatch(name)
+        if match:
+            fields = match.groupdict()
+            if "stage" in fields:
+                stage = int(fields["stage"]) - source.first_stage
+                if stage < 0:
+                    return None
+                fields["stage"] = stage + target.first_stage
+            if "n" in fields:
+                fields["n"] = target.numbers[source.numbers.index(fields["n"])]
+            suffix = target.parameters(role).get(parameter)
+            return None if suffix is None else target.modules[role].format(**fields) + suffix
+    return None
 
 
-# ImageNet's statistics as torchvision gives them (0.485, 0.456, 0.406; 0.229, 0.224, 0.225), x 255.
-IMAGENET_RGB = Preprocessing("RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375), False)
+def unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """Names without what wrappers put into them -> the names as they are.
+
+    Where two names would become one, all stay as they are: the file holds wrapped and unwrapped
+    networks.
+    """
+    names = list(names)
+    plain = {
+        ".".join(part for part in name.split(".") if part not in _WRAPPED): name for name in names
+    }
+    return plain if len(plain) == len(names) else {name: name for name in names}
+
+
+def is_counter(name: str) -> bool:
+    """Whether it is a norm's `num_batches_tracked`."""
+    return name.endswith("num_batches_tracked")
+
+
+def looks_like_backbone(name: str) -> bool:
+    """Whether a name without its prefix is one of a ResNet's inside, rather than of a head."""
+    return _OF_A_RESNET.match(name) is not None
+
+
+# --- layouts
+
 # MSRA's, as in detectron2's model zoo.
 MSRA_BGR = Preprocessing("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0), True)
 
 
 @dataclass(frozen=True)
 class Copy:
-    """One of the networks that a training checkpoint holds.
+    """One of the networks that a training checkpoint holds, with regular expressions."""
 
-    Attributes:
-        name: for `--copy` and VIRTEX.COPY.
-        prefix: regular expression of what stands before the ResNet's names, without the wrappers
-            of DDP, torch.compile and the like.
-        container: regular expression of the path of dict keys to the state dict, joined by "/".
-    """
-
-    name: str
-    prefix: str
-    container: str = r"(?!.*ema).*"
+    name: str  # for `--copy` and VIRTEX.COPY
+    prefix: str  # before the ResNet's names, without the wrappers of DDP, torch.compile and so on
+    container: str = r"(?!.*ema).*"  # the path of dict keys to the state dict, joined by "/"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One project's files.
+    """One project's files."""
 
-    Attributes:
-        name: for `--layout` and VIRTEX.LAYOUT.
-        projects: whose files look so.
-        copies: the networks that may be in a file; the first is the one that is taken.
-        naming: of the ResNet behind the prefix.
-        markers: regular expressions of names; one must begin a name beside the ResNet's, or, where
-            there are none here, the prefix alone is enough.
-        preprocessing: what such networks are trained with, which is assumed where the file itself
-            says nothing; None where there is no such custom.
-        refusal: why this cannot be loaded, where it cannot.
-        detector: whether the file is of a whole detector, which is loaded as detectron2 does.
-    """
-
-    name: str
-    projects: str
-    copies: tuple[Copy, ...]
-    naming: Naming = TORCHVISION
+    name: str  # for `--layout` and VIRTEX.LAYOUT
+    projects: str  # whose files look so
+    copies: tuple[Copy, ...]  # that may be in a file; the first is the one that is taken
+    naming: Naming = TORCHVISION  # of the ResNet behind the prefix
+    # Regular expressions: one must begin a name beside the ResNet's. Without any the prefix is
+    # enough.
     markers: tuple[str, ...] = ()
+    # Assumed where the file itself says nothing; None where there is no such custom.
     preprocessing: Preprocessing | None = IMAGENET_RGB
-    refusal: str = ""
-    detector: bool = False
+    refusal: str = ""  # why this cannot be loaded, where it cannot
+    detector: bool = False  # a whole one, which is loaded as detectron2 does
 
 
 _EMA = r"(.*/)?[^/]*ema[^/]*(/.*)?"
@@ -253,19 +377,12 @@ _ANCHORS = {
 
 @dataclass(frozen=True)
 class Found:
-    """A ResNet in a file, and what it may be.
+    """A ResNet in a file, and what it may be."""
 
-    Attributes:
-        container: path of dict keys to its state dict, joined by "/".
-        prefix: before its names, without wrappers.
-        naming: of its names.
-        layouts: (layout, copy) that fit, the more specific layouts only.
-    """
-
-    container: str
-    prefix: str
+    container: str  # path of dict keys to its state dict, joined by "/"
+    prefix: str  # before its names, without wrappers
     naming: Naming
-    layouts: tuple[tuple[Layout, Copy], ...]
+    layouts: tuple[tuple[Layout, Copy], ...]  # that fit, the more specific ones only
 
     @property
     def place(self) -> str:

@@ -15,28 +15,21 @@ from detectron2.modeling.backbone.resnet import BottleneckBlock, ResNet
 from torch import nn
 from torch.nn import functional as F
 
-from virtex_d2.checkpoint.layouts import Preprocessing
 from virtex_d2.checkpoint.resnet import BLOCKS
 from virtex_d2.checkpoint.source import Backbone
+from virtex_d2.engine.backbone_file import Preprocessing
 from virtex_d2.engine.errors import InputError
 
 TOLERANCE = 1e-5  # relative error in float32; the wrong networks are at 0.03 and above
 SIZE = 64  # pixels: what leaves the last stage two by two
-STAGES = ("stem", "res2", "res3", "res4", "res5")
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """Relative errors of a loaded detector's stages.
+    """Relative errors of a loaded detector's stages."""
 
-    Attributes:
-        errors: stage -> ||detector - source|| / ||source||; stages that the detector lacks are not
-            in it.
-        cause: what would explain them; "" where all are within the tolerance.
-    """
-
-    errors: dict[str, float]
-    cause: str = ""
+    errors: dict[str, float]  # stage -> ||detector - source|| / ||source||, of those that it has
+    cause: str = ""  # what would explain them; "" where all are within the tolerance
 
     @property
     def passed(self) -> bool:

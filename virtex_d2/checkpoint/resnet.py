@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from virtex_d2.checkpoint.naming import NORM
+from virtex_d2.checkpoint.layouts import NORM
 from virtex_d2.engine.errors import InputError
 
 # Depth by (blocks of the four stages, whether they are bottlenecks). He et al., arXiv 1512.03385,
@@ -23,21 +23,13 @@ BLOCKS = {depth: blocks for (blocks, _), depth in DEPTHS.items()}
 
 @dataclass(frozen=True)
 class ResNet:
-    """What MODEL.RESNETS can say of a ResNet.
+    """What MODEL.RESNETS can say of a ResNet."""
 
-    Attributes:
-        depth: 18, 34, 50, 101 or 152.
-        stem_channels: of the 7x7 convolution.
-        res2_channels: that the first stage gives out; each later one gives twice as many.
-        groups: of a bottleneck's 3x3 convolutions; 1 where there are no bottlenecks.
-        group_width: channels of each group in the first stage.
-    """
-
-    depth: int
-    stem_channels: int = 64
-    res2_channels: int = 256
-    groups: int = 1
-    group_width: int = 64
+    depth: int  # 18, 34, 50, 101 or 152
+    stem_channels: int = 64  # of the 7x7 convolution
+    res2_channels: int = 256  # that the first stage gives out; each later one gives twice as many
+    groups: int = 1  # of a bottleneck's 3x3 convolutions
+    group_width: int = 64  # channels of each group in the first stage
 
     @property
     def bottleneck(self) -> bool:

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from virtex_d2.checkpoint.layouts import IMAGENET_RGB, MEAN, ORDER, STD, STRIDE
-from virtex_d2.checkpoint.naming import unwrapped
+from virtex_d2.checkpoint.layouts import unwrapped
 from virtex_d2.checkpoint.resnet import ResNet
-from virtex_d2.checkpoint.stored import Placeholder
+from virtex_d2.engine.backbone_file import IMAGENET_RGB, MEAN, ORDER, STD, STRIDE
+from virtex_d2.engine.unpickling import Placeholder
 
 PIXELS = (ORDER, MEAN, STD, STRIDE)
 # What is looked at: the largest configs have some thousand values and are ten levels deep.
@@ -65,19 +65,14 @@ _OTHER_BEHIND = re.compile(r"[a-z](_|$)|_?v1[a-z]*[cdest](_|$)|.*_(ibn|clip|gn|d
 
 @dataclass(frozen=True)
 class Statement:
-    """One thing that a file says.
+    """One thing that a file says."""
 
-    A config key of `PIXELS`, an attribute of `ResNet` or `_OTHER`; its value; where it stands, and
-    as what. What is inferred counts where nobody says it; what is assumed was so in the file that
-    this one was converted from.
-    """
-
-    key: str
+    key: str  # a config key of `PIXELS`, an attribute of `ResNet` or `_OTHER`
     value: Any
-    place: str
-    found: Any = None
-    inferred: bool = False
-    assumed: bool = False
+    place: str  # where it stands
+    found: Any = None  # as what
+    inferred: bool = False  # counts where nobody says it
+    assumed: bool = False  # in the file that this one was converted from
 
     def __str__(self) -> str:
         return f"{self.place} says {self.value if self.found is None else repr(self.found)}"

@@ -1,10 +1,13 @@
 """Load a ResNet into a detector so that it is the network that was pretrained, or nothing is."""
 
+import functools
 import json
 import logging
+import operator
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import detectron2
 import torch
@@ -13,15 +16,14 @@ from detectron2.config import CfgNode
 from torch import nn
 
 import virtex_d2
-from virtex_d2.checkpoint.addresses import local_path
-from virtex_d2.checkpoint.layouts import IMAGENET_RGB, Preprocessing
-from virtex_d2.checkpoint.naming import DETECTRON2, TORCHVISION, is_counter, translate
+from virtex_d2.checkpoint.layouts import DETECTRON2, TORCHVISION, is_counter, translate
 from virtex_d2.checkpoint.probe import TOLERANCE, ProbeResult, probe
-from virtex_d2.checkpoint.source import Backbone, detector_says, holds_detector, read_backbone
+from virtex_d2.checkpoint.source import Backbone, Source, local_path
 from virtex_d2.checkpoint.statements import PIXELS, same
+from virtex_d2.engine.backbone_file import IMAGENET_RGB, Preprocessing
+from virtex_d2.engine.checkpointer import has_checkpoint, last_whole_checkpoint
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import atomic_path
-from virtex_d2.engine.last_checkpoint import has_checkpoint, last_whole_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -36,42 +38,26 @@ _OTHER_WAYS = "(VIRTEX.PREPROCESSING auto sets them; config believes the config.
 # Where detectors keep their ResNet: FPN; C4 and others without FPN; res5 of C4's ROI heads.
 BACKBONE_PREFIXES = ("backbone.bottom_up.", "backbone.", "roi_heads.")
 
+_AS_IN_BACKBONE = ("sha256", "layout", "copy", "beside", "assumed", "notes", "metadata")
+
 
 @dataclass(frozen=True)
 class TransferReport:
-    """What a load did.
-
-    Attributes:
-        source, sha256: the file.
-        layout, copy: whose it is, and which of the networks in it.
-        architecture: as torchvision calls it.
-        loaded: the detector's names of the tensors that were set: all of its backbone.
-        dropped: the file's tensors that a detector has no use for, and those of stages that this
-            one lacks.
-        beside: what else the file holds.
-        new: the detector's tensors that no backbone has (FPN, RPN, heads).
-        preprocessing: the config keys that the backbone wants.
-        assumed: those of them that the file does not say.
-        vouched: whether the config is believed instead of the file (VIRTEX.PREPROCESSING config).
-        probe: relative error by stage; empty where the probe is off.
-        notes: of the file.
-        metadata: the file's.
-        versions: of what computed this.
-    """
+    """What a load did. Fields without a comment are those of `Backbone`."""
 
     source: str
     sha256: str
     layout: str
     copy: str
     architecture: str
-    loaded: tuple[str, ...]
-    dropped: tuple[str, ...]
+    loaded: tuple[str, ...]  # the detector's names of the tensors that were set: its whole backbone
+    dropped: tuple[str, ...]  # the file's tensors that this detector has no use for
     beside: tuple[str, ...]
-    new: tuple[str, ...]
-    preprocessing: dict[str, object]
+    new: tuple[str, ...]  # the detector's tensors that no backbone has (FPN, RPN, heads)
+    preprocessing: dict[str, object]  # the config keys that the backbone wants
     assumed: tuple[str, ...]
-    vouched: bool
-    probe: dict[str, float]
+    vouched: bool  # whether the config is believed instead of the file
+    probe: dict[str, float]  # relative error by stage; empty where the probe is off
     notes: tuple[str, ...]
     metadata: dict[str, str]
     versions: dict[str, str] = field(
@@ -90,42 +76,38 @@ class TransferReport:
         return path
 
 
-def is_backbone(weights: str) -> bool:
-    """Whether MODEL.WEIGHTS is a backbone to be loaded strictly, not a detector's checkpoint.
+def open_weights(cfg: CfgNode, resume: bool = False) -> Source | None:
+    """The file that a run starts from: MODEL.WEIGHTS, or its last checkpoint; None: there is none.
 
-    Told by the keys in the file.
+    To be opened once, and dropped when the weights are set. A run that is resumed goes by its last
+    checkpoint, so that the file that it started from may be gone by then.
     """
-    return bool(weights) and not holds_detector(local_path(weights))
+    if resume and has_checkpoint(cfg.OUTPUT_DIR):
+        # There is no log yet; where it is not the last one, that is told when it is loaded.
+        return Source(last_whole_checkpoint(cfg.OUTPUT_DIR, tell=False))
+    return Source(local_path(cfg.MODEL.WEIGHTS)) if cfg.MODEL.WEIGHTS else None
 
 
-def apply_preprocessing(cfg: CfgNode, resume: bool = False) -> list[str]:
+def apply_preprocessing(cfg: CfgNode, source: Source | None) -> list[str]:
     """Bring the preprocessing of config and weights together, before a detector is built.
 
     With VIRTEX.PREPROCESSING "auto", the config's keys are set to those of the backbone or the
-    whole detector in MODEL.WEIGHTS, in place. With "check", a whole detector's are compared
-    (a backbone's at its load). A run that is resumed goes by its last checkpoint, so that the file
-    that it started from may be gone by then. What a detector's checkpoint does not say is left to
-    the config.
+    whole detector, in place. With "check", a whole detector's are compared (a backbone's at its
+    load). What a detector's checkpoint does not say is left to the config.
 
     Returns:
         A line for the log about each key that was changed, and one about what was not checked;
         there is no log yet at that time.
     """
-    if cfg.VIRTEX.PREPROCESSING not in MODES:
-        raise InputError(
-            f"VIRTEX.PREPROCESSING is '{cfg.VIRTEX.PREPROCESSING}'; expected one of "
-            f"{', '.join(MODES)}."
-        )
-    mode, weights = cfg.VIRTEX.PREPROCESSING, cfg.MODEL.WEIGHTS
-    if resume and has_checkpoint(cfg.OUTPUT_DIR):
-        # There is no log yet; where it is not the last one, that is told when it is loaded.
-        weights = last_whole_checkpoint(cfg.OUTPUT_DIR, tell=False)
-    if mode == "config" or not weights:
+    mode = cfg.VIRTEX.PREPROCESSING
+    if mode not in MODES:
+        raise InputError(f"VIRTEX.PREPROCESSING is '{mode}'; expected one of {', '.join(MODES)}.")
+    if mode == "config" or source is None:
         return []
-    path = local_path(weights)
-    lines, assumed = [], ()
-    if holds_detector(path):
-        trained, doubts = detector_says(path)
+    path, lines, assumed = source.path, [], ()
+    if source.is_detector:
+        said, doubts = source.statements()
+        trained = {key: statement.value for key, statement in said.items()}
         if doubts:
             raise InputError(f"{path}: {doubts[0]}. {_VOUCH}")
         unsaid = [key for key in PIXELS if key not in trained]
@@ -135,7 +117,7 @@ def apply_preprocessing(cfg: CfgNode, resume: bool = False) -> list[str]:
                 f"{', '.join(unsaid)}: not checked, the config is believed"
             ]
     elif mode == "auto":
-        backbone = _read(cfg, path)
+        backbone = _backbone_of(source, cfg)
         trained, assumed = _known_preprocessing(backbone).config(), backbone.assumed
     else:
         return []
@@ -154,7 +136,7 @@ def apply_preprocessing(cfg: CfgNode, resume: bool = False) -> list[str]:
     return lines
 
 
-def load_backbone(model: nn.Module, path: str, cfg: CfgNode) -> TransferReport:
+def load_backbone(model: nn.Module, source: Source, cfg: CfgNode) -> TransferReport:
     """Set every backbone tensor of a detector from a checkpoint, running statistics included.
 
     Frozen stages (FREEZE_AT) get the file's statistics too, res5 of a C4 detector lies in its ROI
@@ -163,11 +145,11 @@ def load_backbone(model: nn.Module, path: str, cfg: CfgNode) -> TransferReport:
 
     Args:
         model: a detectron2 detector with a ResNet, possibly in DistributedDataParallel.
-        path: a checkpoint of any layout in `layouts.LAYOUTS`, or a backbone file.
+        source: a checkpoint of any layout in `layouts.LAYOUTS`, or a backbone file.
         cfg: the detector's config; what it does to pixels must be what the backbone was trained
             with, and its ResNet that of the file.
     """
-    backbone = _read(cfg, path)
+    backbone = _backbone_of(source, cfg)
     model = getattr(model, "module", model)
     vouched = cfg.VIRTEX.PREPROCESSING == "config"
     wanted_config = dict(backbone.architecture.config())
@@ -180,6 +162,7 @@ def load_backbone(model: nn.Module, path: str, cfg: CfgNode) -> TransferReport:
     wanted = backbone_names(state)
     stages = {_stage(name) for name in wanted}
     unused = sorted(name for name in given if _stage(name) not in stages)
+    there = [translate(name, DETECTRON2, TORCHVISION) for name in unused]
     problems = list(_problems(given, wanted, state, unused, cfg.MODEL.RESNETS.NORM))
     if problems:
         raise InputError(
@@ -196,20 +179,14 @@ def load_backbone(model: nn.Module, path: str, cfg: CfgNode) -> TransferReport:
         result = probe(model, backbone, used, cfg.INPUT.FORMAT)
     report = TransferReport(
         source=backbone.path,
-        sha256=backbone.sha256,
-        layout=backbone.layout,
-        copy=backbone.copy,
         architecture=backbone.architecture.name,
         loaded=tuple(sorted(wanted.values())),
-        dropped=(*backbone.dropped, *(_original(backbone, name) for name in unused)),
-        beside=backbone.beside,
+        dropped=(*backbone.dropped, *(backbone.names.get(n, n) for n in there)),
         new=tuple(sorted(n for n in state if n not in set(wanted.values()) and not is_counter(n))),
         preprocessing=used.config(),
-        assumed=backbone.assumed,
         vouched=vouched,
         probe=result.errors,
-        notes=backbone.notes,
-        metadata=backbone.metadata,
+        **{name: getattr(backbone, name) for name in _AS_IN_BACKBONE},
     )
     _log(report, backbone, cfg, unused)
     if not result.passed:
@@ -233,26 +210,8 @@ def backbone_names(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def extract_backbone(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A detector's ResNet in torchvision's naming: float tensors on the CPU, copied.
-
-    The other way of `load_backbone`: what that loaded comes back bit for bit.
-    """
-    state = getattr(model, "module", model).state_dict()
-    return {
-        translate(name, DETECTRON2, TORCHVISION): state[full_name].detach().cpu().clone()
-        for name, full_name in backbone_names(state).items()
-    }
-
-
-def _read(cfg: CfgNode, path: str = "") -> Backbone:
-    virtex = cfg.VIRTEX
-    path = local_path(path or cfg.MODEL.WEIGHTS)
-    return read_backbone(path, virtex.LAYOUT, virtex.COPY, virtex.PREFIX)
-
-
-def _original(backbone: Backbone, detectron2_name: str) -> str:
-    return backbone.original(translate(detectron2_name, DETECTRON2, TORCHVISION) or "")
+def _backbone_of(source: Source, cfg: CfgNode) -> Backbone:
+    return source.backbone(cfg.VIRTEX.LAYOUT, cfg.VIRTEX.COPY, cfg.VIRTEX.PREFIX)
 
 
 def _known_preprocessing(backbone: Backbone) -> Preprocessing:
@@ -270,12 +229,7 @@ def _known_preprocessing(backbone: Backbone) -> Preprocessing:
 
 def config_preprocessing(cfg: CfgNode) -> Preprocessing:
     """What a detector of this config is fed."""
-    return Preprocessing(
-        cfg.INPUT.FORMAT,
-        tuple(map(float, cfg.MODEL.PIXEL_MEAN)),
-        tuple(map(float, cfg.MODEL.PIXEL_STD)),
-        cfg.MODEL.RESNETS.STRIDE_IN_1X1,
-    )
+    return Preprocessing.of_config({key: _get(cfg, key) for key in PIXELS})
 
 
 def _check_config(backbone: Backbone, expected: dict[str, object], cfg: CfgNode) -> None:
@@ -380,17 +334,13 @@ def _stage(name: str) -> str:
     return name.partition(".")[0]
 
 
-def _get(cfg: CfgNode, dotted: str) -> object:
-    for name in dotted.split("."):
-        cfg = cfg[name]
-    return cfg
+def _get(cfg: CfgNode, dotted: str) -> Any:
+    return functools.reduce(operator.getitem, dotted.split("."), cfg)
 
 
 def _set(cfg: CfgNode, dotted: str, value: object) -> None:
-    *groups, key = dotted.split(".")
-    for name in groups:
-        cfg = cfg[name]
-    cfg[key] = value
+    group, _, key = dotted.rpartition(".")
+    _get(cfg, group)[key] = value
 
 
 def _yaml(values: dict[str, object]) -> str:

@@ -3,8 +3,8 @@
 import logging
 from typing import Any
 
-from virtex_d2.checkpoint.layouts import Preprocessing
 from virtex_d2.checkpoint.transfer import backbone_names
+from virtex_d2.engine.backbone_file import Preprocessing
 from virtex_d2.engine.checkpointer import AtomicDetectionCheckpointer
 from virtex_d2.engine.errors import InputError
 

@@ -3,7 +3,7 @@
 import argparse
 import logging
 
-from virtex_d2.checkpoint.transfer import apply_preprocessing
+from virtex_d2.checkpoint.transfer import apply_preprocessing, open_weights
 from virtex_d2.detection.config import get_virtex_cfg, may_change
 from virtex_d2.detection.datasets import log_datasets, register_datasets
 from virtex_d2.detection.modeling import resolve_norms
@@ -17,7 +17,8 @@ def main(args: argparse.Namespace) -> None:
     cfg = load_config(get_virtex_cfg(), args.config_file, args.opts, expand=not args.check)
     if args.check:
         return
-    changes = apply_preprocessing(cfg, args.resume)
+    weights = open_weights(cfg, args.resume)
+    changes = apply_preprocessing(cfg, weights)
     datasets = register_datasets(cfg, args.eval_only)
     setup_run(cfg, args, may_change=may_change(cfg))
     for line in changes:
@@ -26,8 +27,9 @@ def main(args: argparse.Namespace) -> None:
     resolve_norms(cfg)
     cfg.freeze()
     if args.eval_only:
-        DetectionTrainer.evaluate_only(cfg, args.resume)
+        DetectionTrainer.evaluate_only(cfg, args.resume, weights)
         return
     trainer = DetectionTrainer(cfg)
-    trainer.resume_or_load(args.resume)
+    trainer.resume_or_load(args.resume, weights)
+    del weights  # whose tensors are set
     trainer.train()

@@ -15,7 +15,8 @@ from detectron2.utils import comm
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
-from virtex_d2.checkpoint.transfer import config_preprocessing, is_backbone, load_backbone
+from virtex_d2.checkpoint.source import Source
+from virtex_d2.checkpoint.transfer import config_preprocessing, load_backbone, open_weights
 from virtex_d2.detection.averages import ExportEMA, PreciseBN, UpdateEMA, WeightEMA
 from virtex_d2.detection.batch import (
     build_loop,
@@ -27,11 +28,11 @@ from virtex_d2.detection.batch import (
 from virtex_d2.detection.checkpointer import DetectorCheckpointer
 from virtex_d2.detection.evaluation import build_evaluator
 from virtex_d2.detection.loader import TestLoader, TrainLoader, build_train_loader
+from virtex_d2.engine.checkpointer import Retention
 from virtex_d2.engine.distributed import wrap_ddp
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.hooks import Evaluation, SkippedImages
 from virtex_d2.engine.randomness import own_randomness
-from virtex_d2.engine.retention import Retention
 from virtex_d2.engine.stopping import StopHook, settled
 from virtex_d2.engine.trainer import Trainer
 
@@ -90,7 +91,9 @@ class DetectionTrainer(Trainer, DefaultTrainer):
         return self._data_loader
 
     @classmethod
-    def evaluate_only(cls, cfg: CfgNode, resume: bool = False) -> dict:
+    def evaluate_only(
+        cls, cfg: CfgNode, resume: bool = False, source: Source | None = None
+    ) -> dict:
         """Evaluate MODEL.WEIGHTS, or with `resume` the last checkpoint, on DATASETS.TEST.
 
         With VIRTEX.EMA.ENABLED and EVALUATE that is the average which the checkpoint holds.
@@ -102,13 +105,15 @@ class DetectionTrainer(Trainer, DefaultTrainer):
         weights = cfg.MODEL.WEIGHTS
         # The last one and, should it be damaged, no older one: whose results would be taken for it.
         last = checkpointer.get_checkpoint_file() if resume else ""
-        if not last and (not weights or is_backbone(weights)):
+        source = source or open_weights(cfg, resume)
+        if not last and (source is None or not source.is_detector):
             raise InputError(
                 f"MODEL.WEIGHTS {weights!r}: --eval-only needs a detector's checkpoint, such as "
                 "OUTPUT_DIR/model_final.pth, or --resume and one in OUTPUT_DIR; a backbone alone "
                 "detects nothing."
             )
-        checkpointer.load(last or weights, checkpointables=[])
+        checkpointer.opened = source and source.stored
+        checkpointer.load(last or source.path, checkpointables=[])
         if averaged:
             logger.info("What is evaluated is the moving average of the checkpoint's weights.")
         results = cls.test(cfg, model)
@@ -118,14 +123,26 @@ class DetectionTrainer(Trainer, DefaultTrainer):
             verify_results(cfg, results)
         return results
 
+    def resume_or_load(self, resume: bool = True, source: Source | None = None) -> None:
+        """Continue from OUTPUT_DIR's last checkpoint if `resume`, else start from MODEL.WEIGHTS.
+
+        Args:
+            resume: whether to continue.
+            source: the file, where it is open already.
+        """
+        self._source = source or open_weights(self.cfg, resume)
+        self.checkpointer.opened = self._source and self._source.stored
+        super().resume_or_load(resume)
+        self._source = None
+
     def load_weights(self) -> None:
         """Load MODEL.WEIGHTS: a backbone, a detector, or nothing."""
-        if is_backbone(self.cfg.MODEL.WEIGHTS):
-            report = load_backbone(self.model, self.cfg.MODEL.WEIGHTS, self.cfg)
-            if comm.is_main_process():
-                report.write(self.cfg.OUTPUT_DIR)
-        else:
+        if self._source is None or self._source.is_detector:
             self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
+            return
+        report = load_backbone(self.model, self._source, self.cfg)
+        if comm.is_main_process():
+            report.write(self.cfg.OUTPUT_DIR)
 
     def train(self) -> dict | None:
         """Train to SOLVER.MAX_ITER; a run that is finished is left as it is.

@@ -1,86 +1,82 @@
-"""Read and write tensors: files appear whole or not at all, and loading one never runs code."""
+"""Files that appear whole or not at all, that are read or refused by name, and full disks.
 
+Needs no torch to be imported, so that small tools start at once.
+"""
+
+import contextlib
+import errno
 import hashlib
 import json
 import os
-import pickle
-import re
+import shutil
+import struct
+import uuid
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-
-from virtex_d2.engine.atomic import TEMPORARY_PREFIX as TEMPORARY_PREFIX
-from virtex_d2.engine.atomic import atomic_path
-from virtex_d2.engine.checksum import damage
 from virtex_d2.engine.errors import InputError
 
+if TYPE_CHECKING:
+    import torch
 
-def write_safetensors(
-    path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
-) -> None:
-    """Write named tensors (any shape and device) and string metadata, atomically."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=dict(metadata))
+# Files that are being written. A killed process leaves its one behind; the name tells what it is.
+TEMPORARY_PREFIX = ".tmp-"
+# Can only be read by setting it, which is for the whole process: once, before there are threads.
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)
 
 
-def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Read a safetensors file: tensors on the CPU by name, and the metadata ({} where none)."""
-    require_file(path)
+@contextlib.contextmanager
+def atomic_path(dest: str | os.PathLike, overwrite: bool = True) -> Iterator[Path]:
+    """Write a file so that `dest` is either the old file or the whole new one, also after a kill.
+
+    Yields a path in the folder of `dest` (created where absent), with the same suffix, for the body
+    to create. When the body succeeds, the file is flushed to disk and renamed to `dest`; when it
+    fails, the file is removed.
+
+    Raises:
+        FileNotFoundError: the body did not create the file.
+    """
+    dest = Path(dest)
+    _refuse_existing(dest, overwrite)
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    token = uuid.uuid4().hex[:12]
+    temporary = dest.with_name(f"{TEMPORARY_PREFIX}{dest.stem}-{token}{dest.suffix}")
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path}: expected a safetensors file, but it is truncated or of another format "
-            f"({error}). Copy or export it again."
-        ) from error
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_UMASK)  # some libraries write for their user alone
+        _fsync(temporary)
+        _refuse_existing(dest, overwrite)
+        os.replace(temporary, dest)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _fsync(dest.parent)  # the rename itself
 
 
-def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a torch checkpoint (.pth) onto the CPU; it may hold tensors and plain values only."""
-    require_file(path)
-    if found := damage(path):
-        raise InputError(
-            f"{path}: expected a torch checkpoint, but the file is truncated or damaged: {found}. "
-            "Copy it again, or use an older one."
-        )
+def _refuse_existing(dest: Path, overwrite: bool) -> None:
+    if not overwrite and dest.exists():
+        raise InputError(f"{dest}: exists already. Choose another name, or remove it first.")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(_unpickling_message(path, str(error))) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = next(iter(str(error).splitlines()), "it is empty")
-        raise InputError(
-            f"{path}: expected a torch checkpoint, but it is truncated or of another format "
-            f"({reason}). Copy it again, or resume from an older one."
-        ) from error
-    if not isinstance(checkpoint, dict):
-        raise InputError(
-            f"{path}: expected a checkpoint (a dict), found a {type(checkpoint).__name__}"
-        )
-    return checkpoint
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def read_numpy_pickle(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a .pkl of the detectron2 model zoo (numpy arrays by name, latin-1), and nothing else."""
-    require_file(path)
-    with open(path, "rb") as file:
-        try:
-            data = _NumpyUnpickler(file, encoding="latin1").load()
-        except (pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError) as error:
-            raise InputError(
-                f"{path}: expected a pickle of numpy arrays by name, but it is truncated or holds "
-                f"something else ({error}). Nothing of it was loaded."
-            ) from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: expected a dict of arrays, found a {type(data).__name__}")
-    return data
+# --- reading
+
+
+def require_file(path: str | os.PathLike) -> None:
+    """Refuse a path where there is no file, or a folder."""
+    if not os.path.isfile(path):
+        found = "a folder" if os.path.isdir(path) else "nothing"
+        raise InputError(f"{path}: expected a file, found {found} there. Check the path.")
 
 
 def read_text(path: str | os.PathLike) -> str:
@@ -131,45 +127,173 @@ def sha256(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
-# What rebuilds numpy arrays from a pickle, under numpy 1's and numpy 2's names.
-_NUMPY_GLOBALS = (
-    {
-        (f"numpy{core}.multiarray", name)
-        for core in (".core", "._core")
-        for name in ("_reconstruct", "scalar")
-    }
-    | {(f"numpy{core}.numeric", "_frombuffer") for core in (".core", "._core")}
-    | {
-        ("numpy", "dtype"),
-        ("numpy", "ndarray"),
-        ("collections", "OrderedDict"),
-        ("_codecs", "encode"),
-    }
+def write_safetensors(
+    path: str | os.PathLike, tensors: "Mapping[str, torch.Tensor]", metadata: Mapping[str, str]
+) -> None:
+    """Write named tensors (any shape and device) and string metadata, atomically."""
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata=dict(metadata))
+
+
+def read_safetensors(path: str | os.PathLike) -> "tuple[dict[str, torch.Tensor], dict[str, str]]":
+    """Read a safetensors file: tensors on the CPU by name, and the metadata ({} where none)."""
+    from safetensors import safe_open
+
+    require_file(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic of the library is no Exception
+        raise InputError(
+            f"{path}: expected a whole safetensors file, but it is truncated, damaged or of "
+            f"another format ({error}). Copy or export it again."
+        ) from error
+
+
+# --- checkpoints that know their own SHA-256
+#
+# torch's format is a zip archive with a CRC-32 of every record, which `torch.load` does not look
+# at, and no CRC covers the archive's directory, where a flipped byte can exchange two tensors. So
+# the whole file's SHA-256 stands in the archive's comment, at its end: it cannot be parted from the
+# file, appears with it in one rename, and whatever reads zip archives passes over it. It guards
+# against accidents, not against forgery.
+
+_MARK = b"virtex_d2 sha256="
+_COMMENT_SIZE = len(_MARK) + 64  # the digest in hexadecimal
+# The last field of an archive is the comment's length; torch writes 0.
+_LENGTH = struct.Struct("<H")
+
+
+class _HashingFile:
+    """What `torch.save` writes to: hashes on the way, and remembers why a write failed."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.digest = hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        try:
+            self.file.flush()
+        except OSError as error:
+            self.error = error
+            raise
+
+
+def save_with_checksum(state: Mapping[str, Any], path: str | os.PathLike) -> None:
+    """`torch.save(state, path)`, with the SHA-256 of all that it writes in the archive's comment.
+
+    Raises:
+        OSError: of the file system, as it is (torch alone would turn it into a RuntimeError).
+    """
+    import torch
+
+    with open(path, "wb") as file:
+        hashing = _HashingFile(file)
+        try:
+            torch.save(state, hashing)
+        except Exception:
+            if hashing.error is not None:
+                raise hashing.error from None
+            raise
+        file.seek(-_LENGTH.size, os.SEEK_END)
+        file.write(_LENGTH.pack(_COMMENT_SIZE))
+        file.write(_MARK + hashing.digest.hexdigest().encode())
+
+
+def checksum_damage(path: str | os.PathLike) -> str | None:
+    """What a checkpoint's own SHA-256 says is wrong with it, as a clause for a message.
+
+    Returns:
+        "" where it is what was written, None where the file has no checksum.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            left = size - _COMMENT_SIZE - _LENGTH.size
+            file.seek(max(left, 0))
+            start, written = _LENGTH.pack(_COMMENT_SIZE) + _MARK, file.read()
+            if left < 0 or not written.startswith(start):
+                return None if size else "it is empty"
+            file.seek(0)
+            while block := file.read(min(1 << 20, left)):
+                digest.update(block)
+                left -= len(block)
+    except OSError as error:
+        return f"it cannot be read ({error.strerror or error})"
+    digest.update(_LENGTH.pack(0))
+    is_whole = written.removeprefix(start) == digest.hexdigest().encode()
+    return "" if is_whole else "its content is not what was written (SHA-256)"
+
+
+# --- when files cannot be written: which folder, how much room it has, and how much was needed
+
+# No room, over the quota, the file system has become read-only: nothing that is wrong with a file.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_WHAT_TO_DO = (
+    "Make room (SOLVER.CHECKPOINT_KEEP_LAST keeps fewer checkpoints) or mend the folder, then go "
+    "on with --resume."
 )
 
 
-class _NumpyUnpickler(pickle.Unpickler):
-    """Builds plain values and numpy arrays, and refuses every other name in the pickle."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _NUMPY_GLOBALS:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which could run code")
-        return super().find_class(module, name)
+def free_bytes(folder: str | os.PathLike) -> int:
+    """What this user may still write to the file system of a folder."""
+    return shutil.disk_usage(folder).free
 
 
-def _unpickling_message(path: str | os.PathLike, reason: str) -> str:
-    refused = re.search(r"GLOBAL (\S+)", reason)
-    if not refused:
-        return f"{path}: expected a torch checkpoint, found something else. Is it the right file?"
-    return (
-        f"{path}: refused, because besides tensors it holds Python objects ({refused.group(1)}), "
-        "and loading such a file can run any code. Save its state dict alone, where it was "
-        "trained: torch.save({'model': model.state_dict()}, path)."
+def in_bytes(size: float) -> str:
+    """A size for people: "1.2 GiB"."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def not_written(path: Path, error: OSError, needed: int) -> InputError:
+    """The end of a run that cannot write a checkpoint, of `needed` bytes."""
+    return InputError(
+        f"{path.parent}: {path.name} could not be written: {error.strerror or error}. It takes "
+        f"{in_bytes(needed)}{_free_in(path.parent)}. The checkpoints before it are whole, and "
+        f"nothing is left of this one. {_WHAT_TO_DO}"
     )
 
 
-def require_file(path: str | os.PathLike) -> None:
-    """Raise InputError if there is no file, or a folder."""
-    if not os.path.isfile(path):
-        found = "a folder" if os.path.isdir(path) else "nothing"
-        raise InputError(f"{path}: expected a file, found {found} there. Check the path.")
+@contextlib.contextmanager
+def stop_where_disk_is_full(folder: str | os.PathLike) -> Iterator[None]:
+    """Turn a full or read-only file system, whatever file it hits, into an `InputError`.
+
+    Args:
+        folder: that the run writes to.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        raise InputError(
+            f"{error.filename or folder}: could not be written: {error.strerror}"
+            f"{_free_in(Path(folder))}. The last checkpoint is whole. {_WHAT_TO_DO}"
+        ) from error
+
+
+def _free_in(folder: Path) -> str:
+    try:
+        return f"; {in_bytes(free_bytes(folder))} are free in {folder}"
+    except OSError:  # the folder itself is gone
+        return ""

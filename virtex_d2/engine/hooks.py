@@ -27,12 +27,14 @@ from detectron2.utils.events import (
     get_event_storage,
 )
 
-from virtex_d2.engine.atomic import atomic_path
-from virtex_d2.engine.checkpointer import AtomicCheckpointer, AtomicDetectionCheckpointer
-from virtex_d2.engine.disk import free_bytes, in_bytes
+from virtex_d2.engine.checkpointer import (
+    AtomicCheckpointer,
+    AtomicDetectionCheckpointer,
+    num_bytes,
+    numbered_checkpoints,
+)
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.retention import numbered_checkpoints
-from virtex_d2.engine.snapshot import num_bytes
+from virtex_d2.engine.files import atomic_path, free_bytes, in_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from virtex_d2.engine.checkpointer import has_checkpoint
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.last_checkpoint import has_checkpoint
 from virtex_d2.engine.randomness import place_seed
 
 logger = logging.getLogger(__name__)

@@ -14,12 +14,12 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 from yacs.config import CfgNode
 
+from virtex_d2.engine.checkpointer import has_checkpoint
 from virtex_d2.engine.device import resolve_device
 from virtex_d2.engine.distributed import abort, describe
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import atomic_path
 from virtex_d2.engine.identity import check_resumed, check_same
-from virtex_d2.engine.last_checkpoint import has_checkpoint
 from virtex_d2.engine.lock import lock_folder, release_locks
 from virtex_d2.engine.preflight import check_shared
 from virtex_d2.engine.signals import stop_listening

@@ -14,13 +14,16 @@ from detectron2.engine import HookBase, TrainerBase
 from detectron2.utils import comm
 from yacs.config import CfgNode
 
-from virtex_d2.engine.background import StateWriter
-from virtex_d2.engine.checkpointer import AtomicCheckpointer, AtomicDetectionCheckpointer
-from virtex_d2.engine.disk import stop_where_disk_is_full
+from virtex_d2.engine.checkpointer import (
+    AtomicCheckpointer,
+    AtomicDetectionCheckpointer,
+    Retention,
+    StateWriter,
+)
+from virtex_d2.engine.files import stop_where_disk_is_full
 from virtex_d2.engine.hooks import MetricsWriter, PeriodicCheckpointer, ProgressPrinter, is_due
 from virtex_d2.engine.identity import RunIdentity
 from virtex_d2.engine.loop import UpdateLoop
-from virtex_d2.engine.retention import Retention
 from virtex_d2.engine.run import write_config
 from virtex_d2.engine.stopping import StoppableTrainer
 

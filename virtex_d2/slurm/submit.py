@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from virtex_d2.engine.atomic import atomic_path
 from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.files import atomic_path
 from virtex_d2.slurm.command import check_configs, read_command
 from virtex_d2.slurm.options import JobOptions, Stage
 from virtex_d2.slurm.script import Job

@@ -23,8 +23,9 @@ from pretrain.transforms import EvalTransform, normalize
 from virtex_d2.engine.config import load_config
 from virtex_d2.engine.device import resolve_device
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.files import read_checkpoint, require_file
+from virtex_d2.engine.files import require_file
 from virtex_d2.engine.images import images_in, read_image
+from virtex_d2.engine.safe_load import read_checkpoint
 
 
 @dataclass(frozen=True, eq=False)

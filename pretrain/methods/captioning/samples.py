@@ -13,7 +13,11 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from pretrain.data.loader import Samples, ValSet, Visit
+from pretrain.data.loader import (
+    Samples,
+    ValSet,
+    Visit,
+)
 from pretrain.data.order import Stream
 from pretrain.data.records import CaptionRecord, caption_counts
 from pretrain.methods.captioning.tokenizer import (
@@ -23,8 +27,8 @@ from pretrain.methods.captioning.tokenizer import (
     train_tokenizer,
 )
 from pretrain.methods.classification.labels import entropy, entropy_of_labels
+from virtex_d2.engine.checkpointer import has_checkpoint
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.last_checkpoint import has_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from virtex_d2.checkpoint.addresses import local_path
-from virtex_d2.checkpoint.source import read_backbone
+from virtex_d2.checkpoint.source import local_path, read_backbone
 from virtex_d2.detection.config import get_virtex_cfg
 from virtex_d2.engine.config import load_config
 from virtex_d2.engine.errors import InputError, nearest

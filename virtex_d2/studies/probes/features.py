@@ -20,10 +20,8 @@ from detectron2.utils.logger import log_every_n_seconds
 from torch import nn
 from torch.nn import functional as F
 
-from virtex_d2.checkpoint.addresses import local_path
 from virtex_d2.checkpoint.probe import exact_float32
-from virtex_d2.checkpoint.source import read_backbone
-from virtex_d2.checkpoint.transfer import apply_preprocessing, load_backbone
+from virtex_d2.checkpoint.transfer import apply_preprocessing, load_backbone, open_weights
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import read_safetensors, write_safetensors
 from virtex_d2.studies.probes.data import CentralCrop, LabelledImages, central_batches, refusal
@@ -123,12 +121,11 @@ def complete_config(cfg: CfgNode) -> list[str]:
         )
     if cfg.MODEL.WEIGHTS == RANDOM:
         return []
-    virtex = cfg.VIRTEX
-    path = local_path(cfg.MODEL.WEIGHTS)
-    backbone = read_backbone(path, virtex.LAYOUT, virtex.COPY, virtex.PREFIX)
+    source, virtex = open_weights(cfg), cfg.VIRTEX
+    backbone = source.backbone(virtex.LAYOUT, virtex.COPY, virtex.PREFIX)
     for key, value in backbone.architecture.config().items():
         cfg.MODEL.RESNETS[key.rpartition(".")[2]] = value
-    return apply_preprocessing(cfg)
+    return apply_preprocessing(cfg, source)
 
 
 def build_network(cfg: CfgNode) -> tuple[PooledResNet, dict[str, Any]]:
@@ -147,7 +144,7 @@ def build_network(cfg: CfgNode) -> tuple[PooledResNet, dict[str, Any]]:
         logger.info("Backbone: a ResNet-%d of random weights", cfg.MODEL.RESNETS.DEPTH)
         about |= {"seed": cfg.SEED, "zero_init_residual": cfg.MODEL.ZERO_INIT_RESIDUAL}
     else:
-        report = load_backbone(network, local_path(cfg.MODEL.WEIGHTS), cfg)
+        report = load_backbone(network, open_weights(cfg), cfg)
         about |= {key: getattr(report, key) for key in ("sha256", "layout", "copy", "architecture")}
         about["notes"] = list(report.notes)
     return network.to(cfg.MODEL.DEVICE).eval(), {**about, "tensors_sha256": fingerprint(network)}

@@ -56,7 +56,7 @@ def draw_contact_sheet(
     """
     from matplotlib.figure import Figure
 
-    from virtex_d2.engine.atomic import atomic_path
+    from virtex_d2.engine.files import atomic_path
     from virtex_d2.studies.shapes.world import render
 
     rows = -(-count // _COLUMNS)

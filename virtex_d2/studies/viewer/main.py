@@ -60,7 +60,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Do what the command line asks for."""
     args = parse_args(words)
     # after parsing: --help and a mistyped flag need not wait for torch
-    from virtex_d2.checkpoint.transfer import apply_preprocessing
+    from virtex_d2.checkpoint.transfer import apply_preprocessing, open_weights
     from virtex_d2.detection.config import get_virtex_cfg
     from virtex_d2.detection.datasets import register_datasets, register_entries
     from virtex_d2.detection.modeling import resolve_norms
@@ -80,7 +80,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if args.weights:
         cfg.MODEL.WEIGHTS = args.weights
         cfg.DATASETS.TEST = (table.name,)
-        apply_preprocessing(cfg)
+        apply_preprocessing(cfg, open_weights(cfg))
         register_datasets(cfg, eval_only=True)
         cfg.MODEL.DEVICE = resolve_device(cfg.MODEL.DEVICE)
         resolve_norms(cfg)

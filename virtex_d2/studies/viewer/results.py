@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from virtex_d2.annotations.masks import mask_fault
 from virtex_d2.annotations.table import AnnotationTable, is_box, is_number
-from virtex_d2.checkpoint.transfer import is_backbone
+from virtex_d2.checkpoint.source import Source, local_path
 from virtex_d2.detection.checkpointer import DetectorCheckpointer
 from virtex_d2.detection.trainer import DetectionTrainer
 from virtex_d2.engine.errors import InputError
@@ -93,13 +93,17 @@ def predict(
     Returns:
         Records as COCOEvaluator writes them, with the data set's own category ids.
     """
-    if is_backbone(weights):
+    source = Source(local_path(weights))
+    if not source.is_detector:
         raise InputError(
             f"--weights {weights}: expected a detector's checkpoint, such as OUTPUT_DIR/"
             "model_final.pth; a backbone alone detects nothing."
         )
     model = DetectionTrainer.build_model(cfg)
-    DetectorCheckpointer(model, whole=True).load(weights, checkpointables=[])
+    checkpointer = DetectorCheckpointer(model, whole=True)
+    checkpointer.opened = source.stored
+    checkpointer.load(source.path, checkpointables=[])
+    del source  # whose tensors are set
     model.eval()
     data = DatasetCatalog.get(dataset_name)
     # Known after loading: COCO's loader finds the ids in the file.

@@ -21,10 +21,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from virtex_d2.checkpoint import stored
-from virtex_d2.checkpoint.reading import read_tensors
-from virtex_d2.checkpoint.stored import Placeholder
+from virtex_d2.engine import bounded
 from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.safe_load import read_checkpoint, read_tensors
+from virtex_d2.engine.unpickling import Placeholder
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = [
@@ -286,14 +286,20 @@ class TestFormats:
             found.fill_(index)
         assert [found.unique().item() for found in tensors] == [0, 1, 2, 3, 4]
 
-    def test_tensors_are_contiguous_without_gradient_and_stay_when_the_file_is_gone(self, file):
-        torch.save(
-            {"a": torch.nn.Parameter(torch.ones(2, 3)), "b": torch.arange(6).view(2, 3).T}, file
-        )
+    def test_tensors_have_no_gaps_and_no_gradient_and_stay_when_the_file_is_gone(self, file):
+        values = torch.arange(6)
+        content = {"a": torch.nn.Parameter(torch.ones(2, 3)), "b": values.view(2, 3).T}
+        torch.save({**content, "c": values[::2]}, file)
         read = read_tensors(file).content
         file.write_bytes(b"")
-        assert all(found.is_contiguous() and not found.requires_grad for found in read.values())
+        assert not any(found.requires_grad for found in read.values())
         assert read["b"].tolist() == [[0, 3], [1, 4], [2, 5]]
+        assert [found.stride() for found in read.values()] == [(3, 1), (1, 3), (1,)]
+
+    def test_a_state_dict_keeps_the_versions_of_its_modules(self, file):
+        state = state_dict()
+        torch.save({"model": state, "odd": {"_metadata": 1}}, file)
+        assert read_tensors(file).content["model"]._metadata == dict(state._metadata)
 
     def test_a_tensor_with_attributes_is_read_without_them(self, file):
         weight = torch.ones(2)
@@ -652,14 +658,14 @@ class TestLies:
         offset = struct.pack("<I", content.index(b"archive/data/0") - 30)
         entry = content.rindex(b"archive/data.pkl") - 46  # its directory entry
         file.write_bytes(content[: entry + 42] + offset + content[entry + 46 :])
-        refused(file, "not where the directory has it")
+        refused(file, "in directory .* differ")
         file.write_bytes(content.replace(b"archive/data/0", b"archive/data.pkl"[:14]))
         refused(file, "model")
         with zipfile.ZipFile(file, "w") as archive:
             archive.writestr("archive/data.pkl", b"\x80\x02}.")
             with pytest.warns(UserWarning, match="Duplicate"):
                 archive.writestr("archive/data.pkl", b"\x80\x02}.")
-        refused(file, "two members 'archive/data.pkl'")
+        refused(file, "two members")
 
     def test_a_member_that_ends_in_another_is_refused(self, file):
         zip_of(file, tensor())
@@ -667,14 +673,14 @@ class TestLies:
         entry = content.rindex(b"archive/data.pkl") - 46
         sizes = struct.pack("<II", 2**20, 2**20)
         file.write_bytes(content[: entry + 20] + sizes + content[entry + 28 :])
-        refused(file, "not where the directory has it")
+        refused(file, "longer than the file")
 
     def test_a_flipped_bit_in_a_zip_is_found_by_its_checksum(self, file):
         torch.save({"weight": torch.zeros(64)}, file)
         content = bytearray(file.read_bytes())
         content[content.index(bytes(256)) + 100] = 1
         file.write_bytes(content)
-        refused(file, "checksum")
+        refused(file, "at 'weight': Bad CRC-32")
 
     def test_a_compressed_archive_is_refused_before_it_is_unpacked(self, file):
         bomb = bytes(50 << 20)
@@ -753,7 +759,7 @@ class TestLies:
         content = file.read_bytes()
         for part in range(50):
             file.write_bytes(content[: len(content) * part // 50])
-            refused(file, "damaged or cut short|is empty|no format that is known")
+            refused(file, "damaged|is empty|no format that is known")
 
 
 def peak_of(function):
@@ -821,7 +827,7 @@ class TestBombs:
         refused(file, "nested more than 100 deep")
 
     def test_lists_of_the_same_lists_are_refused_soon(self, file, monkeypatch):
-        monkeypatch.setattr(stored, "MAX_STEPS", 50_000)
+        monkeypatch.setattr(bounded, "MAX_STEPS", 50_000)
         laughs = b"]q\x00" + b"".join(b"0(" + b"h\x00" * 10 + b"lq\x00" for _ in range(30))
         file.write_bytes(beside_an_array(laughs))
         refused(file, "more than 50000 values and instructions")
@@ -863,7 +869,7 @@ class TestBombs:
         refused(zip_of(file, large, bytes(4 * 10**6)), "unfold to more than 79 MiB")
 
     def test_a_pickle_of_endless_instructions_is_refused(self, file, monkeypatch):
-        monkeypatch.setattr(stored, "MAX_STEPS", 50_000)
+        monkeypatch.setattr(bounded, "MAX_STEPS", 50_000)
         file.write_bytes(b"\x80\x02" + b"N0" * 30_000 + b".")
         refused(file, "more than 50000")
 
@@ -902,16 +908,16 @@ class TestOtherFiles:
             (b"GGUF\x03\x00", "a GGUF file"),
             (b"{}", "no format that is known"),
             (b"MODEL:\n  DEPTH: 50\n", "no format that is known"),
-            (b"\x80\x09N.", "pickle protocol 9"),
-            (b"\x80\x04\xff", "no instruction"),
-            (b"\x80\x05\x97.", "outside of the file"),
-            (b"\x80\x02.", "finds nothing"),
-            (b"\x80\x02h\x01.", "BINGET finds nothing"),
-            (b"\x80\x02t.", "TUPLE finds nothing"),
+            (b"\x80\x09N.", "pickle protocol: 9"),
+            (b"\x80\x04\xff", "no sense in its pickle"),
+            (b"\x80\x05\x97.", "out-of-band data"),
+            (b"\x80\x02.", "no sense in its pickle"),
+            (b"\x80\x02h\x01.", "Memo value not found"),
+            (b"\x80\x02t.", "no sense in its pickle"),
             (b"\x80\x02K\x01Q.", "refers to data outside"),
-            (b"\x80\x02K\x01K\x02a.", "elements for a int"),
+            (b"\x80\x02K\x01K\x02a.", "'int' object has no attribute"),
             (b"\x80\x02}(K\x02u.", "keys and values"),
-            (b"\x80\x02K\x01K\x02\x93.", "a name that is no text"),
+            (b"\x80\x02K\x01K\x02\x93.", "requires str"),
             (b"\x80\x02U\x05ab", "more bytes should follow"),
             (b"PK\x03\x04 and so on", "torch zip file.*not a zip file"),
         ],
@@ -962,3 +968,18 @@ class TestOtherFiles:
         refused(file, "big-endian")
         zip_of(file, tensor(), byteorder=b"little")
         assert read_tensors(file).content["weight"].tolist() == [0, 1, 2]
+
+
+def test_a_bare_tensor_is_no_checkpoint_of_a_run(file):
+    torch.save(torch.ones(2), file)
+    with pytest.raises(InputError, match="expected a checkpoint .* found a Tensor"):
+        read_checkpoint(file)
+
+
+def test_arrays_of_text_may_be_left_out_of_a_model_zoos_pickle_only(file):
+    content = {"weight": np.ones(2), "names": np.array(["cat"])}
+    file.write_bytes(pickle.dumps(content))
+    assert read_checkpoint(file)["weight"].tolist() == [1, 1]
+    torch.save(content, file)
+    with pytest.raises(InputError, match=r"holds Python objects \(numpy.ndarray\)"):
+        read_checkpoint(file)
