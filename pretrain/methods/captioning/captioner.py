@@ -1,6 +1,5 @@
 """A pretrained captioning model and its tokenizer, put to use on image files."""
 
-import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from pretrain.transforms import EvalTransform, normalize
 from virtex_d2.engine.config import load_config
 from virtex_d2.engine.device import resolve_device
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.files import require_file
+from virtex_d2.engine.files import read_text, require_file
 from virtex_d2.engine.images import images_in, read_image
 from virtex_d2.engine.safe_load import read_checkpoint
 
@@ -70,23 +69,20 @@ class Captioner:
             raise InputError(f"Batch size {batch_size}: expected 1 or more.")
         files = iter(files)
         while batch := list(islice(files, batch_size)):
-            read = [self._read(file) for file in batch]
-            images = [image for image in read if isinstance(image, Image.Image)]
+            images, errors = [], {}
+            for place, file in enumerate(batch):
+                try:
+                    images.append(read_image(file, self.image_size))
+                except OSError as error:
+                    errors[place] = error.strerror or str(error)
             decoded = iter(self.caption(images, decode) if images else [])
-            for file, result in zip(batch, read):
-                if isinstance(result, Image.Image):
+            for place, file in enumerate(batch):
+                if place in errors:
+                    yield CaptionedImage(file, error=errors[place])
+                else:
                     caption = next(decoded)
                     text = self.tokenizer.decode(caption.tokens)
-                    yield CaptionedImage(file, "", text, caption)
-                else:
-                    yield CaptionedImage(file, error=result)
-
-    def _read(self, file: str) -> Image.Image | str:
-        """The image, or why there is none."""
-        try:
-            return read_image(file, self.image_size)
-        except OSError as error:
-            return error.strerror or str(error)
+                    yield CaptionedImage(file, caption=text, decoded=caption)
 
 
 def list_images(arguments: Iterable[str], stdin: TextIO) -> Iterator[str]:
@@ -154,12 +150,8 @@ def build_captioning(cfg: CfgNode, vocab_size: int) -> Captioning:
 
 def _checkpoint_in(folder: str) -> str:
     """The checkpoint that `last_checkpoint` names, else model_final.pth."""
-    name = "model_final.pth"
-    with (
-        contextlib.suppress(OSError),
-        open(os.path.join(folder, "last_checkpoint"), encoding="utf-8") as file,
-    ):
-        name = file.read().strip()
+    last = os.path.join(folder, "last_checkpoint")
+    name = read_text(last).strip() if os.path.isfile(last) else "model_final.pth"
     path = os.path.join(folder, name)
     if not os.path.isfile(path):
         raise InputError(

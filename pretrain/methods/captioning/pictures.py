@@ -1,6 +1,7 @@
 """Pictures of what a captioner says and of where it looks while saying it."""
 
 import functools
+import itertools
 import os
 from collections.abc import Sequence
 
@@ -55,7 +56,9 @@ def attention_picture(
     for number, (title, panel) in enumerate(panels):
         row, column = divmod(number, columns)
         x, y = _MARGIN + column * (PANEL + _MARGIN), top + row * (_TITLE + PANEL)
-        font = _font_for(title, PANEL)
+        # the largest font in which it fits, down to what can still be read
+        fonts = (_font(size) for size in range(18, 11, -1))
+        font = next((f for f in fonts if f.getlength(title) <= PANEL), _font(11))
         ink = _INK if number else _FAINT
         draw.text((x + PANEL // 2, y + _TITLE - 6), _cut(title, font, PANEL), ink, font, "ms")
         picture.paste(panel, (x, y + _TITLE))
@@ -76,10 +79,8 @@ class PictureFolder:
     def save(self, file: str, tokenizer: Tokenizer, decoded: Decoded, caption: str) -> str:
         """Draw the picture of a photograph; returns its path, numbered where the name is taken."""
         stem = os.path.splitext(os.path.basename(file))[0]
-        name, number = f"{stem}.png", 1
-        while name in self._names:
-            number += 1
-            name = f"{stem}-{number}.png"
+        names = itertools.chain([f"{stem}.png"], (f"{stem}-{n}.png" for n in itertools.count(2)))
+        name = next(name for name in names if name not in self._names)
         self._names.add(name)
         image = read_image(file, smallest_side=PANEL)
         picture = attention_picture(image, tokenizer, decoded, caption)
@@ -194,14 +195,6 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(
         os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size
     )
-
-
-def _font_for(text: str, width: int) -> ImageFont.FreeTypeFont:
-    """The largest font in which the text fits, down to what can still be read."""
-    for size in range(18, 11, -1):
-        if _font(size).getlength(text) <= width:
-            return _font(size)
-    return _font(11)
 
 
 def _cut(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
