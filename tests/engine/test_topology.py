@@ -97,7 +97,7 @@ class TestTorchrun:
         assert place(environment={**PER_NODE, **TORCHRUN}).launcher == "torchrun"
 
     def test_a_gpu_short_is_named(self):
-        with pytest.raises(InputError, match="LOCAL_RANK 1 has no GPU.*shows 1.*MODEL.DEVICE cpu"):
+        with pytest.raises(InputError, match="local rank 1 has no GPU.*shows 1.*MODEL.DEVICE cpu"):
             place(gpus=1, environment=TORCHRUN)
 
     @pytest.mark.parametrize(
@@ -122,8 +122,8 @@ class TestTorchrun:
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
-            ("--num-gpus 8", "--num-gpus 8: torchrun has started 4 processes on this machine"),
-            ("--num-machines 3", "--num-machines 3: torchrun has started 2 machines"),
+            ("--num-gpus 8", "--num-gpus 8: by torchrun there are 4 processes on this machine"),
+            ("--num-machines 3", "--num-machines 3: by torchrun there are 2 machines"),
         ],
     )
     def test_flags_that_ask_for_other_sizes_are_refused(self, flags, message):
@@ -176,7 +176,7 @@ class TestSlurm:
 
     def test_a_gpu_short_is_named(self):
         step = {**STEP, "SLURM_NTASKS": "6", "SLURM_PROCID": "5", "SLURM_LOCALID": "2"}
-        with pytest.raises(InputError, match="SLURM_LOCALID 2 has no GPU.*gpu08 shows 2"):
+        with pytest.raises(InputError, match="local rank 2 has no GPU.*gpu08 shows 2"):
             place(gpus=2, environment=step)
 
     @pytest.mark.parametrize(
@@ -249,8 +249,8 @@ class TestSlurm:
             ({"SLURM_NODEID": "2"}, "contradict each other.*SLURM_NODEID 2"),
             ({"SLURM_NODEID": None}, "expected a number in SLURM_NODEID, found ''"),
             ({"SLURM_PROCID": "x"}, "expected a number in SLURM_PROCID, found 'x'"),
-            ({"SLURM_STEP_NODELIST": "gpu[07-"}, "SLURM_STEP_NODELIST is 'gpu\\[07-'"),
-            ({"SLURM_STEP_NODELIST": None}, "SLURM_STEP_NODELIST is ''"),
+            ({"SLURM_STEP_NODELIST": "gpu[07-"}, "2 nodes 'gpu\\[07-'"),
+            ({"SLURM_STEP_NODELIST": None}, "2 nodes ''"),
         ],
     )
     def test_variables_that_do_not_fit_are_named(self, changes, message):
@@ -261,8 +261,8 @@ class TestSlurm:
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
-            ("--num-gpus 4", "--num-gpus 4: srun has started 2 processes on this machine"),
-            ("--num-processes 3", "--num-processes 3: srun has started 2"),
+            ("--num-gpus 4", "--num-gpus 4: by srun there are 2 processes on this machine"),
+            ("--num-processes 3", "--num-processes 3: by srun there are 2"),
         ],
     )
     def test_flags_that_ask_for_other_sizes_are_refused(self, flags, message):
@@ -303,9 +303,9 @@ class TestContradictions:
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
-            ("--num-gpus 3", "--num-gpus 3: torchrun has started an unknown number"),
-            ("--num-processes 2", "--num-processes 2: torchrun"),
-            ("--num-machines 2", "--num-machines 2: torchrun has started an unknown number"),
+            ("--num-gpus 3", "--num-gpus 3: by RANK and WORLD_SIZE there are an unknown number"),
+            ("--num-processes 2", "--num-processes 2: by RANK"),
+            ("--num-machines 2", "--num-machines 2: by RANK and WORLD_SIZE there"),
             ("--dist-url tcp://node9:1", "--dist-url tcp://node9:1: .*MASTER_ADDR"),
             ("--machine-rank 1", "--machine-rank 1 of --num-machines 1"),
         ],

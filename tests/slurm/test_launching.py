@@ -90,7 +90,7 @@ def test_of_a_pipeline_that_slurm_refuses_in_part_nothing_is_left(
 
 
 def test_a_job_is_followed_to_its_end_by_its_id(launch, tool, tmp_path):
-    job = launch("--", STAND_IN, tmp_path / "run", 10)
+    job = launch("--", STAND_IN, tmp_path / "run", 60)
     job.await_log("starts at 0")
     done = tool("--logs", tmp_path / "logs", "--follow", job.submitted.job_id)
     assert done.returncode == 0, done.stderr

@@ -197,7 +197,7 @@ class _Rank:
         if place.rank == 0:
             absent = [rank for rank in range(place.world_size) if not _comes(store, rank, deadline)]
             problem = absent and (
-                f"ranks {_numbers(absent)} of {place.world_size} have not come within "
+                f"ranks {', '.join(map(str, absent))} of {place.world_size} have not come within "
                 f"{patience:.0f} s (--launch-timeout). Were they started, and do they run yet? Can "
                 f"their machines reach {place.host}?"
             )
@@ -240,8 +240,16 @@ class _Rank:
                 comm._LOCAL_PROCESS_GROUP = group
         seen_by = [o["process"] for o in others if o["process"][0] == mine["process"][0] != ""]
         self._neighbours = [pid for _, pid in seen_by if pid != os.getpid()]
-        seconds = check_collectives(place.gpu)
-        _description[:] = _told(place, others, list(nodes.values()), seconds)
+        check_collectives(place.gpu)
+        over = "NCCL" if on_gpu else "gloo"
+        _description[:] = [
+            f"Processes: {len(others)} on {len(nodes)} machines ({place.launcher}), over {over}, "
+            f"meeting at {place.address}:{place.port}.",
+            *([place.note] if place.note else []),
+            *(f"  {other['name']}: {other['device']}" for other in others),
+            f"Preflight: all-reduce right; code {code_version()} and "
+            f"{', '.join(f'{name} {version}' for name, version in versions().items())} everywhere.",
+        ]
 
     def fail(self, error: BaseException) -> NoReturn:
         """End this process because of its exception, which is printed if it is the run's first."""
@@ -295,29 +303,6 @@ def _failure(error: BaseException, who: str) -> tuple[str, int]:
     trace = "".join(traceback.format_exception(error)).rstrip()
     code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
     return f"{who} failed:\n{trace}", code
-
-
-def _told(
-    place: Place, others: Sequence[dict[str, Any]], nodes: Sequence[Sequence[int]], seconds: float
-) -> list[str]:
-    """What kind of run this is, in words."""
-    where = f"{place.address}:{place.port}"
-    lines = [
-        f"Processes: {len(others)} on {len(nodes)} machine{'s' if len(nodes) > 1 else ''} "
-        f"({place.launcher}), over {'gloo' if place.gpu is None else 'NCCL'}, meeting at {where}.",
-        *([place.note] if place.note else []),
-    ]
-    for ranks in nodes:
-        gpus = [others[rank]["gpu"] for rank in ranks]
-        on = "the CPU" if gpus[0] is None else f"GPU {', '.join(gpus)}"
-        what = "ranks" if len(ranks) > 1 else "rank"
-        lines.append(f"  {others[ranks[0]]['host']}: {what} {_numbers(ranks)} on {on}")
-    same = ", ".join(f"{name} {version}" for name, version in versions().items())
-    return [
-        *lines,
-        f"Preflight: all-reduce right, in {1000 * seconds:.1f} ms; code {code_version()} and "
-        f"{same} everywhere.",
-    ]
 
 
 def _store(place: Place, patience: float, serves: bool) -> dist.TCPStore:
@@ -378,8 +363,9 @@ def _start_processes(main: Main, args: argparse.Namespace, place: Place) -> None
     if place.serves:  # here, so that it stays open when any of the processes ends
         server = _store(place, getattr(args, "launch_timeout", LAUNCH_TIMEOUT), serves=True)
         place = replace(place, port=server.port)
-    if place.gpu is None:
-        limit_threads(place.start)
+    if place.gpu is None:  # they share the cores, unless somebody has said how
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // place.start)))
     started = signals.held_back(  # until their main module listens
         lambda: multiprocessing.start_processes(
             _in_new_process, (main, args, place, os.getpid()), place.start, join=False
@@ -410,27 +396,33 @@ def _await_end(processes: Sequence[multiprocessing.Process], place: Place) -> in
         The exit code.
     """
     passed_on, deadline, ended = "", float("inf"), {}
+
+    def note_ends() -> set[int]:
+        for rank, process in enumerate(processes, start=place.rank):
+            if process.exitcode is not None and rank not in ended:
+                ended[rank] = _exit_code(process, f"rank {rank} on {place.host}")
+        return set(ended.values()) - {0, EXIT_UNFINISHED}
+
     try:
         while living := [process for process in processes if process.is_alive()]:
             wait([process.sentinel for process in living], timeout=0.2)
             if (name := signals.received()) != passed_on:
                 passed_on = name
                 _send(living, signal.Signals[f"SIG{name}"])
-            for rank, process in enumerate(processes, start=place.rank):
-                if process.exitcode is not None and rank not in ended:
-                    ended[rank] = _exit_code(process, f"rank {rank} on {place.host}")
-            if deadline == float("inf") and set(ended.values()) - {0, EXIT_UNFINISHED}:
+            if note_ends() and deadline == float("inf"):
                 deadline = time.monotonic() + LAST_WORDS
             if time.monotonic() > deadline:
                 _send(living, STACKS)
                 time.sleep(1)
                 break
+        else:
+            note_ends()
     finally:
         for process in processes:
             process.kill()
             process.join()
     # Bad input (2) and signals (128 and more) tell more than what followed from them (1).
-    return max(ended.values())
+    return max(set(ended.values()) - {0, EXIT_UNFINISHED} or ended.values())
 
 
 def _send(processes: Sequence[multiprocessing.Process], number: signal.Signals) -> None:
@@ -441,30 +433,13 @@ def _send(processes: Sequence[multiprocessing.Process], number: signal.Signals) 
 
 def _exit_code(process: multiprocessing.Process, name: str) -> int:
     """As a shell has it; says so where a process was killed, as it could not say it itself."""
-    if process.exitcode >= 0:
-        return process.exitcode
     number = -process.exitcode
-    known = signal.Signals(number).name if number in list(signal.Signals) else f"signal {number}"
-    hint = " (out of memory? see `dmesg`)" if number == signal.SIGKILL else ""
-    _say(f"{name} (process {process.pid}) was killed by {known}{hint}.")
+    if number <= 0:
+        return process.exitcode
+    hint = "; out of memory? see `dmesg`" if number == signal.SIGKILL else ""
+    what = f"{signal.strsignal(number)}{hint}"
+    _say(f"{name} (process {process.pid}) was killed by signal {number} ({what}).")
     return 128 + number
-
-
-def limit_threads(processes: int) -> None:
-    """Share the CPU's cores among processes that compute on it, where nobody has said how."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-
-
-def _numbers(ranks: Sequence[int]) -> str:
-    """Ranks in words: "0-3, 7"."""
-    parts: list[list[int]] = []
-    for rank in sorted(ranks):
-        if parts and parts[-1][-1] == rank - 1:
-            parts[-1].append(rank)
-        else:
-            parts.append([rank])
-    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
 
 
 def _asks_for_cpu(args: argparse.Namespace) -> bool:

@@ -28,16 +28,16 @@ VISIBLE_WITHIN = 75.0
 def identity(place: Place) -> dict[str, Any]:
     """What a process says of itself, for `check_records` and for the log."""
     gpu = None if place.gpu is None else torch.cuda.get_device_properties(place.gpu)
+    device = "the CPU" if gpu is None else f"GPU {place.gpu} ({gpu.name})"
     return {
         "name": place.name,
         "host": place.host,
         "node": place.node,
-        "process": (_pid_namespace(), os.getpid()),
         "local_rank": place.local_rank,
-        "gpu": None if gpu is None else f"{place.gpu} ({gpu.name})",
+        "device": device,
         "gpu_id": str(getattr(gpu, "uuid", "")),  # whatever number it is seen under
-        "versions": versions(),
-        "code": code(),
+        "process": (_pid_namespace(), os.getpid()),
+        "same": {"device": "CPU" if gpu is None else "GPU", **versions(), **code()},
     }
 
 
@@ -56,33 +56,19 @@ def check_records(records: Sequence[dict[str, Any]]) -> None:
                     "for each of its GPUs, and give each its own LOCAL_RANK."
                 )
             places[place] = record["name"]
-        if (record["gpu"] is None) != (first["gpu"] is None):
-            without, other = (record, first) if record["gpu"] is None else (first, record)
+        expected, found = first["same"], record["same"]
+        differing = [
+            f"{key} {found.get(key, 'absent')} instead of {expected.get(key, 'absent')}"
+            for key in expected | found
+            if found.get(key) != expected.get(key)
+        ]
+        if differing:
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise InputError(
-                f"{without['name']} has no GPU to use, {other['name']} has one. Check nvidia-smi "
-                "there, or use MODEL.DEVICE cpu."
+                f"{record['name']} differs from {first['name']}: {', '.join(differing[:3])}{more}. "
+                "Use one environment and one copy of the code for all; where a GPU is missing, see "
+                "nvidia-smi there, or use MODEL.DEVICE cpu."
             )
-        if found := _differing(first["versions"], record["versions"]):
-            told = ", ".join(
-                f"{name} {record['versions'].get(name, 'absent')} instead of "
-                f"{first['versions'].get(name, 'absent')}"
-                for name in found
-            )
-            raise InputError(
-                f"{record['name']} has other versions than {first['name']}: {told}. Use one "
-                "environment for all."
-            )
-        if found := _differing(first["code"], record["code"]):
-            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-            raise InputError(
-                f"{record['name']} runs other code than {first['name']}: {', '.join(found[:3])}"
-                f"{more} differ. Start all from one folder that the machines share, or bring their "
-                "copies to one version."
-            )
-
-
-def _differing(first: dict[str, str], other: dict[str, str]) -> list[str]:
-    return sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key))
 
 
 @functools.cache
@@ -104,43 +90,35 @@ def versions() -> dict[str, str]:
 @functools.cache
 def code() -> dict[str, str]:
     """A short hash of each of this project's source files, by its path in its package."""
-    hashes = {}
-    for name in PACKAGES:
-        if name not in sys.modules:
-            continue
-        folder = Path(sys.modules[name].__file__).parent
-        for path in sorted(folder.rglob("*.py")):
-            relative = f"{name}/{path.relative_to(folder).as_posix()}"
-            hashes[relative] = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-    return hashes
+    loaded = [sys.modules[name] for name in PACKAGES if name in sys.modules]
+    return {
+        str(path.relative_to(folder.parent)): _hash(path.read_bytes())
+        for folder in (Path(module.__file__).parent for module in loaded)
+        for path in sorted(folder.rglob("*.py"))
+    }
 
 
 def code_version() -> str:
     """All of `code` in twelve digits."""
-    return hashlib.sha256(repr(sorted(code().items())).encode()).hexdigest()[:12]
+    return _hash(repr(sorted(code().items())).encode())
 
 
-def check_collectives(gpu: int | None) -> float:
-    """Add up a number over all processes, where models will, and compare with what it must be.
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]
 
-    Returns:
-        Seconds that the second time took: the first builds connections.
-    """
-    device = "cpu" if gpu is None else f"cuda:{gpu}"
+
+def check_collectives(gpu: int | None) -> None:
+    """Add up a number over all processes, where models will, and compare with what it must be."""
     rank, world_size = comm.get_rank(), comm.get_world_size()
     expected = world_size * (world_size + 1) // 2
-    for _ in range(2):
-        start = time.perf_counter()
-        value = torch.full((1024,), rank + 1, dtype=torch.int64, device=device)
-        dist.all_reduce(value)
-        found = value.unique().tolist()
-        if found != [expected]:
-            raise InputError(
-                f"the sum of 1 to {world_size} over all processes is {expected}, found {found}: "
-                "communication between the machines gives wrong results. NCCL_P2P_DISABLE=1 or "
-                "NCCL_IB_DISABLE=1 may tell which way of it."
-            )
-    return time.perf_counter() - start
+    value = torch.tensor(rank + 1, device="cpu" if gpu is None else f"cuda:{gpu}")
+    dist.all_reduce(value)
+    if value.item() != expected:
+        raise InputError(
+            f"the sum of 1 to {world_size} over all processes is {expected}, found {value.item()}: "
+            "communication between the machines gives wrong results. NCCL_P2P_DISABLE=1 or "
+            "NCCL_IB_DISABLE=1 may tell which way of it."
+        )
 
 
 def check_shared(folder: str) -> None:
@@ -162,16 +140,15 @@ def check_shared(folder: str) -> None:
     comm.synchronize()
     if not comm.is_main_process():
         problem = _look_for(path)
-    problems = comm.all_gather(problem)
+    host = os.environ.get("SLURMD_NODENAME") or platform.node()
+    told = comm.all_gather(problem and f"rank {comm.get_rank()} on {host}: {problem}")
     if comm.is_main_process():
         path.unlink(missing_ok=True)
-    hosts = comm.all_gather(os.environ.get("SLURMD_NODENAME") or platform.node())
-    told = [f"rank {rank} on {hosts[rank]}: {text}" for rank, text in enumerate(problems) if text]
-    if told:
+    if told := list(filter(None, told)):
         more = f"; and {len(told) - 4} more" if len(told) > 4 else ""
         raise InputError(
             f"OUTPUT_DIR {folder}: {'; '.join(told[:4])}{more}. It must be one folder on a file "
-            f"system that all machines share with {hosts[0]}, and writable for all."
+            "system that all machines share, and writable for all."
         )
 
 

@@ -125,13 +125,10 @@ class Watch:
             return name
         if self._deadline is not None and time.time() >= self._deadline:
             return self._timed
-        return REASONS[1] if self._stop_file_exists() else ""
-
-    def _stop_file_exists(self) -> bool:
         if comm.is_main_process() and not self._found and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + STOP_FILE_PERIOD
             self._found = self._stop_file.exists()
-        return self._found
+        return REASONS[1] if self._found else ""
 
     def obeyed(self) -> None:
         """Take the file STOP away: it is for one stop, not for the run that is resumed."""
@@ -214,8 +211,8 @@ def abandonable(batches: Iterable[Batch]) -> Iterator[Batch]:
     """The batches, of which processes may have different numbers, and take different times.
 
     No process waits for another before its last batch: they ask each other in rounds, and one goes
-    on with its batches until a round's answer is there. In a process that has come to its end,
-    returns when all have.
+    on with its batches until a round's answer is there, which all see alike. In a process that has
+    come to its end, returns when all have.
 
     Raises:
         StopRequested: while iterating, in all processes, each between two of its own batches.
@@ -226,42 +223,25 @@ def abandonable(batches: Iterable[Batch]) -> Iterator[Batch]:
     if _watch is None:
         yield from batches
         return
-    rounds = _Rounds()
+    group = comm._get_global_gloo_group()
+
+    def ask(done: bool) -> tuple[torch.Tensor, dist.Work]:
+        votes = _votes(done)
+        return votes, dist.all_reduce(votes, dist.ReduceOp.MAX, group=group, async_op=True)
+
+    votes, answer = ask(done=False)
     for batch in batches:
-        rounds.poll()
+        if answer.is_completed():
+            answer.wait()
+            _raise_if_agreed(votes)
+            votes, answer = ask(done=False)
         yield batch
-    rounds.finish()
-
-
-class _Rounds:
-    """All processes answer each round; all see the same answers, if not at the same time."""
-
-    def __init__(self) -> None:
-        self._group = comm._get_global_gloo_group()
-        self._begin(done=False)
-
-    def poll(self) -> None:
-        """Take a round's answer if it is there, and begin the next."""
-        if self._round.is_completed():
-            self._end()
-            self._begin(done=False)
-
-    def finish(self) -> None:
-        """Take part in further rounds until all processes have come to the end."""
-        while self._end():
-            self._begin(done=True)
-
-    def _begin(self, done: bool) -> None:
-        self._votes = _votes(done)
-        self._round = dist.all_reduce(
-            self._votes, dist.ReduceOp.MAX, group=self._group, async_op=True
-        )
-
-    def _end(self) -> bool:
-        """Whether a process was still at its batches."""
-        self._round.wait()
-        _raise_if_agreed(self._votes)
-        return bool(self._votes[1])
+    while True:
+        answer.wait()
+        _raise_if_agreed(votes)
+        if not votes[1]:  # nobody was still at its batches
+            return
+        votes, answer = ask(done=True)
 
 
 def _votes(done: bool) -> torch.Tensor:
@@ -362,7 +342,7 @@ class StoppableTrainer(TrainerBase):
     def _owed(self, iteration: int) -> list[HookBase]:
         """The hooks that have to make up for an iteration."""
         following = self._hooks[self._hooks.index(self._stop_hook) + 1 :]
-        return [hook for hook in following if getattr(hook, "owed", _never)(iteration)]
+        return [hook for hook in following if hasattr(hook, "owed") and hook.owed(iteration)]
 
     def _finish_iteration(self) -> None:
         """Do what the run that is resumed has left of its last iteration."""
@@ -384,28 +364,26 @@ class StoppableTrainer(TrainerBase):
 
     @contextlib.contextmanager
     def _stopping(self, trained: bool) -> Iterator[None]:
-        try:
-            yield
-        except StopRequested as stop:
-            reason = stop.reason
-        else:
-            return
-        self._stop(reason, trained)
-
-    def _stop(self, reason: str, trained: bool) -> None:
-        """Leave everything for the run that goes on, in all processes, and end.
+        """Leave everything for the run that goes on, in all processes, and end, if that is asked.
 
         Args:
-            reason: why.
             trained: whether there is an update that may not be in a checkpoint yet.
         """
+        try:
+            yield
+            return
+        except StopRequested as stop:
+            reason = stop.reason
         done = self.iter + 1 if trained else self.start_iter
         logger.info("Stopping after %d of %d iterations (%s) ...", done, self.max_iter, reason)
         if trained:
             self.before_checkpoint()
         if comm.is_main_process():
-            if trained:
-                self._save()
+            name = f"model_{self.iter:07d}"
+            # or the periodic one of this iteration has been written
+            if trained and self.checkpointer.last_saved not in (name, "model_final"):
+                self._stop_hook.unfinished = True
+                self.checkpointer.save(name, iteration=self.iter)
             self.checkpointer.wait()
             saved = self.checkpointer.last_saved
             last = (
@@ -415,21 +393,11 @@ class StoppableTrainer(TrainerBase):
             obeyed()
             logger.warning(
                 "Stopped unfinished at iteration %d of %d (%s): --resume goes on from %s.",
-                done,
-                self.max_iter,
-                reason,
-                last or "the beginning",
+                *(done, self.max_iter, reason, last or "the beginning"),
             )
         comm.synchronize()  # a process that ends makes some launchers end the others
         signals.ignore()
         raise Unfinished
-
-    def _save(self) -> None:
-        """Write the checkpoint, unless the periodic one of this iteration has been written."""
-        name = f"model_{self.iter:07d}"
-        if self.checkpointer.last_saved not in (name, "model_final"):
-            self._stop_hook.unfinished = True
-            self.checkpointer.save(name, iteration=self.iter)
 
 
 def remove_stale_marker() -> None:
@@ -452,7 +420,3 @@ def _write_marker(iteration: int, max_iter: int, reason: str, checkpoint: str) -
     }
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
-
-
-def _never(_: int) -> bool:
-    return False

@@ -75,67 +75,6 @@ class Place:
         )
 
 
-@dataclass(frozen=True)
-class _Flags:
-    """Those of `engine.cli.argument_parser` that are about processes; 0 where not given."""
-
-    per_machine: int
-    name: str  # of the flag that gave it
-    machines: int
-    machine_rank: int
-    dist_url: str
-
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> "_Flags":
-        gpus = getattr(args, "num_gpus", None)
-        processes = getattr(args, "num_processes", None)
-        machines = getattr(args, "num_machines", 1)
-        machine_rank = getattr(args, "machine_rank", 0)
-        for flag, value, least in (
-            ("--num-gpus", gpus, 0),
-            ("--num-processes", processes, 1),
-            ("--num-machines", machines, 1),
-            ("--machine-rank", machine_rank, 0),
-        ):
-            if value is not None and value < least:
-                raise InputError(f"{flag} {value}: expected at least {least}.")
-        if gpus and processes and gpus != processes:
-            raise InputError(
-                f"--num-gpus {gpus} --num-processes {processes}: each process has one GPU; give "
-                "one of the two flags."
-            )
-        if machine_rank >= machines:
-            raise InputError(
-                f"--machine-rank {machine_rank} of --num-machines {machines}: machines count from "
-                "0."
-            )
-        name = "--num-processes" if processes else "--num-gpus"
-        url = getattr(args, "dist_url", "auto")
-        return cls(processes or gpus or 0, name, machines, machine_rank, url)
-
-    def refuse_other_sizes(self, launcher: str, per_machine: int | None, machines: int | None):
-        """Raise InputError if they ask for other numbers than the launcher's."""
-        for flag, asked, found, what in (
-            (self.name, self.per_machine, per_machine, "processes on this machine"),
-            ("--num-machines", self.machines if self.machines > 1 else 0, machines, "machines"),
-        ):
-            if asked and asked != (found or 1):
-                raise InputError(
-                    f"{flag} {asked}: {launcher} has started {found or 'an unknown number of'} "
-                    f"{what}. Leave the flag out: sizes come from the launcher."
-                )
-
-    def require_gpus(self, machine: Machine) -> None:
-        asked = self.per_machine
-        short = machine.gpus < asked and (machine.gpus or self.name == "--num-gpus")
-        if asked > 1 and short:
-            raise InputError(
-                f"{self.name} {asked}: {machine.host} shows {machine.gpus} CUDA devices, and each "
-                "process needs one. For several processes on CPUs use --num-processes and "
-                "MODEL.DEVICE cpu."
-            )
-
-
 def resolve(args: argparse.Namespace, environment: Mapping[str, str], machine: Machine) -> Place:
     """Find this process's place. The first that applies:
 
@@ -146,21 +85,69 @@ def resolve(args: argparse.Namespace, environment: Mapping[str, str], machine: M
     4. `--num-machines`, `--num-gpus`, `--num-processes`: so many processes of each machine.
     5. One process.
     """
-    flags = _Flags.of(args)
+    flag, asked, machines, url = _flags(args)
     tasks = tasks_of_step(environment, machine.pid)
     ranked = "WORLD_SIZE" in environment and _number(environment, "WORLD_SIZE") > 1
+    here, start = None, 0  # processes of this machine; those that this one starts
     if ranked and ("TORCHELASTIC_RUN_ID" in environment or not tasks):
-        return _torchrun(flags, environment, machine)
-    if tasks > 1:
-        found = _slurm(flags, environment, machine)
-    elif flags.machines > 1 or flags.per_machine > 1:
-        found = _by_flags(flags, machine)
+        place, here, nodes = _of_variables(environment, machine)
+        if url != "auto":
+            raise InputError(
+                f"--dist-url {url}: processes that torchrun has started meet at MASTER_ADDR and "
+                "MASTER_PORT. Leave the flag out; torchrun has --master-addr and --master-port."
+            )
+        ranked = False
+    elif tasks > 1:
+        place, nodes = _of_step(environment, machine, tasks)
+        here = tasks // nodes
+        start = (asked or machine.gpus or 1) if here == 1 else 0
     else:
-        found = Place("one process", machine.host, note=_unused(environment, machine))
-    if ranked:
-        note = "RANK and WORLD_SIZE are left over from elsewhere: srun says who is who."
-        return replace(found, note=note)
-    return found
+        rank, start, nodes = getattr(args, "machine_rank", 0), asked or 1, machines
+        launcher = f"--num-machines {machines}" if machines > 1 else f"{flag} {asked}"
+        place = Place(launcher, machine.host, node=rank, serves=rank == 0)
+        if machines > 1 and url == "auto":
+            raise InputError(
+                "--dist-url auto works on one machine; give tcp://HOST:PORT of the first."
+            )
+    launcher = place.launcher.partition(",")[0]
+    for name, given, found, what in (
+        (flag, 0 if start else asked, here, "processes on this machine"),
+        ("--num-machines", machines if machines > 1 else 0, nodes, "machines"),
+    ):
+        if given and given != found:
+            raise InputError(
+                f"{name} {given}: by {launcher} there are {found or 'an unknown number of'} "
+                f"{what}. Leave the flag out."
+            )
+    if url != "auto":
+        match = re.fullmatch(r"tcp://(\[[^\]]+\]|[^:/]+):(\d+)/?", url)
+        if not match:
+            raise InputError(f"--dist-url {url}: expected tcp://HOST:PORT, as tcp://node1:29500.")
+        address, port = match[1].strip("[]"), _port(match[2], f"--dist-url {url}")
+        place = replace(place, address=address, port=port)
+    note = "RANK and WORLD_SIZE are left over from elsewhere: srun says who is who."
+    place = replace(place, note=note if ranked else "")
+    if start:
+        place = replace(place, rank=place.node * start, world_size=nodes * start)
+        short = machine.gpus < asked and (machine.gpus or flag == "--num-gpus")
+        if asked > 1 and short:
+            raise InputError(
+                f"{flag} {asked}: {machine.host} shows {machine.gpus} CUDA devices, and each "
+                "process needs one. For several processes on CPUs use --num-processes and "
+                "MODEL.DEVICE cpu."
+            )
+        if place.world_size == 1:
+            return Place(
+                "one process", machine.host, note=place.note or _unused(environment, machine)
+            )
+    # Where several tasks see one GPU, it is each one's own (--gpus-per-task=1).
+    gpu = 0 if machine.gpus == 1 and tasks > 1 else place.local_rank
+    if machine.gpus and gpu >= machine.gpus:
+        raise InputError(
+            f"environment: local rank {place.local_rank} has no GPU of its own: {place.host} shows "
+            f"{machine.gpus}. Start as many processes as it has GPUs, or add MODEL.DEVICE cpu."
+        )
+    return replace(place, gpu=gpu if machine.gpus else None, start=start if start > 1 else 0)
 
 
 def tasks_of_step(environment: Mapping[str, str], pid: int | None = None) -> int:
@@ -170,140 +157,103 @@ def tasks_of_step(environment: Mapping[str, str], pid: int | None = None) -> int
     shell of `srun --pty` hands on what it has of its step, of which the other tasks will not come.
     """
     step = environment.get("SLURM_STEP_ID", "")
-    typed = "SLURM_PTY_PORT" in environment and environment.get("SLURM_TASK_PID") != str(
-        pid or os.getpid()
-    )
+    own = environment.get("SLURM_TASK_PID") == str(pid or os.getpid())
+    typed = "SLURM_PTY_PORT" in environment and not own
     if not step.isdigit() or int(step) >= FIRST_SPECIAL_STEP or typed:
         return 0
     # SLURM_NTASKS may still be the job's in a step with a number of its own.
-    own = "SLURM_STEP_NUM_TASKS" in environment
-    return _number(environment, "SLURM_STEP_NUM_TASKS" if own else "SLURM_NTASKS")
+    of_step = "SLURM_STEP_NUM_TASKS" in environment
+    return _number(environment, "SLURM_STEP_NUM_TASKS" if of_step else "SLURM_NTASKS")
 
 
-def _slurm(flags: _Flags, environment: Mapping[str, str], machine: Machine) -> Place:
-    tasks = tasks_of_step(environment, machine.pid)
+def _flags(args: argparse.Namespace) -> tuple[str, int, int, str]:
+    """The flag of processes per machine, its number (0: not given), machines, and the URL."""
+    names = ("num_gpus", "num_processes", "num_machines", "machine_rank")
+    gpus, processes, machines, machine_rank = (getattr(args, name, None) for name in names)
+    for name, value, least in zip(names, (gpus, processes, machines, machine_rank), (0, 1, 1, 0)):
+        if value is not None and value < least:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} {value}: expected at least {least}.")
+    if gpus and processes and gpus != processes:
+        raise InputError(
+            f"--num-gpus {gpus} --num-processes {processes}: each process has one GPU; give one of "
+            "the two flags."
+        )
+    machines = machines or 1
+    if (machine_rank or 0) >= machines:
+        raise InputError(
+            f"--machine-rank {machine_rank} of --num-machines {machines}: machines count from 0."
+        )
+    flag = "--num-processes" if processes else "--num-gpus"
+    return flag, processes or gpus or 0, machines, getattr(args, "dist_url", "auto")
+
+
+def _of_step(environment: Mapping[str, str], machine: Machine, tasks: int) -> tuple[Place, int]:
+    """The place of a task of srun, and how many nodes there are."""
     nodes, task, local_task, node = (
         _number(environment, f"SLURM_{name}")
         for name in ("STEP_NUM_NODES", "PROCID", "LOCALID", "NODEID")
     )
-    if not (task < tasks and node < nodes <= tasks and local_task <= task):
+    nodelist = environment.get("SLURM_STEP_NODELIST", "")
+    # The first name, such as gpu01 of "gpu[01-03,7],login".
+    first = re.match(r"(?:[^,\[\]]|\[\d[^\[\]]*\])+(?=,|$)", nodelist)
+    if not (task < tasks and node < nodes <= tasks and local_task <= task and first):
         raise InputError(
             f"environment: Slurm's variables contradict each other: {tasks} tasks on {nodes} "
-            f"nodes, SLURM_PROCID {task}, SLURM_NODEID {node}, SLURM_LOCALID {local_task}. Were "
-            "some of them set by hand, or exported into another job?"
+            f"nodes '{nodelist}', SLURM_PROCID {task}, SLURM_NODEID {node}, SLURM_LOCALID "
+            f"{local_task}. Were some of them set by hand, or exported into another job?"
         )
-    job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID")
     # A job's first steps and those of the next jobs, with which it may share a node, differ.
-    address = _first_host(environment.get("SLURM_STEP_NODELIST", ""))
-    port = PORTS[(job * 47 + step) % len(PORTS)]
-    if flags.dist_url != "auto":
-        address, port = _meeting_place(flags.dist_url)
+    job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID")
+    each = "GPU" if machine.gpus else "process"
     place = Place(
-        "srun, one task per node",
+        f"srun, one task per {'node' if tasks == nodes else each}",
         environment.get("SLURMD_NODENAME") or machine.host,
         node=node,
-        gpu=0 if machine.gpus else None,
-        address=address,
-        port=port,
-        serves=task == 0,
-    )
-    if tasks == nodes:
-        flags.refuse_other_sizes("srun", flags.per_machine, nodes)
-        flags.require_gpus(machine)
-        return _with_processes(place, flags.per_machine or machine.gpus or 1, nodes)
-    flags.refuse_other_sizes("srun", tasks // nodes, nodes)
-    # With --gpus-per-task=1 each task sees its own GPU as the first and only one.
-    bound = machine.gpus == 1
-    if machine.gpus and local_task >= machine.gpus and not bound:
-        raise InputError(
-            f"environment: SLURM_LOCALID {local_task} has no GPU of its own: {place.host} shows "
-            f"{machine.gpus} to it. Start as many tasks a node as it has GPUs (srun "
-            "--ntasks-per-node), or add MODEL.DEVICE cpu."
-        )
-    return replace(
-        place,
-        launcher="srun, one task per GPU" if machine.gpus else "srun, one task per process",
         rank=task,
         world_size=tasks,
         local_rank=local_task,
-        gpu=(0 if bound else local_task) if machine.gpus else None,
+        address=re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0]),
+        port=PORTS[(job * 47 + step) % len(PORTS)],
+        serves=task == 0,
     )
+    return place, nodes
 
 
-def _torchrun(flags: _Flags, environment: Mapping[str, str], machine: Machine) -> Place:
-    rank, world_size, local_rank = (
+def _of_variables(
+    environment: Mapping[str, str], machine: Machine
+) -> tuple[Place, int | None, int | None]:
+    """The place that torchrun's variables tell; processes of this machine, and machines."""
+    rank, size, local_rank = (
         _number(environment, key) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     )
-    for key in ("MASTER_ADDR", "MASTER_PORT"):
-        if not environment.get(key):
-            raise InputError(f"environment: WORLD_SIZE is {world_size} but {key} is not set.")
-    local_size, machines = (
+    local_size, machines, group = (
         _number(environment, key) if key in environment else None
-        for key in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
+        for key in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "GROUP_RANK")
     )
-    for name, value, size in (("", rank, world_size), ("LOCAL_", local_rank, local_size)):
-        if size is not None and value >= size:
+    for name, value, limit in (("", rank, size), ("LOCAL_", local_rank, local_size)):
+        if limit is not None and value >= limit:
             raise InputError(
-                f"environment: {name}RANK is {value} of {name}WORLD_SIZE {size}; ranks count from "
+                f"environment: {name}RANK is {value} of {name}WORLD_SIZE {limit}; ranks count from "
                 "0."
             )
-    flags.refuse_other_sizes("torchrun", local_size, machines)
-    if flags.dist_url != "auto":
-        raise InputError(
-            f"--dist-url {flags.dist_url}: processes that torchrun has started meet at MASTER_ADDR "
-            "and MASTER_PORT. Leave the flag out; torchrun has --master-addr and --master-port."
-        )
-    if machine.gpus and local_rank >= machine.gpus:
-        raise InputError(
-            f"environment: LOCAL_RANK {local_rank} has no GPU of its own: this machine shows "
-            f"{machine.gpus}. Start fewer processes, or add MODEL.DEVICE cpu."
-        )
-    numbered = "GROUP_RANK" in environment
-    return Place(
+    for key in ("MASTER_ADDR", "MASTER_PORT"):
+        if not environment.get(key):
+            raise InputError(f"environment: WORLD_SIZE is {size} but {key} is not set.")
+    place = Place(
         "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "RANK and WORLD_SIZE",
         environment.get("SLURMD_NODENAME") or machine.host,
-        node=_number(environment, "GROUP_RANK") if numbered else rank - local_rank,
+        node=rank - local_rank if group is None else group,
         rank=rank,
-        world_size=world_size,
+        world_size=size,
         local_rank=local_rank,
-        gpu=local_rank if machine.gpus else None,
         address=environment["MASTER_ADDR"],
         port=_port(environment["MASTER_PORT"], "MASTER_PORT"),
         # torchrun keeps a meeting place of its own open at that address; others do not.
         serves=rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
         attempt=environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
     )
-
-
-def _by_flags(flags: _Flags, machine: Machine) -> Place:
-    """Of detectron2's flags, the command being given on every machine."""
-    flags.require_gpus(machine)
-    several = flags.machines > 1
-    if several and flags.dist_url == "auto":
-        raise InputError("--dist-url auto works on one machine; give tcp://HOST:PORT of the first.")
-    address, port = ("127.0.0.1", 0)
-    if flags.dist_url != "auto":
-        address, port = _meeting_place(flags.dist_url)
-    place = Place(
-        f"--num-machines {flags.machines}" if several else f"{flags.name} {flags.per_machine}",
-        machine.host,
-        node=flags.machine_rank,
-        gpu=0 if machine.gpus else None,
-        address=address,
-        port=port,
-        serves=flags.machine_rank == 0,
-    )
-    return _with_processes(place, flags.per_machine or 1, flags.machines)
-
-
-def _with_processes(place: Place, processes: int, machines: int) -> Place:
-    """The place with so many processes on each machine; one needs not be started."""
-    return replace(
-        place,
-        rank=place.node * processes,
-        world_size=machines * processes,
-        start=processes if processes > 1 else 0,
-    )
+    return place, local_size, machines
 
 
 def _unused(environment: Mapping[str, str], machine: Machine) -> str:
@@ -316,24 +266,6 @@ def _unused(environment: Mapping[str, str], machine: Machine) -> str:
     if machine.gpus > 1:
         return f"{machine.gpus} GPUs are visible, one is used: --num-gpus {machine.gpus} uses all."
     return ""
-
-
-def _first_host(nodelist: str) -> str:
-    """The first name of one of Slurm's lists, such as gpu01 of "gpu[01-03,7],login"."""
-    first = re.match(r"(?:[^,\[\]]|\[\d[^\[\]]*\])+(?=,|$)", nodelist)
-    if not first:
-        raise InputError(
-            f"environment: SLURM_STEP_NODELIST is '{nodelist}'; expected a list of hosts such as "
-            "node[1-2]. Was the environment cleared under srun?"
-        )
-    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0])
-
-
-def _meeting_place(url: str) -> tuple[str, int]:
-    match = re.fullmatch(r"tcp://(\[[^\]]+\]|[^:/]+):(\d+)/?", url)
-    if not match:
-        raise InputError(f"--dist-url {url}: expected tcp://HOST:PORT, such as tcp://node1:29500.")
-    return match[1].strip("[]"), _port(match[2], f"--dist-url {url}")
 
 
 def _port(text: str, where: str) -> int:

@@ -20,9 +20,11 @@ from pathlib import Path
 
 from virtex_d2.engine.cli import expanded
 from virtex_d2.engine.errors import InputError, exit_on_input_error
+from virtex_d2.slurm.command import read_command
 from virtex_d2.slurm.follow import follow, status_table
 from virtex_d2.slurm.options import (
     LOGS,
+    Stage,
     add_arguments,
     given_options,
     make_options,
@@ -33,9 +35,7 @@ from virtex_d2.slurm.submit import (
     SlurmError,
     find_submitted,
     new_folder,
-    single_job,
     stage_jobs,
-    submit,
     submit_pipeline,
 )
 
@@ -86,18 +86,18 @@ def _run() -> int:
 def _submit(args, command, layers, cwd: Path, logs: Path) -> list:
     """The submitted jobs; none with --dry-run."""
     if args.pipeline:
-        stages = read_pipeline(args.pipeline, *layers)
-        folder = new_folder(logs, args.pipeline.stem)
-        pairs = stage_jobs(stages, folder, cwd, ROOT)
+        stages, name = read_pipeline(args.pipeline, *layers), args.pipeline.stem
     else:
-        job = single_job(make_options(*layers), command, logs, cwd, ROOT)
-        pairs = [(None, job)]
+        options = make_options(*layers)
+        stages = [Stage("", tuple(command), options, ())]
+        name = options.name or read_command(command, cwd, ROOT).name
+    pairs = stage_jobs(stages, new_folder(logs, name), cwd, ROOT)
     if args.dry_run:
         for stage, job in pairs:
-            after = f", after {', '.join(stage.after)}" if stage and stage.after else ""
+            after = f", after {', '.join(stage.after)}" if stage.after else ""
             print(f"# {job.folder}/job.sbatch{after}\n{job.text()}")
         return []
-    jobs = submit_pipeline(pairs) if args.pipeline else [submit(pairs[0][1])]
+    jobs = submit_pipeline(pairs)
     for job in jobs:
         print(f"job {job.job_id} {job.name}: {job.folder / job.log}")
     return jobs

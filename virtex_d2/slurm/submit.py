@@ -15,7 +15,7 @@ from typing import Any
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import atomic_path
 from virtex_d2.slurm.command import check_configs, read_command
-from virtex_d2.slurm.options import JobOptions, Stage
+from virtex_d2.slurm.options import Stage
 from virtex_d2.slurm.script import Job
 
 SCRIPT, RECORD = "job.sbatch", "job.json"
@@ -178,19 +178,18 @@ def stage_jobs(
     """A job for each stage, in a folder of its own below `folder`.
 
     Args:
-        stages: in order.
+        stages: in order. One without a name is a command line, whose words a shell has read.
         folder: of the pipeline; it is not made.
         cwd, root: as `Job`.
     """
     jobs: list[tuple[Stage, Job]] = []
     for stage in stages:
         try:
-            command = read_command(stage.command, cwd, root, unread=True)
+            command = read_command(stage.command, cwd, root, unread=bool(stage.name))
             job = Job(stage.options, command, folder / stage.name, cwd, root)
-            earlier = [other.command for _, other in jobs]
-            check_configs(command, stage.options, cwd, earlier)
+            check_configs(command, stage.options, cwd, [other.command for _, other in jobs])
         except InputError as error:
-            raise InputError(f"stage {stage.name}: {error}") from None
+            raise InputError(f"stage {stage.name}: {error}" if stage.name else str(error)) from None
         jobs.append((stage, job))
     return jobs
 
@@ -227,24 +226,3 @@ def _read(path: Path) -> Submitted:
         return Submitted(str(int(record["job_id"])), record["name"], path.parent, record["log"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: no record of a job: {error}. Remove it.") from error
-
-
-def single_job(
-    options: JobOptions,
-    words: Sequence[str],
-    logs: Path,
-    cwd: Path,
-    root: Path,
-) -> Job:
-    """The job of one command line, in a new folder of `logs`.
-
-    Args:
-        options: what it asks for.
-        words: of the command line.
-        logs: where its folder is to be; it is not made.
-        cwd, root: as `Job`.
-    """
-    command = read_command(words, cwd, root)
-    job = Job(options, command, new_folder(logs, options.name or command.name), cwd, root)
-    check_configs(command, options, cwd)
-    return job
