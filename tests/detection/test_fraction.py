@@ -9,8 +9,7 @@ import pytest
 from detectron2.data import DatasetCatalog
 
 from virtex_d2.detection.config import get_virtex_cfg
-from virtex_d2.detection.datasets import register_datasets
-from virtex_d2.detection.fraction import register_fraction, take_fraction
+from virtex_d2.detection.datasets import register_datasets, register_fraction, take_fraction
 from virtex_d2.detection.loader import build_train_loader
 from virtex_d2.engine.errors import InputError
 

@@ -78,7 +78,10 @@ def test_sets_of_other_classes_do_not_go_together(check, world, capsys):
         (["--val", "coco", "a", "b", "--config-file", "c.yaml"], "both are given"),
         (["--val", "cocoo", "none.json", "images"], "Did you mean 'coco'?"),
         (["--val", "coco", "none.json", "images"], "none.json: cannot be read"),
-        (["--val", "voc", "none", "test"], "none/ImageSets/Main/test.txt: cannot be read"),
+        (
+            ["--val", "voc", "none", "test"],
+            "none/ImageSets/Main/test.txt: expected a folder in Pascal VOC's layout",
+        ),
         (["DATASETS.TEST", "('nonesuch',)"], "'nonesuch' is not a known data set"),
         (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN and DATASETS.TEST are empty"),
         (["DATASETS.TEST", "('cityscapes_fine_instance_seg_val',)"], "only data sets in the form"),

@@ -18,7 +18,7 @@ from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
-from virtex_d2.detection.fraction import register_fraction
+from virtex_d2.detection.datasets import register_fraction
 from virtex_d2.detection.order import Draw, TrainingOrder, build_sampler, repeat_factors
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.preemption import abandonable

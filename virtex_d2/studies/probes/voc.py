@@ -9,7 +9,7 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data.datasets.pascal_voc import CLASS_NAMES as VOC_CLASSES
 
-from virtex_d2.annotations.voc_folder import split_ids, split_list
+from virtex_d2.annotations.voc import split_ids, split_list
 from virtex_d2.engine.errors import InputError, nearest
 from virtex_d2.engine.files import read_text
 from virtex_d2.studies.probes.datasets import require_folder
