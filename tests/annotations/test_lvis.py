@@ -62,24 +62,6 @@ def test_a_file_of_the_format_has_its_own_classes_and_images(world):
     assert "categories of its own" in train.size
 
 
-def test_category_ids_with_gaps_become_class_numbers(world):
-    def spread(content):
-        for record in content["categories"]:
-            record["id"] *= 10
-        for record in content["annotations"]:
-            record["category_id"] *= 10
-
-    _edit(world, spread)
-    register_datasets(_config(world, test=()))
-    content = json.loads(_file(world).read_text())
-    ids = {record["id"]: record["name"] for record in content["categories"]}
-    expected = [ids[item["category_id"]] for item in content["annotations"]]
-    records = DatasetCatalog.get("l_train")
-    classes = MetadataCatalog.get("l_train").thing_classes
-    found = [classes[item["category_id"]] for r in records for item in r["annotations"]]
-    assert found == expected
-
-
 def test_without_coco_url_the_file_name_says_where_an_image_is(world):
     def rename(content):
         for image in content["images"]:

@@ -19,9 +19,9 @@ def _set(world, split):
     return ["coco", world / f"annotations/instances_{split}.json", world / "images" / split]
 
 
-def test_the_exit_code_is_for_scripts(run_python, world):
+def test_the_exit_code_is_for_scripts(check, world):
     (world / "images/test/000000.jpg").unlink()
-    assert run_python(TOOL, "--val", *_set(world, "test"), "--no-images").returncode == 1
+    assert check("--val", *_set(world, "test"), "--no-images") == 1
 
 
 def test_a_contact_sheet_that_is_no_png_is_refused_before_anything_is_read(

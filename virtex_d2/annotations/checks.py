@@ -1,5 +1,6 @@
 """What is wrong with a data set: its boxes, masks and images, and what it shares with another."""
 
+import functools
 import hashlib
 import os
 import random
@@ -150,7 +151,11 @@ def leaks(train: Checked, test: Checked) -> Iterator[Problem]:
     The same file, or another file of the same pixels, is one for certain. A file name alone is not:
     many data sets count their images from 1. It is named where the pixels were not compared.
     """
-    resolved = _resolver()
+    real = functools.cache(os.path.realpath)  # links among the folders, each asked but once
+
+    def resolved(file: str) -> str:
+        return os.path.join(real(os.path.dirname(file)), os.path.basename(file))
+
     of_file = _first_of(train.table.files, resolved)
     of_name = _first_of(train.table.files, os.path.basename)
     of_digest = _by_content(train.table, train.decoded)
@@ -255,16 +260,3 @@ def _first_of(files: list[str], key: Callable[[str], str]) -> dict[str, int]:
         if file:
             first.setdefault(key(file), index)
     return first
-
-
-def _resolver() -> Callable[[str], str]:
-    """Paths -> paths without links among the folders, each folder asked but once."""
-    folders: dict[str, str] = {}
-
-    def resolved(file: str) -> str:
-        folder, name = os.path.split(file)
-        if folder not in folders:
-            folders[folder] = os.path.realpath(folder)
-        return os.path.join(folders[folder], name)
-
-    return resolved

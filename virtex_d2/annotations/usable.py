@@ -53,18 +53,17 @@ def require_usable(table: AnnotationTable, use: Use) -> None:
     advice = "Boxes are [x, y, width, height] in pixels: correct or remove them."
     if table.kind == "voc":
         advice = "Boxes are pixels from 1 to width and height: correct or remove them."
-    _refuse_many(table, list(box_problems(table)), use, advice)
+    _refuse(table, list(box_problems(table)), advice, use.max_bad_share)
     if use.masks:
         _require_masks(table, use)
     # Without a mask head, too: detectron2 drops the whole object with its box.
     faults = mask_faults(table).items()
-    _refuse_many(
-        table,
-        [table.problem("mask-malformed", row, fault) for row, fault in faults],
-        use,
+    advice = (
         "Expected a list of polygons [x, y, x, y, ...] of three points or more, or a run-length "
-        "mask {counts, size: [height, width]}: correct them, or for boxes alone leave the key out.",
+        "mask {counts, size: [height, width]}: correct them, or for boxes alone leave the key out."
     )
+    malformed = [table.problem("mask-malformed", row, why) for row, why in faults]
+    _refuse(table, malformed, advice, use.max_bad_share)
 
 
 def _refused(table: AnnotationTable, use: Use) -> Iterable[tuple[tuple[str, ...], str]]:
@@ -121,19 +120,15 @@ def _require_masks(table: AnnotationTable, use: Use) -> None:
         )
 
 
-def _refuse(table: AnnotationTable, problems: Sequence[Problem], advice: str) -> None:
-    if problems:
-        raise InputError(f"{table.source}: {_told(problems)} {advice}")
-
-
-def _refuse_many(
-    table: AnnotationTable, problems: Sequence[Problem], use: Use, advice: str
+def _refuse(
+    table: AnnotationTable, problems: Sequence[Problem], advice: str, share: float | None = None
 ) -> None:
-    """Refuse problems of more than a share of all objects; warn of fewer."""
-    if len(problems) > use.max_bad_share * len(table.records):
+    """Refuse problems of more than a share of all objects, if one is given; warn of fewer."""
+    if problems and share is not None:
         advice = f"{advice} Or allow a larger share with VIRTEX.MAX_BAD_BOX_SHARE."
-        _refuse(table, problems, advice)
-    elif problems:
+    if len(problems) > (share or 0) * len(table.records):
+        raise InputError(f"{table.source}: {_told(problems)} {advice}")
+    if problems:
         logger.warning("%s: %s They are clipped or left out.", table.source, _told(problems))
 
 

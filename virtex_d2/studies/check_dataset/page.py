@@ -12,16 +12,14 @@ import numpy as np
 
 from virtex_d2.annotations.checks import Checked
 from virtex_d2.annotations.masks import mask_kinds
-from virtex_d2.annotations.table import KINDS, AnnotationTable, Problem
+from virtex_d2.annotations.table import KINDS, AnnotationTable
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import atomic_path
 
 NAMED = 5  # records of each kind that are named
-_WIDTH = 100
 _BARS, _COLUMNS = 24, 120  # up to so many classes: with bars; in columns
 _FEW = (0, 10, 100, 1000)  # bounds of the classes' counts, where there are more
 _LISTED = 12  # classes in a list of names
-_FIELDS = ("dataset", "kind", "serious", "record", "image", "why")
 
 
 def page(checked: Checked, refused: bool = False) -> str:
@@ -39,10 +37,12 @@ def page(checked: Checked, refused: bool = False) -> str:
     for title, serious in (("problems", True), ("notes", False)):
         shown = {kind: found for kind, found in groups.items() if KINDS[kind].serious == serious}
         if shown:
-            total = sum(map(len, shown.values()))
-            lines.append(f"  {title} ({_number(total)})")
-            for kind, found in shown.items():
-                lines += _problem_lines(kind, found)
+            lines.append(f"  {title} ({_number(sum(map(len, shown.values())))})")
+        for kind, found in shown.items():
+            lines.append(f"    {_number(len(found)):>7}  {KINDS[kind].title}")
+            lines += [f"             {problem}" for problem in found[:NAMED]]
+            if len(found) > NAMED:
+                lines.append(f"             and {_number(len(found) - NAMED)} more")
     if not groups and not refused:
         lines.append("  no problems")
     return "\n".join(lines)
@@ -63,8 +63,8 @@ def summary(checked: Checked) -> dict[str, Any]:
         "images": len(table.image_ids),
         "images_without_objects": sum(not len(rows) for rows in table.objects_by_image()),
         "images_decoded": len(checked.decoded),
-        "smallest_sides": _extreme(sizes, np.min),
-        "largest_sides": _extreme(sizes, np.max),
+        "smallest_sides": sizes.min(axis=0).astype(int).tolist() if len(sizes) else [],
+        "largest_sides": sizes.max(axis=0).astype(int).tolist() if len(sizes) else [],
         "objects": len(table.records),
         "crowd": int(table.crowd.sum()),
         "difficult": int(table.difficult.sum()),
@@ -90,16 +90,13 @@ def write_listing(path: str | os.PathLike, datasets: Sequence[Checked]) -> None:
                 content = [{**summary(each), "records": _rows(each)} for each in datasets]
                 json.dump({"datasets": content}, f, indent=1, ensure_ascii=False)
             else:
-                writer = csv.DictWriter(f, _FIELDS)
+                fields = ("dataset", "kind", "serious", "record", "image", "why")
+                writer = csv.DictWriter(f, fields)
                 writer.writeheader()
                 for each in datasets:
                     writer.writerows(_rows(each))
     except OSError as error:
         raise InputError(f"--output {path}: cannot be written: {error.strerror}.") from error
-
-
-def _extreme(sizes: np.ndarray, of: Any) -> Sequence[int]:
-    return [int(side) for side in of(sizes, axis=0)] if len(sizes) else []
 
 
 def _classes(table: AnnotationTable) -> list[dict[str, Any]]:
@@ -113,7 +110,7 @@ def _classes(table: AnnotationTable) -> list[dict[str, Any]]:
     ]
 
 
-def _rows(checked: Checked) -> list[dict]:
+def _rows(checked: Checked) -> list[dict[str, Any]]:
     return [
         {
             "dataset": checked.table.name,
@@ -161,39 +158,28 @@ def _histogram(classes: Sequence[dict[str, Any]]) -> list[str]:
     ranked = sorted(classes, key=lambda item: -item["instances"])
     used = [item for item in ranked if item["instances"]]
     unused = [item["name"] for item in ranked if not item["instances"]]
-    lines = ["  instances a class (images with it)"]
-    if len(classes) <= _BARS:
-        lines += _bars(used)
-    elif len(classes) <= _COLUMNS:
-        lines += _columns(used)
+    with_bars = len(classes) <= _BARS
+    shown = used if len(classes) <= _COLUMNS else used[: 2 * _LISTED]
+    width = 20 if with_bars else 13
+    cells = [
+        f"{_cut(item['name'], width):<{width}}{_number(item['instances']):>8}"
+        f" {'(' + _number(item['images']) + ')':>8}"
+        for item in shown
+    ]
+    if with_bars:
+        longest = 45 / max((item["instances"] for item in used), default=1)
+        bars = ["#" * math.ceil(longest * item["instances"]) for item in used]
+        rows = [[f"{cell}  {bar}"] for cell, bar in zip(cells, bars)]
     else:
-        lines += _columns(used[: 2 * _LISTED])
+        height = -(-len(cells) // 3)
+        rows = [cells[row::height] for row in range(height)]
+    lines = ["  instances a class (images with it)"]
+    lines += ["    " + "  ".join(row) for row in rows]
+    if len(classes) > _COLUMNS:
         lines.append(f"    {_bins(classes)}")
     if unused:
         more = f" and {len(unused) - _LISTED} more" if len(unused) > _LISTED else ""
         lines.append(f"    without an instance: {', '.join(unused[:_LISTED])}{more}")
-    return lines
-
-
-def _bars(used: Sequence[dict[str, Any]]) -> list[str]:
-    longest = 45 / max((item["instances"] for item in used), default=1)
-    return [
-        f"    {_cut(item['name'], 20):<20}{_number(item['instances']):>9}"
-        f" {'(' + _number(item['images']) + ')':>9}  {'#' * math.ceil(longest * item['instances'])}"
-        for item in used
-    ]
-
-
-def _columns(used: Sequence[dict[str, Any]], count: int = 3) -> list[str]:
-    height = -(-len(used) // count)
-    lines = []
-    for row in range(height):
-        cells = [
-            f"{_cut(item['name'], 13):<13}{_number(item['instances']):>8}"
-            f" {'(' + _number(item['images']) + ')':>8}"
-            for item in used[row::height]
-        ]
-        lines.append("    " + "  ".join(cells))
     return lines
 
 
@@ -204,14 +190,6 @@ def _bins(classes: Sequence[dict[str, Any]]) -> str:
         name = f"{low} to {high - 1}" if high else f"{_number(low)} or more"
         parts.append(f"{name}: {_number(len(inside))}")
     return f"classes by instances: {'; '.join(parts)}"
-
-
-def _problem_lines(kind: str, found: Sequence[Problem]) -> list[str]:
-    lines = [f"    {_number(len(found)):>7}  {KINDS[kind].title}"]
-    lines += [f"             {problem}" for problem in found[:NAMED]]
-    if len(found) > NAMED:
-        lines.append(f"             and {_number(len(found) - NAMED)} more")
-    return lines
 
 
 def _range(low: int, high: int) -> str:
