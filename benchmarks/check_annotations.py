@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from virtex_d2.annotations.checks.check import check
+from virtex_d2.annotations.checks import check
 from virtex_d2.detection.sources import read_annotations
 
 IMAGES, OBJECTS, CLASSES, CORNERS = 118_287, 860_001, 80, 20

@@ -1,4 +1,4 @@
-"""One record broken of each kind: it is found, named, and nothing else is."""
+"""One record broken of each kind, or leaked: it is found, named, and nothing else is."""
 
 import json
 import re
@@ -10,9 +10,11 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from tests.annotations.conftest import edit, read
-from virtex_d2.annotations.checks.check import check, summary
+from virtex_d2.annotations.checks import check, leaks
+from virtex_d2.annotations.table import KINDS
 from virtex_d2.annotations.voc import read_voc_folder
 from virtex_d2.detection.sources import read_annotations
+from virtex_d2.studies.check_dataset.page import summary
 
 KINDS_OF_FILES = ("coco", "lvis", "voc")
 
@@ -106,6 +108,8 @@ def test_a_broken_object_is_named_with_the_reason(change, kind, why, world):
         (lambda c: first(c).update(category_id=99), ("category-unknown", "annotation 1")),
         (lambda c: first(c).update(category_id=[9]), ("incomplete", "annotations[0]")),
         (lambda c: first(c).pop("image_id"), ("incomplete", "annotations[0]")),
+        (lambda c: first(c).pop("bbox"), ("incomplete", "annotations[0]")),
+        (lambda c: first(c).update(ignore=1), ("ignore-set", "annotation 1")),
         (lambda c: first(c).pop("area"), ("field-assumed", "annotation 1")),
         (lambda c: first(c).pop("iscrowd"), ("field-assumed", "annotation 1")),
         (lambda c: first(c).update(iscrowd=2), ("incomplete", "annotation 1")),
@@ -251,9 +255,10 @@ def test_counts_are_those_of_the_file(world):
         ),
         (
             lambda c: c["images"][0]["not_exhaustive_category_ids"].append(99),
-            ("category-unknown", "image 1"),
+            ("verified-unknown", "image 1"),
         ),
-        (lambda c: c["images"][0].pop("neg_category_ids"), ("field-assumed", "image 1")),
+        (lambda c: c["images"][0].pop("neg_category_ids"), ("not-evaluable", "image 1")),
+        (lambda c: c["categories"][0].pop("frequency"), ("not-evaluable", "category 1 (circle)")),
         (lambda c: c["images"][0].update(neg_category_ids=7), ("incomplete", "image 1")),
     ],
 )
@@ -273,12 +278,12 @@ def test_voc_files_that_are_missing_or_broken_are_named(world):
     with open(world / "VOC/ImageSets/Main/train.txt", "a") as file:
         file.write("train_000004\nunknown\n")
     assert found(world, "voc") == [
+        ("id-repeated", "image train_000004"),
         ("unreadable", "train_000000.xml"),
         ("unreadable", "train_000001.xml"),
         ("incomplete", "train_000002.xml"),
-        ("unreadable", "unknown.xml"),
-        ("id-repeated", "image train_000004"),
         ("box-malformed", "train_000003.xml, object 1"),
+        ("unreadable", "unknown.xml"),
         ("image-missing", "image unknown"),
     ]
 
@@ -293,6 +298,46 @@ def test_voc_classes_that_are_given_are_the_only_ones(world):
     checked = check(read_voc_folder(str(voc), "train", "train", ["circle", "star"], chosen=True))
     assert checked.sound
     assert len(checked.by_kind()["class-left-out"]) == len(unknown)
+
+
+def leaking(world, decode=True, **sample):
+    train, val = (check(read(world, split=split), decode, **sample) for split in ("train", "val"))
+    return [(each.kind, each.record, each.why) for each in leaks(train, val)]
+
+
+def test_sets_that_count_their_images_from_one_share_names_and_ids_but_no_image(sound):
+    assert leaking(sound) == []
+
+
+def test_names_alone_are_a_note_where_the_pixels_were_not_compared(sound):
+    found = leaking(sound, decode=False)
+    assert [kind for kind, _, _ in found] == ["leak-name"] * 4
+    assert not KINDS["leak-name"].serious
+    assert 0 < len(leaking(sound, sample=3, seed=1)) < 4
+
+
+def test_a_copy_under_another_name_is_found_by_its_pixels(world):
+    shutil.copy(world / "images/train/000004.jpg", world / "images/val/000001.jpg")
+    ((kind, record, why),) = leaking(world)
+    assert (kind, record) == ("leak-content", "image 2")
+    assert why.startswith("in train: image 5, ")
+    assert why.endswith("images/train/000004.jpg")
+    assert KINDS[kind].serious
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_the_same_file_is_found_without_decoding_and_through_linked_folders(decode, world):
+    shutil.rmtree(world / "images/val")
+    (world / "images/val").symlink_to(world / "images/train")
+    found = leaking(world, decode)
+    assert [kind for kind, _, _ in found] == ["leak-file"] * 4
+
+
+def test_an_image_that_cannot_be_decoded_is_no_leak(world):
+    for split in ("train", "val"):
+        (world / f"images/{split}/000000.jpg").write_bytes(b"")
+    edit(world, lambda content: content["images"][0].update(file_name="000000.jpg"))
+    assert [kind for kind, _, _ in leaking(world)] == ["leak-name"]
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from tests.annotations.conftest import read, words
-from virtex_d2.annotations.checks.check import check, summary
+from virtex_d2.annotations.checks import check
 from virtex_d2.annotations.masks import mask_fault, run_lengths
-from virtex_d2.annotations.table import number_boxes
-from virtex_d2.studies.check_dataset.page import page
+from virtex_d2.studies.check_dataset.page import page, summary
 from virtex_d2.studies.viewer.drawing import draw_instances
 from virtex_d2.studies.viewer.matching import objects
 
@@ -54,29 +53,6 @@ def test_no_content_of_a_field_ends_the_check(kind, changes, sound, tmp_path):
     blank = np.zeros((64, 64, 3), np.uint8)
     for rows in checked.table.objects_by_image():
         draw_instances(blank, objects(checked.table, rows, (64, 64)), checked.table.categories)
-
-
-@given(
-    st.lists(
-        st.lists(st.floats(-9, 9) | st.integers(-9, 9), min_size=4, max_size=4)
-        | st.lists(_VALUES, max_size=5)
-        | _VALUES
-    )
-)
-@_SETTINGS
-def test_boxes_are_numbers_where_they_are_four_finite_ones_and_nan_elsewhere(boxes):
-    array = number_boxes(boxes)
-    assert array.shape == (len(boxes), 4)
-    for box, row in zip(boxes, array):
-        whole = (
-            isinstance(box, list)
-            and len(box) == 4
-            and all(type(value) in (int, float) and abs(value) < 2**63 for value in box)
-        )
-        if whole:
-            assert row.tolist() == [float(value) for value in box]
-        else:
-            assert np.isnan(row).all() or abs(row).max() >= 2**63
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1), st.floats(0, 1))

@@ -6,19 +6,21 @@ import json
 import pytest
 from PIL import Image
 
-from tests.annotations.conftest import edit, read
+from tests.annotations.conftest import edit, read, words
 from virtex_d2.engine.errors import InputError
-from virtex_d2.studies.check_dataset.main import Options, run
+from virtex_d2.studies.check_dataset.main import main
+
+pytestmark = pytest.mark.usefixtures("catalog_as_before")
 
 
-def checked(world, kind="coco", **options):
-    tables = [[read(world, kind, split)] for split in ("train", "val")]
-    return run(*tables, Options(**options))
+def checked(world, *options, kind="coco", splits=("train", "val")):
+    sets = [word for split in splits for word in (f"--{split}", *words(world, kind, split))]
+    return main("", [*sets, "--workers", "1", *map(str, options)])
 
 
 @pytest.mark.parametrize("kind", ["coco", "lvis", "voc"])
 def test_the_page_has_the_counts_and_ends_well(kind, sound, capsys):
-    assert checked(sound, kind) == 0
+    assert checked(sound, kind=kind) == 0
     out = capsys.readouterr().out
     objects = len(read(sound, kind).records)
     assert f"  objects  {objects:>11}   0 crowd, 0 difficult" in out
@@ -36,7 +38,7 @@ def test_five_records_of_a_kind_are_named_and_all_are_counted_and_written(world,
 
     edit(world, break_eight)
     for name in ("all.json", "all.csv"):
-        assert checked(world, output=str(tmp_path / name)) == 1
+        assert checked(world, "--output", tmp_path / name) == 1
     out = capsys.readouterr().out
     assert "problems (9)" in out
     assert "  8  box of no width or height" in out
@@ -58,7 +60,7 @@ def test_many_classes_are_shown_by_how_often_they_occur(world, capsys):
         content["categories"] += [{"id": n, "name": f"class {n}"} for n in range(100, 300)]
 
     edit(world, many)
-    assert checked(world) == 0
+    assert checked(world, splits=["train"]) == 0
     out = capsys.readouterr().out
     assert "classes by instances: 1 to 9: " in out
     assert "without an instance: " in out
@@ -68,7 +70,7 @@ def test_many_classes_are_shown_by_how_often_they_occur(world, capsys):
 
 def test_notes_do_not_fail_the_check(world, capsys):
     edit(world, lambda content: content["annotations"][0].pop("area"))
-    assert checked(world, decode=False) == 0
+    assert checked(world, "--no-images") == 0
     out = capsys.readouterr().out
     assert "notes (1)" in out
     assert "annotation 1 (000000.jpg): no area" in out
@@ -78,7 +80,7 @@ def test_notes_do_not_fail_the_check(world, capsys):
 def test_contact_sheets_are_drawn_of_each_set_with_broken_objects_marked(world, tmp_path):
     red = []
     for name in ("sound", "broken"):
-        checked(world, contact_sheet=str(tmp_path / f"{name}.png"), sheet_images=4)
+        checked(world, "--contact-sheet", tmp_path / f"{name}.png", "--sheet-images", 4)
         edit(world, lambda content: content["annotations"][0].update(bbox=[0, 0, 8, 64]))
         with Image.open(tmp_path / f"{name}-1.png") as image:
             assert image.width > 1800
@@ -90,7 +92,7 @@ def test_contact_sheets_are_drawn_of_each_set_with_broken_objects_marked(world, 
 
 @pytest.mark.parametrize("kind", ["lvis", "voc"])
 def test_contact_sheets_of_other_formats_are_drawn(kind, sound, tmp_path):
-    run([read(sound, kind)], [], Options(contact_sheet=str(tmp_path / "one.png")))
+    checked(sound, "--contact-sheet", tmp_path / "one.png", kind=kind, splits=["train"])
     with Image.open(tmp_path / "one.png") as image:
         assert image.width > 1800
 
@@ -98,8 +100,7 @@ def test_contact_sheets_of_other_formats_are_drawn(kind, sound, tmp_path):
 def test_a_sheet_leaves_out_images_that_cannot_be_read(world, tmp_path):
     for index in range(4):
         (world / f"images/train/{index:06}.jpg").write_bytes(b"")
-    table = read(world)
-    assert run([table], [], Options(contact_sheet=str(tmp_path / "one.png"))) == 1
+    assert checked(world, "--contact-sheet", tmp_path / "one.png", splits=["train"]) == 1
     with Image.open(tmp_path / "one.png") as image:
         assert image.width < 600
 
@@ -107,14 +108,14 @@ def test_a_sheet_leaves_out_images_that_cannot_be_read(world, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"output": "list.txt"}, "--output list.txt: expected a name that ends in .json or .csv"),
-        ({"sample": -1}, "--sample -1: expected at least 0"),
-        ({"workers": 0}, "--workers 0: expected at least 1"),
-        ({"sheet_images": 0}, "--sheet-images 0: expected at least 1"),
-        ({"output": "/proc/none/list.csv"}, "cannot be written"),
-        ({"contact_sheet": "/proc/none/list.png"}, "cannot be written"),
+        (["--output", "list.txt"], "--output list.txt: expected a name that ends in .json or .csv"),
+        (["--sample", "-1"], "--sample -1: expected at least 0"),
+        (["--workers", "0"], "--workers 0: expected at least 1"),
+        (["--sheet-images", "0"], "--sheet-images 0: expected at least 1"),
+        (["--output", "/proc/none/list.csv"], "cannot be written"),
+        (["--contact-sheet", "/proc/none/list.png"], "cannot be written"),
     ],
 )
 def test_options_out_of_their_range_are_named(options, message, sound):
     with pytest.raises(InputError, match=message):
-        checked(sound, **{"decode": False, **options})
+        checked(sound, "--no-images", *options)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from tests.detection.detections import evaluate, nothing, perfect
-from virtex_d2.annotations.checks.check import check
+from virtex_d2.annotations.checks import check
 from virtex_d2.annotations.records import read_records, read_sound
 from virtex_d2.detection.config import get_virtex_cfg
 from virtex_d2.detection.datasets import register_datasets
@@ -202,28 +202,43 @@ def _first(content):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["images"][0].update(width="64"), 'image 1 has width "64", expected pixels'),
-        (lambda c: c["images"][0].update(height=True), "image 1 has height true, expected"),
-        (lambda c: c["images"][0].update(height=64.5), "image 1 has height 64.5, expected"),
-        (lambda c: c["images"][0].update(id="1"), r'images\[0\] has id "1", but most others are n'),
-        (lambda c: c["categories"][0].update(name=3), r"categories\[0\] has name 3, expected a te"),
-        (lambda c: _first(c).update(area="9"), 'annotation 1 has area "9", expected a number'),
-        (lambda c: _first(c).update(area=float("nan")), "annotation 1 has area NaN"),
-        (lambda c: _first(c).update(iscrowd=False), "annotation 1 has iscrowd false, expected 0"),
-        (lambda c: _first(c).update(iscrowd=2), "annotation 1 has iscrowd 2"),
-        (lambda c: _first(c).update(image_id="1"), r'annotation 1 \(image_id "1"\)'),
-        (lambda c: _first(c).update(category_id="3"), r'\(category_id "3"\).*|it has 1, 2'),
-        (lambda c: _first(c).update(bbox=[1, 2, "3", 4]), r'annotation 1 has bbox \[1, 2, "3", 4'),
-        (lambda c: _first(c).update(bbox=[1, 2, True, 4]), r"annotation 1 has bbox \[1, 2, true"),
-        (lambda c: _first(c).update(bbox=None), r"annotation 1 has bbox null"),
-        (lambda c: _first(c).update(keypoints="x"), 'annotation 1 has keypoints "x"'),
+        (lambda c: c["images"][0].update(width="64"), 'image 1.*: has width "64", expected pixels'),
+        (lambda c: c["images"][0].update(height=True), "image 1.*: has height true, expected"),
+        (lambda c: c["images"][0].update(height=64.5), "image 1.*: has height 64.5, expected"),
+        (
+            lambda c: c["images"][0].update(id="1"),
+            r'images\[0\] .*: has id "1", but most others are n',
+        ),
+        (
+            lambda c: c["categories"][0].update(name=3),
+            r"categories\[0\]: has name 3, expected a te",
+        ),
+        (lambda c: _first(c).update(area="9"), 'annotation 1.*: has area "9", expected a number'),
+        (lambda c: _first(c).update(area=float("nan")), "annotation 1.*: has area NaN"),
+        (
+            lambda c: _first(c).update(iscrowd=False),
+            "annotation 1.*: has iscrowd false, expected 0",
+        ),
+        (lambda c: _first(c).update(iscrowd=2), "annotation 1.*: has iscrowd 2"),
+        (lambda c: _first(c).update(image_id="1"), r'annotation 1: image_id "1" is not in'),
+        (lambda c: _first(c).update(category_id="3"), r'category_id "3" is not in .*has 1, 2'),
+        (
+            lambda c: _first(c).update(bbox=[1, 2, "3", 4]),
+            r'annotation 1.*: has bbox \[1, 2, "3", 4',
+        ),
+        (
+            lambda c: _first(c).update(bbox=[1, 2, True, 4]),
+            r"annotation 1.*: has bbox \[1, 2, true",
+        ),
+        (lambda c: _first(c).update(bbox=None), r"annotation 1.*: has bbox null"),
+        (lambda c: _first(c).update(keypoints="x"), 'annotation 1.*: has keypoints "x"'),
         (
             lambda c: _first(c).update(segmentation={"size": [64, 64], "counts": "no mask"}),
-            "annotation 1: its `counts` are cut short, or no text of COCO's",
+            "annotation 1 .*: its `counts` are cut short, or no text of COCO's",
         ),
         (
             lambda c: _first(c).update(segmentation=[[1, 2, 3, 4, 5, float("inf")]]),
-            "annotation 1: a polygon has a coordinate that is not finite",
+            "annotation 1 .*: a polygon has a coordinate that is not finite",
         ),
     ],
 )
@@ -249,11 +264,17 @@ def test_what_is_not_lossless_is_refused_and_the_check_finds_it_too(
         ),
         (
             lambda c: c["images"][0].update(not_exhaustive_category_ids=[True]),
-            "image 1 has not_exh",
+            "image 1.*: has not_exh",
         ),
-        (lambda c: c["images"][0].update(neg_category_ids=None), "image 1 lacks neg_category_ids"),
-        (lambda c: c["categories"][0].update(frequency=["r"]), r'category 1 \(circle\): \["r"\]'),
-        (lambda c: c["images"][0].update(coco_url=3), "image 1 has coco_url 3, expected a text"),
+        (
+            lambda c: c["images"][0].update(neg_category_ids=None),
+            "image 1 .*: lacks neg_category_ids",
+        ),
+        (
+            lambda c: c["categories"][0].update(frequency=["r"]),
+            r'category 1 \(circle\): has frequency \["r"\]',
+        ),
+        (lambda c: c["images"][0].update(coco_url=3), "image 1.*: has coco_url 3, expected a text"),
     ],
 )
 def test_what_lvis_adds_is_typed_too(change, message, contents, train):

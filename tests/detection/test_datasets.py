@@ -1,17 +1,19 @@
-"""Data sets from the config, and what is wrong with them."""
+"""Data sets from the config, what is wrong with them, and fractions of them."""
 
 import json
 import logging
+import random
 import shutil
+from itertools import pairwise
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from virtex_d2.annotations.coco_file import check_coco_file
-from virtex_d2.annotations.use import Use
+from virtex_d2.annotations.usable import Use, require_usable
 from virtex_d2.detection.config import get_virtex_cfg
-from virtex_d2.detection.datasets import register_datasets
+from virtex_d2.detection.datasets import register_datasets, register_fraction, take_fraction
 from virtex_d2.detection.loader import TestLoader, build_train_loader
+from virtex_d2.detection.sources import read_annotations
 from virtex_d2.engine.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("catalog_as_before")
@@ -143,9 +145,15 @@ def test_a_training_set_without_annotations_is_refused(world):
         register_datasets(_config(world))
 
 
+def _check_file(path, images, **use):
+    table = read_annotations(("coco", str(path), str(images)), "w")
+    require_usable(table, Use(**use))
+    return table
+
+
 def test_a_missing_annotation_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"none.json: cannot be read: No such file"):
-        check_coco_file(str(tmp_path / "none.json"), str(tmp_path), Use())
+        _check_file(tmp_path / "none.json", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +164,10 @@ def test_a_missing_annotation_file_is_named(tmp_path):
         ('{"images": []}', "expected a list of objects `categories`, found the keys .'images'."),
         ('{"images": 3, "annotations": [], "categories": []}', "objects `images`, found 3 in it"),
         ('{"images": [3], "annotations": [], "categories": []}', "a list of objects `images`"),
-        ('{"images": [{"id": 1}], "annotations": [], "categories": []}', r"images\[0\] lacks file"),
+        (
+            '{"images": [{"id": 1}], "annotations": [], "categories": []}',
+            r"images\[0\]: lacks file",
+        ),
         ('{"images": [], "annotations": [], "categories": []}', "`images` is empty"),
     ],
 )
@@ -164,13 +175,12 @@ def test_a_file_that_is_no_coco_file_is_told_where(text, message, tmp_path):
     path = tmp_path / "broken.json"
     path.write_text(text)
     with pytest.raises(InputError, match=message) as caught:
-        check_coco_file(str(path), str(tmp_path), Use())
+        _check_file(path, tmp_path)
     assert str(path) in str(caught.value)
 
 
 def _check(world, masks=True, tests=False, **use):
-    use = Use(masks=masks, tests=tests, **use)
-    return check_coco_file(str(_file(world)), str(world / "images/train"), use)
+    return _check_file(_file(world), world / "images/train", masks=masks, tests=tests, **use)
 
 
 def test_absent_images_are_counted_and_the_first_ten_named(world):
@@ -181,9 +191,11 @@ def test_absent_images_are_counted_and_the_first_ten_named(world):
         ]
 
     _edit(world, list_more)
-    with pytest.raises(InputError, match="12 of its 18 images are not in the folder") as caught:
+    with pytest.raises(
+        InputError, match=r"image file missing \(12\): image 100 .*lists 18 images"
+    ) as caught:
         _check(world)
-    assert "absent09.jpg and 2 more" in str(caught.value)
+    assert "absent09.jpg is not there and 2 more" in str(caught.value)
     assert "absent10" not in str(caught.value)
 
 
@@ -194,21 +206,27 @@ def _first(content):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: _first(c).update(category_id=99), r"\(category_id 99\)"),
-        (lambda c: _first(c).update(image_id=99), r"\(image_id 99\)"),
-        (lambda c: _first(c).update(bbox=[5, 5, 0, 9]), "bbox .5, 5, 0, 9. in the 64x64 image"),
-        (lambda c: _first(c).update(bbox=[60, 5, 9, 9]), "bbox .60, 5, 9, 9. in the 64x64 image"),
-        (lambda c: _first(c).update(bbox=[-3, 5, 9, 9]), "empty or outside its image"),
+        (lambda c: _first(c).update(category_id=99), "category_id 99 is not in"),
+        (lambda c: _first(c).update(image_id=99), "image_id 99 is not in"),
+        (
+            lambda c: _first(c).update(bbox=[5, 5, 0, 9]),
+            r"annotation 1 \(000000.jpg\): bbox .5, 5, 0, 9.",
+        ),
+        (
+            lambda c: _first(c).update(bbox=[60, 5, 9, 9]),
+            "bbox .60, 5, 9, 9. reaches 5.0 px outside the 64x64 image",
+        ),
+        (lambda c: _first(c).update(bbox=[-3, 5, 9, 9]), "box outside its image .1.:"),
         (lambda c: _first(c).update(bbox=[1, 2, 3]), "bbox .1, 2, 3."),
         (
             lambda c: _first(c).update(bbox=[1, 2, 3, float("nan")]),
             "has bbox .1, 2, 3, NaN.",
         ),
-        (lambda c: _first(c).pop("segmentation"), "1 annotation has no segmentation"),
+        (lambda c: _first(c).pop("segmentation"), "object without a mask .1.: annotation 1 "),
         (lambda c: _first(c).update(segmentation={"counts": [], "size": [64, 64]}), "bitmask"),
-        (lambda c: c["annotations"].append(_first(c)), "annotations` has the id of another"),
-        (lambda c: c["images"].append(c["images"][0]), "images` has the id of another"),
-        (lambda c: _first(c).pop("bbox"), r"annotations\[0\] lacks bbox"),
+        (lambda c: c["annotations"].append(_first(c)), "id there twice .1.: annotation 1: an"),
+        (lambda c: c["images"].append(c["images"][0]), "id there twice .1.: image 1 "),
+        (lambda c: _first(c).pop("bbox"), r"annotations\[0\] .*: lacks bbox"),
         (
             lambda c: _first(c).update(segmentation=[[1, 2, 3, 4]]),
             "a polygon has 4 numbers",
@@ -223,10 +241,16 @@ def _first(content):
             lambda c: _first(c).update(segmentation="rle"),
             "dict, found a str",
         ),
-        (lambda c: _first(c).update(ignore=1), "1 annotation has `ignore` set"),
-        (lambda c: c["images"][0].update(width="64"), 'image 1 has width "64", expected pixels'),
-        (lambda c: c["categories"][1].update(name="arrow"), "has the name of another: name arrow"),
-        (lambda c: c["categories"][1].update(id=1), "`categories` has the id of another: id 1"),
+        (lambda c: _first(c).update(ignore=1), "annotation 1 .*: it has ignore 1"),
+        (
+            lambda c: c["images"][0].update(width="64"),
+            'image 1 .*: has width "64", expected pixels',
+        ),
+        (
+            lambda c: c["categories"][1].update(name="arrow"),
+            "class name there twice .1.: category .*arrow",
+        ),
+        (lambda c: c["categories"][1].update(id=1), "id there twice .1.: category 1: "),
     ],
 )
 def test_a_wrong_record_is_counted_and_named(change, message, world):
@@ -247,7 +271,7 @@ def test_boxes_alone_need_no_segmentation(world):
             del annotation["segmentation"]
 
     _edit(world, strip)
-    assert _check(world, masks=False).num_images == 6
+    assert len(_check(world, masks=False).image_ids) == 6
 
 
 def test_run_length_masks_are_taken_as_bitmasks_and_from_crowds(world):
@@ -288,7 +312,7 @@ def test_a_test_sets_masks_may_be_run_lengths_but_its_crowds_need_theirs(world):
     _check(world, trains=False, tests=True)
     _edit(world, lambda content: _first(content).update(segmentation=[], iscrowd=1))
     _check(world, trains=True, tests=False)
-    with pytest.raises(InputError, match="1 annotation has no segmentation"):
+    with pytest.raises(InputError, match="object without a mask .1.: annotation 1 "):
         _check(world, trains=False, tests=True)
 
 
@@ -368,7 +392,7 @@ def test_a_share_of_bad_boxes_may_be_allowed_and_is_then_warned_of(world, caplog
     _edit(world, lambda content: _first(content).update(bbox=[5, 5, 0, 9]))
     with caplog.at_level(logging.WARNING):
         _check(world, max_bad_share=0.5)
-    assert "1 annotation has a box that is empty" in caplog.text
+    assert "box of no width or height (1): annotation 1" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -382,9 +406,90 @@ def test_a_share_of_bad_boxes_may_be_allowed_and_is_then_warned_of(world, caplog
 def test_real_annotation_files_pass(name, folder, with_masks, images, real_data):
     coco = real_data / "coco"
     share = get_virtex_cfg().VIRTEX.MAX_BAD_BOX_SHARE
-    checked = check_coco_file(
-        str(coco / f"annotations/{name}.json"),
-        str(coco / folder),
-        Use(masks=with_masks, max_bad_share=share),
-    )
-    assert checked.num_images == images
+    path = coco / f"annotations/{name}.json"
+    table = _check_file(path, coco / folder, masks=with_masks, max_bad_share=share)
+    assert len(table.image_ids) == images
+
+
+RECORDS = [{"image_id": number, "annotations": [{}]} for number in range(1000, 2000)]
+
+EXPECTED = [1023, 1310, 1335, 1514, 1651]
+
+
+def _ids(records):
+    return [record["image_id"] for record in records]
+
+
+def test_fractions_of_one_seed_are_nested_exact_and_in_order():
+    taken = [_ids(take_fraction(RECORDS, fraction, 3)) for fraction in (0.02, 0.05, 0.1, 1.0)]
+    assert [len(ids) for ids in taken] == [20, 50, 100, 1000]
+    for smaller, larger in pairwise(taken):
+        assert set(smaller) < set(larger)
+        assert larger == sorted(larger)
+
+
+def test_an_images_place_depends_on_its_id_and_the_seed_alone():
+    # Written down: on another machine, with other libraries, the same images are drawn.
+    assert _ids(take_fraction(RECORDS, 0.005, 0)) == EXPECTED
+    shuffled = random.Random(0).sample(RECORDS, len(RECORDS))
+    assert sorted(_ids(take_fraction(shuffled, 0.005, 0))) == EXPECTED
+    assert _ids(take_fraction(RECORDS, 0.005, 1)) != EXPECTED
+    half = set(_ids(take_fraction(RECORDS, 0.5, 0)))
+    rest = [record for record in RECORDS if record["image_id"] not in half]
+    grown = [*take_fraction(RECORDS, 0.5, 0), *rest[:10]]
+    assert len(half & set(_ids(take_fraction(grown, 0.5, 0)))) == 255
+
+
+def _few(world, *opts):
+    cfg = get_virtex_cfg()
+    cfg.VIRTEX.DATASETS = [
+        ["f_train", "coco", str(world / "annotations/instances_train.json")]
+        + [str(world / "images/train")]
+    ]
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("f_train",), ()
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.merge_from_list(list(opts))
+    return cfg
+
+
+def test_the_training_loader_gets_the_fraction_and_the_log_its_size(three_formats, caplog):
+    cfg = _few(three_formats, "VIRTEX.FRACTION", 0.5, "VIRTEX.FRACTION_SEED", 2)
+    register_datasets(cfg)
+    with caplog.at_level(logging.INFO):
+        records = build_train_loader(cfg).training_set.records
+    assert len(records) == 3
+    every = DatasetCatalog.get("f_train")
+    assert {r["image_id"] for r in records} == set(_ids(take_fraction(every, 0.5, 2)))
+    total = sum(len(record["annotations"]) for record in every)
+    taken = sum(len(record["annotations"]) for record in records)
+    assert f"(VIRTEX.FRACTION_SEED 2): 3 of 6 images of f_train, {taken} of {total}" in caplog.text
+
+
+def test_without_a_fraction_the_data_set_is_itself():
+    assert register_fraction("f_train", 1.0, 0) == "f_train"
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.5, 1.5, float("nan")])
+def test_a_fraction_is_above_0_and_at_most_1(fraction, three_formats):
+    with pytest.raises(InputError, match="VIRTEX.FRACTION .*expected more than 0, up to 1"):
+        register_datasets(_few(three_formats, "VIRTEX.FRACTION", fraction))
+
+
+def test_a_fraction_that_selects_nothing_is_refused_before_the_run(three_formats):
+    with pytest.raises(InputError, match="0.01 of the 6 images of 'f_train' is none: .*0.17"):
+        register_datasets(_few(three_formats, "VIRTEX.FRACTION", 0.01))
+
+
+def test_a_fraction_of_images_without_annotations_is_refused(three_formats, tmp_path):
+    content = json.loads((three_formats / "annotations/instances_train.json").read_text())
+    chosen = {r["id"] for r in content["images"]} - {
+        record["image_id"]
+        for record in take_fraction([{"image_id": r["id"]} for r in content["images"]], 0.5, 0)
+    }
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in chosen]
+    (tmp_path / "half.json").write_text(json.dumps(content))
+    cfg = _few(three_formats, "VIRTEX.FRACTION", 0.5)
+    cfg.VIRTEX.DATASETS[0][2] = str(tmp_path / "half.json")
+    register_datasets(cfg)
+    with pytest.raises(InputError, match="none of the 3 images of 'f_train' that it selects"):
+        build_train_loader(cfg)

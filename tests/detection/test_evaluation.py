@@ -294,7 +294,7 @@ def test_voc_ap_is_that_of_detectron2s_evaluator(year, real_data, tmp_path):
 
 
 def test_voc_counts_the_second_detection_of_an_object_as_wrong_and_skips_difficult_ones(tmp_path):
-    from tests.annotations.test_voc_folder import write_voc
+    from tests.annotations.test_voc import write_voc
 
     easy = ("cat", (1, 1, 20, 20), "")
     hard = ("cat", (21, 1, 40, 20), "<difficult>1</difficult>")

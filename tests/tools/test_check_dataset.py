@@ -19,9 +19,9 @@ def _set(world, split):
     return ["coco", world / f"annotations/instances_{split}.json", world / "images" / split]
 
 
-def test_the_exit_code_is_for_scripts(run_python, world):
+def test_the_exit_code_is_for_scripts(check, world):
     (world / "images/test/000000.jpg").unlink()
-    assert run_python(TOOL, "--val", *_set(world, "test"), "--no-images").returncode == 1
+    assert check("--val", *_set(world, "test"), "--no-images") == 1
 
 
 def test_a_contact_sheet_that_is_no_png_is_refused_before_anything_is_read(
@@ -78,7 +78,10 @@ def test_sets_of_other_classes_do_not_go_together(check, world, capsys):
         (["--val", "coco", "a", "b", "--config-file", "c.yaml"], "both are given"),
         (["--val", "cocoo", "none.json", "images"], "Did you mean 'coco'?"),
         (["--val", "coco", "none.json", "images"], "none.json: cannot be read"),
-        (["--val", "voc", "none", "test"], "none/ImageSets/Main/test.txt: cannot be read"),
+        (
+            ["--val", "voc", "none", "test"],
+            "none/ImageSets/Main/test.txt: expected a folder in Pascal VOC's layout",
+        ),
         (["DATASETS.TEST", "('nonesuch',)"], "'nonesuch' is not a known data set"),
         (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN and DATASETS.TEST are empty"),
         (["DATASETS.TEST", "('cityscapes_fine_instance_seg_val',)"], "only data sets in the form"),

@@ -1,4 +1,4 @@
-"""One typed reading of COCO's and LVIS's annotation files, for checks, training and evaluation.
+"""Read COCO's and LVIS's annotation files, typed: for checks, training and evaluation.
 
 What JSON can say in several ways without loss becomes one: 96.0 is 96, and null is as if the key
 were not there. Any other value of a wrong type is a `Fault` with its record. Keys that nothing here
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from virtex_d2.annotations.masks import mask_fault
-from virtex_d2.annotations.problems import refuse
 from virtex_d2.annotations.table import is_box, is_number
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import read_json
@@ -49,7 +48,6 @@ class Records:
     """The records of a file, normalised.
 
     Attributes:
-        path: the file.
         images, annotations, categories: those that have what makes them one (`_ESSENTIAL`), with
             `file_name` the path below the image folder. A field with a fault is not in them.
         has_truth: whether the file has `annotations` at all; those for a test server have none.
@@ -57,7 +55,6 @@ class Records:
         faults: in the order of the file.
     """
 
-    path: str
     images: list[dict[str, Any]]
     annotations: list[dict[str, Any]]
     categories: list[dict[str, Any]]
@@ -65,18 +62,9 @@ class Records:
     rest: dict[str, Any]
     faults: list[Fault]
 
-    def refuse_faults(self) -> None:
-        """Raise InputError if there are faults; the first ten are named."""
-        refuse(
-            self.path,
-            [f"{fault.record} {fault.why}" for fault in self.faults],
-            "fields are missing or of a wrong type",
-            "Numbers are written without quotes; leave out what is not known.",
-        )
-
 
 def shown(value: Any) -> str:
-    """A value of a JSON file for messages: texts in quotes, so that "1" is not 1."""
+    """Format a value of a JSON file for messages: texts in quotes, so that "1" is not 1."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -90,7 +78,7 @@ def read_records(kind: str, path: str) -> Records:
             `file_name` is of COCO 2014. Without it, and in COCO's files, `file_name` says it.
         path: the JSON file.
     """
-    with _no_collection():
+    with no_collection():
         content = read_json(path)
         has_truth = content.get("annotations") is not None
         faults: list[Fault] = []
@@ -110,18 +98,19 @@ def read_records(kind: str, path: str) -> Records:
     if kind == "lvis":
         faults += _foreign_ids(parts["images"], parts["categories"])
     rest = {key: value for key, value in content.items() if key not in _FIELDS}
-    return Records(path, **parts, has_truth=has_truth, rest=rest, faults=faults)
+    return Records(**parts, has_truth=has_truth, rest=rest, faults=faults)
 
 
 def read_sound(kind: str, path: str) -> dict[str, Any]:
-    """Read a file that has passed its check, for detectron2, pycocotools and lvis.
+    """Read a file that has passed its check, for pycocotools and lvis.
 
     Returns:
         The file's content, normalised; without the objects whose mask is none (of which the check
         allows a share), and without `annotations` where the file has none.
     """
     records = read_records(kind, path)
-    records.refuse_faults()
+    for fault in records.faults:
+        raise InputError(f"{path}: {fault.record} {fault.why}. Was it changed after its check?")
     content = {**records.rest, "images": records.images, "categories": records.categories}
     if records.has_truth:
         sizes = {image["id"]: (image["height"], image["width"]) for image in records.images}
@@ -289,7 +278,7 @@ _ESSENTIAL = {
 
 
 @contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """Without the garbage collector: it goes through all records again and again as they come."""
     enabled = gc.isenabled()
     gc.disable()

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -35,7 +35,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from virtex_d2.annotations.records import read_sound
-from virtex_d2.annotations.voc_folder import VocImage, read_voc_folder
+from virtex_d2.annotations.table import AnnotationTable
+from virtex_d2.annotations.voc import read_voc_folder
 from virtex_d2.engine.compat import has_compiled_ops
 from virtex_d2.engine.errors import InputError, nearest
 from virtex_d2.engine.files import atomic_path
@@ -348,8 +349,10 @@ class VocEvaluator(DatasetEvaluator):
         metadata = MetadataCatalog.get(dataset_name)
         self._dataset_name = dataset_name
         self._output_dir = output_dir
-        self._images = read_voc_folder(metadata.dirname, metadata.split)
         self._classes = metadata.thing_classes
+        self._truth = read_voc_folder(
+            metadata.dirname, metadata.split, dataset_name, self._classes, chosen=True
+        )
         self._style = "11point" if metadata.year == 2007 else "area"
         self._predictions: list[dict] = []
 
@@ -381,7 +384,7 @@ class VocEvaluator(DatasetEvaluator):
         with atomic_path(path) as file:
             file.write_text(json.dumps(detections))
         results = [
-            self._of_class(name, [d for d in detections if d["category_id"] == number])
+            self._of_class(name, number, [d for d in detections if d["category_id"] == number])
             for number, name in enumerate(self._classes)
         ]
         report_classes(self._output_dir, results, self._dataset_name)
@@ -393,8 +396,8 @@ class VocEvaluator(DatasetEvaluator):
         logger.info("Evaluation results for bbox:\n%s", create_small_table(means))
         return {"bbox": means}
 
-    def _of_class(self, name: str, detections: list[dict]) -> ClassResult:
-        count, right, wrong = match(name, self._images, detections)
+    def _of_class(self, name: str, number: int, detections: list[dict]) -> ClassResult:
+        count, right, wrong = match(number, self._truth, detections)
         metrics: dict[str, float] = {}
         for suffix, style in (("", self._style), *((f"_{style}", style) for style in _STYLES)):
             aps = [
@@ -407,25 +410,25 @@ class VocEvaluator(DatasetEvaluator):
 
 
 def match(
-    name: str, images: Iterable[VocImage], detections: list[dict]
+    number: int, truth: AnnotationTable, detections: list[dict]
 ) -> tuple[int, np.ndarray, np.ndarray]:
     """Which detections of a class are right, and which are wrong, at each IoU threshold.
 
     Args:
-        name: of the class.
-        images: with their objects.
+        number: of the class.
+        truth: the data set.
         detections: of this class: "image_id", "bbox" ([x, y, width, height], pixels), "score".
 
     Returns:
         The number of objects that are not difficult, and (10, detections) bool by falling score of
         right and wrong ones; those of difficult objects are neither.
     """
-    objects = {
-        image.image_id: [item for item in image.objects if item.name == name] for image in images
-    }
-    # Objects of all images in one row: each image's begin at its place in `firsts`.
-    firsts = dict(zip(objects, itertools.accumulate(map(len, objects.values()), initial=0)))
-    difficult = np.array([item.difficult for items in objects.values() for item in items], bool)
+    rows = np.flatnonzero(truth.category_of == number)
+    difficult = truth.difficult[rows]
+    of_image = dict.fromkeys(truth.image_ids, rows[:0])  # places among `rows`
+    images = truth.image_of[rows]
+    for image in np.unique(images).tolist():
+        of_image[truth.image_ids[image]] = np.flatnonzero(images == image)
     order = np.argsort([-detection["score"] for detection in detections], kind="stable")
     best = np.zeros(len(detections), int)  # the object that each overlaps most
     overlap = np.full(len(detections), -1.0)
@@ -433,13 +436,14 @@ def match(
     for place, index in enumerate(order):
         by_image.setdefault(detections[index]["image_id"], []).append(place)
     for image_id, places in by_image.items():
-        if objects[image_id]:
+        known = of_image[image_id]
+        if len(known):
             found = torch.tensor([detections[order[place]]["bbox"] for place in places])
             found[:, 2:] += found[:, :2]
-            known = torch.tensor([item.box for item in objects[image_id]])
-            highest, which = pairwise_iou(Boxes(found), Boxes(known)).max(dim=1)
+            boxes = torch.tensor([truth.written[row] for row in rows[known]])
+            highest, which = pairwise_iou(Boxes(found), Boxes(boxes)).max(dim=1)
             overlap[places] = highest.numpy()
-            best[places] = which.numpy() + firsts[image_id]
+            best[places] = known[which.numpy()]
     right = np.zeros((len(_THRESHOLDS), len(detections)), bool)
     wrong = np.ones_like(right)
     for row, threshold in enumerate(_THRESHOLDS):

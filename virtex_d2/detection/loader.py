@@ -29,7 +29,7 @@ from detectron2.data.samplers import (
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from virtex_d2.detection.fraction import register_fraction
+from virtex_d2.detection.datasets import register_fraction
 from virtex_d2.engine.errors import InputError, nearest
 from virtex_d2.engine.randomness import own_randomness
 from virtex_d2.engine.stopping import abandonable

@@ -5,26 +5,19 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from virtex_d2.annotations.json_files import read_json_file
+from virtex_d2.annotations.coco import read_json_file
 from virtex_d2.annotations.table import AnnotationTable
 from virtex_d2.annotations.voc import read_voc_folder
-from virtex_d2.detection.datasets import register_entries
 from virtex_d2.engine.errors import InputError, nearest
-
-
-def _read_voc(folder: str, split: str, name: str) -> AnnotationTable:
-    return read_voc_folder(folder, split, name)
-
 
 # Type -> (annotation file or folder, image folder or split, name) -> table. The three words are
 # those of an entry of VIRTEX.DATASETS.
 READERS: dict[str, Callable[[str, str, str], AnnotationTable]] = {
     "coco": partial(read_json_file, "coco"),
     "lvis": partial(read_json_file, "lvis"),
-    "voc": _read_voc,
+    "voc": read_voc_folder,
 }
 
 
@@ -45,7 +38,7 @@ def read_annotations(source: Sequence[str], name: str) -> AnnotationTable:
 
 
 def source_name(source: Sequence[str]) -> str:
-    """What people call a data set: its file's name; in VOC the folder's and the split."""
+    """Return what people call a data set: its file's name; in VOC the folder's and the split."""
     kind, annotations, images = source
     name = os.path.basename(os.path.normpath(annotations))
     return f"{name} {images}" if kind == "voc" else name
@@ -53,12 +46,7 @@ def source_name(source: Sequence[str]) -> str:
 
 def read_catalog(name: str) -> AnnotationTable:
     """Read a data set that detectron2's catalog knows, from the files that its metadata names."""
-    if name not in DatasetCatalog:
-        known = [known for known in DatasetCatalog.list() if not known.startswith("__")]
-        raise InputError(
-            f"'{name}' is not a known data set.{nearest(name, known)} Name its files with "
-            "VIRTEX.DATASETS."
-        )
+    require_known(name)
     metadata: Any = MetadataCatalog.get(name)
     kind = metadata.get("evaluator_type")
     if kind in ("coco", "lvis"):
@@ -77,15 +65,17 @@ def read_catalog(name: str) -> AnnotationTable:
     )
 
 
-def read_config(cfg: CfgNode) -> tuple[list[AnnotationTable], list[AnnotationTable]]:
-    """The data sets of DATASETS.TRAIN and those of DATASETS.TEST."""
-    register_entries(cfg)
-    if not cfg.DATASETS.TRAIN and not cfg.DATASETS.TEST:
+def require_known(name: str) -> None:
+    """Raise InputError if detectron2's catalog has no data set of this name."""
+    if name not in DatasetCatalog:
+        known = [known for known in DatasetCatalog.list() if not known.startswith("__")]
+        advice = nearest(name, known)
+        if "lvis" in name.lower() and not any(version in name for version in ("v0.5", "v1")):
+            advice = (
+                " LVIS has two versions, with other classes: say which, as in lvis_v1_train and "
+                "lvis_v1_val (1203 classes), or lvis_v0.5_train and lvis_v0.5_val (1230)."
+            )
         raise InputError(
-            "DATASETS.TRAIN and DATASETS.TEST are empty; name the data sets, for example "
-            "DATASETS.TRAIN \"('name',)\"."
+            f"DATASETS: '{name}' is not a known data set.{advice} Name data of your own with "
+            "VIRTEX.DATASETS \"[['name', 'coco', 'annotations.json', 'images']]\"."
         )
-    train, test = (
-        [read_catalog(name) for name in names] for names in (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
-    )
-    return train, test

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from virtex_d2.annotations.checks.check import Checked
-from virtex_d2.annotations.checks.kinds import KINDS
+from virtex_d2.annotations.checks import Checked
+from virtex_d2.annotations.table import KINDS
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import atomic_path
 from virtex_d2.studies.viewer.drawing import draw_instances, grid, read_pixels
@@ -16,12 +16,6 @@ from virtex_d2.studies.viewer.matching import objects
 
 _SIDE, _COLUMNS = 460, 4  # pixels of an image's longer side; images in a row
 _LEAST_SHARE = 3  # at most one image of so many is shown for its problem
-
-
-def require_png(path: str) -> None:
-    """Raise InputError if the path does not end in .png."""
-    if os.path.splitext(path)[1].lower() != ".png":
-        raise InputError(f"--contact-sheet {path}: is a PNG; expected a name that ends in .png.")
 
 
 def draw_sheets(path: str, datasets: Sequence[Checked], count: int, seed: int = 0) -> list[str]:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as tvf
 
-from virtex_d2.annotations.voc_folder import split_ids, split_list
+from virtex_d2.annotations.voc import split_ids, split_list
 from virtex_d2.engine.errors import InputError, nearest
 from virtex_d2.engine.files import read_json, read_text
 from virtex_d2.engine.images import IMAGE_SUFFIXES, images_in, read_image

@@ -10,8 +10,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.pascal_voc import load_voc_instances
 from PIL import Image
 
-from virtex_d2.annotations.use import Use
-from virtex_d2.annotations.voc_folder import VOC_CLASSES, check_voc_folder, load_voc_folder
+from virtex_d2.annotations.usable import Use, require_usable
+from virtex_d2.annotations.voc import VOC_CLASSES, read_voc_folder, split_ids
 from virtex_d2.detection.config import get_virtex_cfg
 from virtex_d2.detection.datasets import register_datasets
 from virtex_d2.engine.errors import InputError
@@ -58,7 +58,9 @@ def _config(*entries):
 
 
 def _check(folder, split="train", classes=VOC_CLASSES, chosen=False, **use):
-    return check_voc_folder(str(folder), split, classes, chosen, Use(**use))
+    table = read_voc_folder(str(folder), split, "v", classes, chosen)
+    require_usable(table, Use(**use))
+    return table
 
 
 def test_a_folder_is_read_with_vocs_classes_where_none_are_listed(folder):
@@ -109,7 +111,8 @@ def test_sets_with_other_class_lists_do_not_go_together(folder):
 
 def test_detectron2s_own_loader_reads_the_same(three_formats):
     folder = str(three_formats / "VOC")
-    ours = load_voc_folder(folder, "train", CLASSES)
+    register_datasets(_config(("v", "voc", folder, "train", list(CLASSES))))
+    ours = DatasetCatalog.get("v")
     theirs = load_voc_instances(folder, "train", CLASSES)
     assert len(ours) == 6
     assert [{**record, "image_id": str(record["image_id"])} for record in theirs] == ours
@@ -118,8 +121,8 @@ def test_detectron2s_own_loader_reads_the_same(three_formats):
 def test_images_of_another_suffix_and_splits_of_one_image_are_read(folder):
     (folder / "ImageSets/Main/one.txt").write_text("c")
     (folder / "JPEGImages/c.jpg").rename(folder / "JPEGImages/c.PNG")
-    (record,) = load_voc_folder(str(folder), "one", VOC_CLASSES)
-    assert record["file_name"].endswith("c.PNG")
+    (file,) = _check(folder, "one").files
+    assert file.endswith("c.PNG")
 
 
 def test_a_mask_head_is_refused(folder):
@@ -131,19 +134,28 @@ def test_a_mask_head_is_refused(folder):
     ("change", "message"),
     [
         (lambda f: shutil.rmtree(f / "ImageSets"), "ImageSets/Main is not there"),
-        (lambda f: shutil.rmtree(f / "JPEGImages"), "expected the folder of the images"),
-        (lambda f: (f / "JPEGImages/a.jpg").unlink(), "1 images .* not in JPEGImages: a"),
-        (lambda f: (f / "Annotations/a.xml").unlink(), r"a.xml \(No such file"),
-        (lambda f: (f / "Annotations/a.xml").write_text("<annot"), r"a.xml \(unclosed token"),
+        (
+            lambda f: shutil.rmtree(f / "JPEGImages"),
+            "JPEGImages is not there, and so are not 3 images",
+        ),
+        (lambda f: (f / "JPEGImages/a.jpg").unlink(), "image a .*a.jpg is not there"),
+        (lambda f: (f / "Annotations/a.xml").unlink(), "a.xml .*: No such file"),
+        (
+            lambda f: (f / "Annotations/a.xml").write_text("<annot"),
+            "a.xml .*: not XML: unclosed token",
+        ),
         (lambda f: (f / "Annotations/a.xml").write_text("<x/>"), "size/width is missing"),
         (lambda f: _replace(f, "<xmin>1<", "<xmin>one<"), "bndbox/xmin is 'one'"),
-        (lambda f: _replace(f, "<name>cat<", "<name> <"), "an object has no name"),
-        (lambda f: _replace(f, "<width>40<", "<width>0<"), "its size is 0x30"),
-        (lambda f: _replace(f, "<xmax>40<", "<xmax>90<"), "a.xml: cat at xmin 1.*xmax 90"),
-        (lambda f: _replace(f, "<xmax>40<", "<xmax>0<"), "empty or outside"),
+        (lambda f: _replace(f, "<name>cat<", "<name> <"), "a.xml, object 1 .*: it has no name"),
+        (lambda f: _replace(f, "<width>40<", "<width>0<"), "size/width is 0, expected"),
+        (
+            lambda f: _replace(f, "<xmax>40<", "<xmax>90<"),
+            "a.xml, object 1 .*: xmin 1.*xmax 90.* 50.0 px outside the 40x30",
+        ),
+        (lambda f: _replace(f, "<xmax>40<", "<xmax>0<"), "no width or height.*xmax 0"),
         (lambda f: _list(f, ""), "train.txt: is empty"),
         (lambda f: _list(f, "a  1\nc -1"), "2 lines have a mark behind"),
-        (lambda f: _list(f, "a\na"), "listed more than once: a"),
+        (lambda f: _list(f, "a\na"), "id there twice .1.: image a"),
     ],
 )
 def test_what_is_wrong_with_a_folder_is_counted_and_named(change, message, folder):
@@ -161,6 +173,12 @@ def _replace(folder, old, new):
 
 def _list(folder, text):
     (folder / "ImageSets/Main/train.txt").write_text(text)
+
+
+def test_a_split_that_is_read_alone_lists_each_image_once(folder):
+    _list(folder, "a\na")
+    with pytest.raises(InputError, match="1 images are listed more than once: a"):
+        split_ids(str(folder), "train")
 
 
 def test_an_unknown_split_is_told_with_those_that_are_there(folder):
@@ -184,8 +202,7 @@ def test_a_malformed_entry_is_shown(rest, message, folder):
 
 def test_the_real_folder_passes_with_all_of_its_classes_or_with_five(real_data):
     folder = str(real_data / "VOC2007")
-    assert check_voc_folder(folder, "trainval", VOC_CLASSES, False, Use()).num_images == 450
-    five = ("bus", "car", "cat", "person", "train")
-    found = check_voc_folder(folder, "test", five, True, Use())
-    assert found.num_images == 400
-    assert "left out: aeroplane" in found.notes[0]
+    assert len(_check(folder, "trainval").image_ids) == 450
+    table = _check(folder, "test", ("bus", "car", "cat", "person", "train"), chosen=True)
+    assert len(table.image_ids) == 400
+    assert "aeroplane" in table.unlisted
