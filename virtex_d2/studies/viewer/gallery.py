@@ -14,7 +14,7 @@ from PIL import Image
 
 from virtex_d2.annotations.table import AnnotationTable
 from virtex_d2.engine.errors import InputError
-from virtex_d2.studies.reporting.page import definitions, write_page
+from virtex_d2.studies.page import definitions, write_page
 from virtex_d2.studies.viewer.drawing import COLORS, draw_instances
 from virtex_d2.studies.viewer.instances import read_pixels
 from virtex_d2.studies.viewer.panels import LEGEND, grid, with_legend
