@@ -54,7 +54,7 @@ def finished(run_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def _current(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(curves, "DPI", 30)  # nobody looks at the pictures
-    copied = Path(shutil.copytree(folder, tmp_path / "project"))
+    copied = Path(shutil.copytree(folder, tmp_path / folder.name))
     monkeypatch.chdir(copied)
     return copied
 
