@@ -30,6 +30,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["virtex_d2", "virtex_d2.*", "pretrain", "pretrain.*"]),
+    package_data={"virtex_d2.studies": ["templates/*.html"]},
     # detectron2 is left out: the official build and PyPI's have different names, and an existing
     # one must not be replaced. OpenCV likewise. virtex_d2 checks for detectron2 when imported.
     install_requires=[

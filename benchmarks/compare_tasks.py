@@ -18,20 +18,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from virtex_d2.engine.errors import exit_on_input_error  # noqa: E402
-from virtex_d2.studies.demo.plan import (  # noqa: E402
-    CAPTION_IMAGES,
+from virtex_d2.studies.demo.line import (  # noqa: E402
     DETECT_CONFIG,
-    IMAGE_SIZE,
-    LABELLED_IMAGES,
-    MAX_OBJECTS,
+    IMAGES,
     PRETRAIN_CONFIG,
-    SPLIT_SEEDS,
-    TEST_IMAGES,
+    world_stage,
 )
-from virtex_d2.studies.pipeline.runner import claim_output, exit_on_stop, run_stages  # noqa: E402
-from virtex_d2.studies.pipeline.stage import Stage, read_config  # noqa: E402
+from virtex_d2.studies.stages import Stage, claim_output, exit_on_stop, run_stages  # noqa: E402
 
-SPLITS = {"captions": CAPTION_IMAGES, "train": LABELLED_IMAGES, "test": TEST_IMAGES}
 TASKS = ("bicaptioning", "token_classification", "multilabel_classification")
 
 
@@ -47,8 +41,8 @@ def main() -> None:
     args = parser.parse_args()
     output = args.output.resolve()
 
-    claim_output(output, "tasks", {"images": CAPTION_IMAGES})
-    world = [_world(output, split, number) for split, number in SPLITS.items()]
+    claim_output(output, "tasks", {"images": IMAGES["captions"]})
+    world = [world_stage(str(output / "world"), *split) for split in IMAGES.items()]
     pretraining = [_pretraining(output, task, seed) for seed in args.seeds for task in TASKS]
     run_stages([*world, *pretraining], ROOT, output, [{}] * args.jobs)
     if args.pretrain_only:
@@ -72,20 +66,6 @@ def main() -> None:
     sys.exit(subprocess.run(list(map(str, command)), check=False, cwd=ROOT).returncode)
 
 
-def _world(output: Path, split: str, number: int) -> Stage:
-    return Stage(
-        name=f"world-{split}",
-        title=f"Shapes: {number} images, {split}",
-        command=(
-            *("tools/make_shapes.py", "--output", str(output / "world"), "--split", split),
-            *("--num-images", str(number), "--size", str(IMAGE_SIZE)),
-            *("--seed", str(SPLIT_SEEDS[split]), "--max-objects", str(MAX_OBJECTS)),
-        ),
-        folder=str(output / "world"),
-        again="--overwrite",
-    )
-
-
 def _pretraining(output: Path, task: str, seed: int) -> Stage:
     options = {"OUTPUT_DIR": _folder(output, task, seed), "SEED": seed, "MODEL.OBJECTIVE": task}
     for key, split in (("TRAIN", "captions"), ("VAL", "test")):
@@ -103,7 +83,6 @@ def _pretraining(output: Path, task: str, seed: int) -> Stage:
         ),
         folder=str(_folder(output, task, seed)),
         configs=(PRETRAIN_CONFIG,),
-        iterations=read_config(ROOT / PRETRAIN_CONFIG)["SOLVER"]["MAX_ITER"],
         label=f"{task}-seed{seed}",
         group="pretraining",
     )

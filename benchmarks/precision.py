@@ -26,8 +26,7 @@ from benchmarks.rounds import count  # noqa: E402
 from pretrain.config import get_pretrain_cfg  # noqa: E402
 from virtex_d2.engine.config import load_config  # noqa: E402
 from virtex_d2.engine.errors import InputError, exit_on_input_error  # noqa: E402
-from virtex_d2.studies.pipeline.runner import claim_output, exit_on_stop, run_stages  # noqa: E402
-from virtex_d2.studies.pipeline.stage import Stage  # noqa: E402
+from virtex_d2.studies.stages import Stage, claim_output, exit_on_stop, run_stages  # noqa: E402
 
 CONFIG = ROOT / "configs" / "pretrain" / "small_R_50.yaml"
 PRECISIONS = {
@@ -84,7 +83,6 @@ def _pretraining(args: argparse.Namespace, output: Path, precision: str, seed: i
         command=("tools/pretrain_net.py", "--config-file", config, *map(str, options)),
         folder=str(output / name),
         configs=(config,),
-        iterations=args.iterations,
         label=name,
         group="pretraining",
     )

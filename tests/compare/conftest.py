@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from virtex_d2.engine.files import write_safetensors
-from virtex_d2.studies.compare.main import Comparison
+from virtex_d2.studies import curves
+from virtex_d2.studies.compare.comparison import Comparison
 from virtex_d2.studies.compare.plan import make_plan, parse_inits
 
 HERE = Path(__file__).parent
@@ -17,20 +18,45 @@ COMMAND = (
 )
 
 
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a project with a stand-in tool, a config and a checkpoint; the current one."""
-    return make_project(tmp_path / "project", monkeypatch)
-
-
-def make_project(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with a stand-in tool, a config and a checkpoint; to be copied."""
+    folder = tmp_path_factory.mktemp("made") / "project"
     shutil.copytree(HERE / "fake_tools", folder / "tools")
     shutil.copy(ROOT / "tools" / "compare_inits.py", folder / "tools")
     (folder / "configs").mkdir()
     (folder / "configs" / "tiny.yaml").write_text("SOLVER: {MAX_ITER: 100}\n")
     write_resnet(folder / "virtex.safetensors")
-    monkeypatch.chdir(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def run_once(made: Path) -> Path:
+    """Such a project with a finished comparison of three seeds and two fractions; to be copied."""
+    folder = Path(shutil.copytree(made, made.parent / "finished"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        comparison(folder).run()
+    return folder
+
+
+@pytest.fixture
+def project(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a project; the current one."""
+    return _current(made, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def finished(run_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a project whose comparison is finished; the current one."""
+    return _current(run_once, tmp_path, monkeypatch)
+
+
+def _current(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(curves, "DPI", 30)  # nobody looks at the pictures
+    copied = Path(shutil.copytree(folder, tmp_path / folder.name))
+    monkeypatch.chdir(copied)
+    return copied
 
 
 def write_resnet(path: Path, seed: int = 0) -> None:
@@ -43,5 +69,5 @@ def write_resnet(path: Path, seed: int = 0) -> None:
 
 def comparison(project: Path, seeds=(1, 2, 3), fractions=(1.0, 0.1), **options) -> Comparison:
     inits = parse_inits(["random", "virtex=virtex.safetensors"], options.pop("init_opts", ()))
-    plan = make_plan(["configs/tiny.yaml"], inits, fractions, seeds, **options)
+    plan = make_plan(["configs/tiny.yaml"], inits, fractions, seeds, root=project, **options)
     return Comparison(plan, project, project / "out")

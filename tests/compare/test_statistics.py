@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from virtex_d2.studies.compare.statistics import difference, summarise
+from virtex_d2.studies.compare.tables import difference, sample
 
 VALUES = st.dictionaries(st.integers(0, 20), st.floats(-100, 100), min_size=1, max_size=10)
 
@@ -44,9 +44,9 @@ def test_only_seeds_of_both_are_paired_and_nan_is_left_out():
 
 
 def test_nothing_to_measure_is_nan_and_not_zero():
-    assert math.isnan(summarise({1: math.nan}).mean)
+    assert math.isnan(sample({1: math.nan}).mean)
     assert math.isnan(difference({1: 1.0}, {2: 1.0}).mean)
-    assert summarise({1: math.nan, 2: 4.0}).mean == 4.0
+    assert sample({1: math.nan, 2: 4.0}).mean == 4.0
 
 
 @given(VALUES, VALUES)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from virtex_d2.studies.demo.main import run_demo
+from virtex_d2.studies.demo.line import run_demo
 
 HERE = Path(__file__).parent
 CONFIGS = {

@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 
 from virtex_d2.engine.cli import shell
 from virtex_d2.engine.errors import InputError
-from virtex_d2.studies.demo import plan as planning
-from virtex_d2.studies.demo.plan import Plan, make_budget, make_plan
-from virtex_d2.studies.pipeline.stage import Stage
+from virtex_d2.studies.demo import line
+from virtex_d2.studies.demo.line import Plan, make_plan
+from virtex_d2.studies.stages import Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def planned(project: Path, scale: float = 1.0, seeds: int = 1) -> Plan:
-    return make_plan(project, project / "demo", make_budget(project, scale), seeds)
+    return make_plan(project, project / "demo", scale, seeds)
 
 
 def stage(plan: Plan, name: str) -> Stage:
@@ -30,8 +30,8 @@ def overrides(stage: Stage) -> dict[str, str]:
 
 def test_at_scale_1_the_configs_alone_give_the_length(project):
     plan = planned(project)
-    assert plan.budget.pretrain.iterations == 200
-    assert plan.budget.detect.iterations == 100
+    assert plan.pretrain.iterations == 200
+    assert plan.detect.iterations == 100
     for each in plan.stages:
         assert not any(word.startswith(("SOLVER.", "TEST.")) for word in each.command)
 
@@ -55,8 +55,8 @@ def test_scale_multiplies_everything_that_is_counted_in_iterations(project):
             "TEST.EVAL_PERIOD": "50",
         }.items()
     )
-    assert plan.budget.caption_images == 2.5 * planning.CAPTION_IMAGES
-    assert plan.budget.labelled_images == planning.LABELLED_IMAGES
+    assert plan.images["captions"] == 2.5 * line.IMAGES["captions"]
+    assert plan.images["train"] == line.IMAGES["train"]
 
 
 def test_a_minuscule_scale_leaves_a_run_with_an_evaluation_in_it(project):
@@ -68,7 +68,7 @@ def test_a_minuscule_scale_leaves_a_run_with_an_evaluation_in_it(project):
         assert int(values["TEST.EVAL_PERIOD"]) == 2
     assert values["SOLVER.STEPS"] == "(1,)"
     assert values["TEST.PRECISE_BN.NUM_ITER"] == "1"
-    assert plan.budget.caption_images == planning.FEWEST_IMAGES
+    assert plan.images["captions"] == line.FEWEST_IMAGES
 
 
 def test_precise_norm_statistics_need_no_more_images_at_a_larger_scale(project):
@@ -117,7 +117,7 @@ def test_a_changed_config_changes_the_fingerprints_of_what_depends_on_it(
 @pytest.mark.parametrize("scale", [0, -1, float("nan"), float("inf")])
 def test_a_scale_that_is_no_positive_number_is_refused(project, scale):
     with pytest.raises(InputError, match="--scale"):
-        make_budget(project, scale)
+        planned(project, scale)
 
 
 def test_no_seeds_are_refused(project):
@@ -129,12 +129,11 @@ def test_a_config_without_a_length_is_named(project):
     path = project / "configs/shapes/Base.yaml"
     path.write_text("SOLVER: {MAX_ITER: 5}\n")
     with pytest.raises(InputError, match=r"mask_rcnn.*SOLVER\.IMS_PER_BATCH"):
-        make_budget(project, 1.0)
+        planned(project)
 
 
 def test_the_project_itself_has_what_the_demo_needs():
-    budget = make_budget(ROOT, 1.0)
-    plan = make_plan(ROOT, ROOT / "demo", budget, 1)
+    plan = planned(ROOT)
     assert {each.command[0] for each in plan.stages} == {
         "tools/make_shapes.py",
         "tools/pretrain_net.py",

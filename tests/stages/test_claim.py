@@ -3,7 +3,7 @@
 import pytest
 
 from virtex_d2.engine.errors import InputError
-from virtex_d2.studies.pipeline.runner import claim_output
+from virtex_d2.studies.stages import claim_output
 
 STEP = {  # the second of two tasks on one node
     "SLURM_JOB_ID": "123",

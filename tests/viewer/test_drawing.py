@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import ImageColor
 
-from virtex_d2.studies.viewer import Instance
 from virtex_d2.studies.viewer.drawing import COLORS, _place, draw_instances, instance_color
+from virtex_d2.studies.viewer.matching import Instance
 
 GREY = np.full((100, 160, 3), 128, np.uint8)
 NAMES = {1: "star", 2: "a ring"}

@@ -16,7 +16,15 @@ better = bool(values["MODEL.WEIGHTS"])
 if better and not Path(values["MODEL.WEIGHTS"]).is_file():
     sys.exit("no backbone")
 (folder / "inference").mkdir(parents=True, exist_ok=True)
-(folder / "config.yaml").write_text("MODEL:\n  DEVICE: cpu\n")
+data_sets = ast.literal_eval(values["VIRTEX.DATASETS"])
+config = {
+    "SEED": int(values["SEED"]),
+    "MODEL": {"DEVICE": "cpu", "WEIGHTS": values["MODEL.WEIGHTS"], "ROI_HEADS": {}},
+    "SOLVER": {"MAX_ITER": length},
+    "DATASETS": {"TEST": ["shapes_test"]},
+    "VIRTEX": {"DATASETS": data_sets},
+}
+(folder / "config.yaml").write_text(json.dumps(config))
 final = (32 if better else 21) + 1.3 * int(values["SEED"]) ** 0.5
 with open(folder / "metrics.json", "a") as file:
     for iteration in range(length):
@@ -27,17 +35,17 @@ with open(folder / "metrics.json", "a") as file:
                     done = (iteration + 1) / length
                     record[f"{task}/{name}"] = final * share * factor * done**0.5
         file.write(json.dumps(record) + "\n")
-test = {name: Path(path) for name, _, path, _ in ast.literal_eval(values["VIRTEX.DATASETS"])}
+test = {name: Path(path) for name, _, path, _ in data_sets}
 annotations = json.loads(test["shapes_test"].read_text())
 rng = np.random.default_rng(int(values["SEED"]) + 10 * better)
 predictions = []
 for item in annotations["annotations"]:
     for _ in range(2):
         box = np.array(item["bbox"], dtype=float) + rng.normal(0, 3 if better else 8, 4)
-        box[2:] = np.maximum(box[2:], 4)
+        box[:2] = np.clip(box[:2], 0, 80)
+        box[2:] = np.clip(box[2:], 4, 96 - box[:2])
         x, y, w, h = box
-        corners = [x, y, x + w, y, x + w, y + h, x, y + h]
-        rle = mask.merge(mask.frPyObjects([np.clip(corners, 0, 128).tolist()], 128, 128))
+        rle = mask.merge(mask.frPyObjects([[x, y, x + w, y, x + w, y + h, x, y + h]], 96, 96))
         wrong = rng.random() < (0.1 if better else 0.4)
         predictions.append(
             {

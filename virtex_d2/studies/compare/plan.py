@@ -1,24 +1,22 @@
 """Which runs a comparison has: every config, fraction of the labels, initialisation and seed."""
 
-import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from virtex_d2.checkpoint.source import local_path, read_backbone
 from virtex_d2.detection.config import get_virtex_cfg
 from virtex_d2.engine.config import load_config
 from virtex_d2.engine.errors import InputError, nearest
-from virtex_d2.studies.pipeline.stage import Stage, read_config
+from virtex_d2.studies.compare.runs import SET_BY_PLAN, Cell, percent
+from virtex_d2.studies.stages import Stage, read_config
 
 RANDOM = "random"  # the initialisation without weights
 MOST_INITS = 8  # as many colours as are told apart
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 _SEED = "{seed}"
-# What the plan sets itself, so that neither config overrides nor an initialisation's may.
-_OURS = ("SEED", "OUTPUT_DIR", "MODEL.WEIGHTS", "VIRTEX.FRACTION", "VIRTEX.FRACTION_SEED")
 
 
 @dataclass(frozen=True)
@@ -41,34 +39,6 @@ class Init:
         return self.weights.replace(_SEED, str(seed))
 
 
-@dataclass(frozen=True, order=True)
-class Cell:
-    """One run's place in the comparison.
-
-    Attributes:
-        config: the config file's name without its suffix.
-        fraction: of the training images, in (0, 1].
-        init: its name.
-        seed: of weights that are not loaded, order and augmentation, and of the fraction's images.
-    """
-
-    config: str
-    fraction: float
-    init: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """For files: "mask_rcnn_R_50_FPN-10pct-random-seed1"."""
-        return f"{self.config}-{percent(self.fraction)}pct-{self.init}-seed{self.seed}"
-
-    @property
-    def folder(self) -> str:
-        """Of the run, below the comparison's runs."""
-        part = f"{percent(self.fraction)}pct"
-        return f"{self.config}/{part}/{self.init}/seed{self.seed}"
-
-
 @dataclass(frozen=True)
 class Plan:
     """A comparison.
@@ -88,39 +58,55 @@ class Plan:
     seeds: tuple[int, ...] = (1,)
     overrides: tuple[str, ...] = ()
     num_gpus: int = 1
-    cells: tuple[Cell, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        cells = tuple(
-            Cell(config, part, init.name, seed)
-            for config in self.configs
-            for part, seed, init in itertools.product(
-                self.fractions[config], self.seeds, self.inits
-            )
-        )
-        object.__setattr__(self, "cells", cells)
 
     @property
     def baseline(self) -> str:
         """The name of the start that the others are compared with."""
         return self.inits[0].name
 
+    @property
+    def cells(self) -> list[Cell]:
+        """Every run's place, in their order."""
+        return [
+            Cell(config, part, init.name, seed)
+            for config in self.configs
+            for part in self.fractions[config]
+            for seed in self.seeds
+            for init in self.inits
+        ]
+
     def stages(self, root: Path, output: Path) -> list[Stage]:
-        """One stage a run, all of one group: they may run at the same time.
+        """Make a stage of every run, all of one group: they may run at the same time.
 
         Args:
             root: the project's folder.
             output: the comparison's.
         """
-        inits = {init.name: init for init in self.inits}
-        configs = {name: read_config(root / path) for name, path in self.configs.items()}
-        return [
-            _stage(
-                *(self, cell, inits[cell.init], configs[cell.config]),
-                *(root, output / "runs" / cell.folder),
-            )
-            for cell in self.cells
-        ]
+        return [self._stage(cell, root, output / "runs" / cell.folder) for cell in self.cells]
+
+    def _stage(self, cell: Cell, root: Path, folder: Path) -> Stage:
+        place = str(folder.relative_to(root)) if folder.is_relative_to(root) else str(folder)
+        init = next(init for init in self.inits if init.name == cell.init)
+        weights, config = init.weights_for(cell.seed), self.configs[cell.config]
+        return Stage(
+            name=cell.name,
+            title=f"{cell.config}, {percent(cell.fraction)} % of the images: {init.name}, "
+            f"seed {cell.seed}",
+            command=(
+                *("tools/train_net.py", "--config-file", config),
+                *(("--num-gpus", str(self.num_gpus)) if self.num_gpus > 1 else ()),
+                *("OUTPUT_DIR", place, "SEED", str(cell.seed), "MODEL.WEIGHTS", weights),
+                # Other seeds take other images: which ones belongs to what a fraction leaves open.
+                *("VIRTEX.FRACTION", repr(cell.fraction), "VIRTEX.FRACTION_SEED", str(cell.seed)),
+                *self.overrides,
+                *init.overrides,
+            ),
+            folder=place,
+            configs=(config,),
+            files=(local_path(weights),) if weights else (),
+            label=cell.name,
+            group="runs",
+        )
 
 
 def parse_inits(texts: Sequence[str], overrides: Sequence[Sequence[str]] = ()) -> tuple[Init, ...]:
@@ -192,8 +178,7 @@ def make_plan(
         baseline: a start's name; "": random where it is one of them, else the first.
         root: where relative paths of configs begin.
     """
-    names = {init.name: init for init in inits}
-    baseline = choose_baseline(list(names), baseline)
+    baseline = choose_baseline([init.name for init in inits], baseline)
     for fraction in fractions:
         if not 0 < fraction <= 1:
             raise InputError(f"--fractions {fraction}: expected numbers above 0, at most 1.")
@@ -201,9 +186,11 @@ def make_plan(
         raise InputError(
             "--seeds: expected numbers that are not negative: a drawn seed pairs none."
         )
-    if fractions:
-        _check_distinct("--fractions", fractions)
-    _check_distinct("--seeds", seeds)
+    if not seeds:
+        raise InputError("--seeds: none is given.")
+    for flag, values in (("--fractions", fractions), ("--seeds", seeds)):
+        if twice := [value for value in values if values.count(value) > 1]:
+            raise InputError(f"{flag}: {twice[0]} is there twice.")
     if num_gpus < 1:
         raise InputError(f"--num-gpus {num_gpus}: expected at least 1.")
     by_name = {Path(config).stem: config for config in configs}
@@ -212,14 +199,11 @@ def make_plan(
             f"--config-file: two of {', '.join(configs)} have the same name; rename or leave out "
             "one: runs and tables go by it."
         )
-    ordered = (names[baseline], *(init for init in inits if init.name != baseline))
+    descending = tuple(sorted(fractions, reverse=True))
     return Plan(
         by_name,
-        ordered,
-        {
-            name: tuple(sorted(fractions, reverse=True)) or (_own_fraction(root / config),)
-            for name, config in by_name.items()
-        },
+        tuple(sorted(inits, key=lambda init: init.name != baseline)),
+        {name: descending or (_own_fraction(root / path),) for name, path in by_name.items()},
         tuple(seeds),
         _checked_overrides("--opts", overrides),
         num_gpus,
@@ -244,46 +228,6 @@ def _own_fraction(config: Path) -> float:
     return float(read_config(config).get("VIRTEX", {}).get("FRACTION", 1.0))
 
 
-def percent(fraction: float) -> str:
-    """0.1 -> "10", 0.005 -> "0.5"."""
-    return f"{100 * fraction:.6g}"
-
-
-def _stage(plan: Plan, cell: Cell, init: Init, content: Mapping, root: Path, folder: Path) -> Stage:
-    """The run of a cell; `content` is that of its config file."""
-    place = str(folder.relative_to(root)) if folder.is_relative_to(root) else str(folder)
-    weights = init.weights_for(cell.seed)
-    config = plan.configs[cell.config]
-    iterations = _number(content, plan.overrides + init.overrides)
-    return Stage(
-        name=cell.name,
-        title=f"{cell.config}, {percent(cell.fraction)} % of the images: {init.name}, "
-        f"seed {cell.seed}",
-        command=(
-            *("tools/train_net.py", "--config-file", config),
-            *(("--num-gpus", str(plan.num_gpus)) if plan.num_gpus > 1 else ()),
-            *("OUTPUT_DIR", place, "SEED", str(cell.seed), "MODEL.WEIGHTS", weights),
-            # Other seeds take other images: which ones belongs to what a fraction leaves open.
-            *("VIRTEX.FRACTION", repr(cell.fraction), "VIRTEX.FRACTION_SEED", str(cell.seed)),
-            *plan.overrides,
-            *init.overrides,
-        ),
-        folder=place,
-        configs=(config,),
-        files=(local_path(weights),) if weights else (),
-        iterations=iterations,
-        label=cell.name,
-        group="runs",
-    )
-
-
-def _number(config: Mapping, overrides: Sequence[str]) -> int:
-    """SOLVER.MAX_ITER for the progress line; 0 where only detectron2's default says it."""
-    found = dict(zip(overrides[::2], overrides[1::2])).get("SOLVER.MAX_ITER")
-    found = found if found is not None else config.get("SOLVER", {}).get("MAX_ITER", 0)
-    return int(found) if str(found).isdigit() else 0
-
-
 def _checked_overrides(where: str, opts: Sequence[str]) -> tuple[str, ...]:
     flags = [word for word in opts if word.startswith("--")]
     if flags:
@@ -294,17 +238,8 @@ def _checked_overrides(where: str, opts: Sequence[str]) -> tuple[str, ...]:
     if len(opts) % 2:
         raise InputError(f"{where}: expected KEY VALUE pairs, found {' '.join(opts)}.")
     for key in opts[::2]:
-        if key in _OURS:
+        if key in SET_BY_PLAN:
             raise InputError(f"{where}: {key} is set by the comparison itself; leave it out.")
         if key.startswith("-"):
             raise InputError(f"{where}: {key} stands where a config key was expected.")
     return tuple(opts)
-
-
-def _check_distinct(what: str, values: Iterable[float]) -> None:
-    values = list(values)
-    twice = [value for value in values if values.count(value) > 1]
-    if not values or twice:
-        raise InputError(
-            f"{what}: {twice[0]} is there twice." if twice else f"{what}: none is given."
-        )

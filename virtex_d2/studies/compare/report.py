@@ -1,203 +1,150 @@
 """The comparison as one HTML file with everything in it, which opens anywhere, offline."""
 
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from virtex_d2.studies.compare.figures import colors
-from virtex_d2.studies.compare.runs import Metric, Run, config_differences
-from virtex_d2.studies.compare.statistics import summarise
-from virtex_d2.studies.compare.tables import Block, difference_text, value_text, verdict
-from virtex_d2.studies.reporting.page import Picture, definitions, figure, machine, write_page
+from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.files import atomic_path
+from virtex_d2.studies.compare import figures, tables
+from virtex_d2.studies.compare.runs import TASKS, Run, config_differences
+from virtex_d2.studies.compare.tables import Block
+from virtex_d2.studies.page import Picture, machine, render, write_page
 
-_CSS = """
-.scroll { overflow-x: auto; }
-.scroll td, .scroll th { font-size: 14px; padding-right: 0; }
-.scroll td.n, .scroll th.n { padding-left: 16px; }
-.diff { display: block; font-size: 12px; color: var(--muted); font-weight: 400; }
-td.name { font-weight: 600; }
-details { margin: 10px 0; } summary { cursor: pointer; color: var(--muted); font-size: 14px; }
-"""
+_DIFFERENCES, _CURVES = "Difference from the baseline", "Learning curves"
+_CLASSES, _PREDICTIONS = "Sizes and classes", "The same images"
+# Heading of each section of pictures -> the files' name, and what they show.
+_SECTIONS = {
+    _DIFFERENCES: (
+        "differences",
+        "AP of each start minus that of the baseline, with every seed and a confidence interval",
+    ),
+    _CURVES: ("curves", "AP of each start against iteration"),
+    _CLASSES: ("classes", "AP by object size and by class minus that of the baseline"),
+    _PREDICTIONS: (
+        "predictions",
+        "Test images with their true objects, and with the predictions of each start",
+    ),
+}
 
 
 def write_report(
-    path: Path,
-    blocks: Sequence[Block],
-    pictures: Mapping[str, Sequence[Picture]],
-    missing: Sequence[str],
-    commands: Mapping[str, str],
-    note: str = "",
-) -> None:
-    """Write the report, atomically.
+    output: Path,
+    inits: Sequence[str],
+    runs: Sequence[Run],
+    missing: Sequence[str] = (),
+    commands: Mapping[str, str] | None = None,
+    *,
+    root: Path = Path(),
+    title: str = "Which initialisation?",
+    introduction: str = "",
+    sections: Mapping[str, Sequence[Picture]] | None = None,
+    facts: Mapping[str, str] | None = None,
+) -> tuple[Path, list[Block]]:
+    """Write report.html, results.csv and summary.csv, and the pictures as PNGs.
 
     Args:
-        path: of the HTML file.
-        blocks: the finished runs.
-        pictures: of the sections "differences", "curves", "classes" and "predictions".
-        missing: names of runs that are not finished.
-        commands: of runs that this comparison made, by their names.
-        note: HTML below the heading, for what pictures cannot show.
+        output: the folder.
+        inits: the starts' names, the baseline first.
+        runs: the finished runs.
+        missing: names of the others.
+        commands: what was run, by name.
+        root: where relative paths of the runs' data sets begin.
+        title, introduction: of the page.
+        sections: further pictures by heading, behind the comparison's.
+        facts: further ones about what was run.
+
+    Returns:
+        The page, and what is in it.
     """
-    body = [
-        _heading(blocks, missing),
-        note,
-        *_section("Difference from the baseline", pictures["differences"]),
-        "<h2>Average precision</h2>",
-        *(_table(block) for block in blocks),
-        *_section("Learning curves", pictures["curves"]),
-        *_section("Sizes and classes", pictures["classes"]),
-        *_section("The same images", pictures["predictions"]),
-        "<h2>What was run</h2>",
-        _facts(blocks, missing),
-        _seeds(blocks),
-        *(_differences(block) for block in blocks),
-        _commands(commands),
-    ]
-    write_page(path, "Which initialisation?", "\n".join(filter(None, body)), _CSS)
+    path = output / "report.html"
+    path.unlink(missing_ok=True)  # it would not speak of these runs
+    if not runs:
+        raise InputError(f"{output}: no run is finished yet; there is nothing to report.")
+    blocks = tables.make_blocks(inits, runs)
+    for name, text in (("results", tables.results_csv), ("summary", tables.summary_csv)):
+        with atomic_path(output / f"{name}.csv") as temporary:
+            temporary.write_text(text(blocks), encoding="utf-8", newline="")
+    drawn, without_pictures = _draw(output / "pictures", blocks, root)
+    body = render(
+        "comparison.html",
+        title=title,
+        introduction=introduction,
+        blocks=blocks,
+        metrics=_main_metrics(blocks),
+        differences=[config_differences(block.all_runs) for block in blocks],
+        missing=len(missing),
+        without_pictures=without_pictures,
+        sections={**drawn, **(sections or {})},
+        facts={**_facts(runs, missing), **(facts or {}), **machine()},
+        commands=commands or {},
+        colors=figures.colors,
+        verdicts=tables.verdicts,
+        value_text=tables.value_text,
+        difference_text=tables.difference_text,
+    )
+    write_page(path, title, body)
+    return path, blocks
 
 
-def _heading(blocks: Sequence[Block], missing: Sequence[str]) -> str:
-    sentences = [
-        f"<p><b>{escape(block.title)}</b></p><ul>"
-        + "".join(
-            f"<li>{escape(verdict(block, init, metric))}</li>"
-            for init in list(block.complete)
-            if init != block.baseline
-            for metric in block.main
+def _main_metrics(blocks: Sequence[Block]) -> list:
+    return list(dict.fromkeys(metric for block in blocks for metric in block.main))
+
+
+def _draw(
+    folder: Path, blocks: Sequence[Block], root: Path
+) -> tuple[dict[str, list[Picture]], list[str]]:
+    """Draw the pictures of each section; the second says of which blocks there are no predictions.
+
+    Those are of the first seed that all starts have. Data sets may be on another machine than the
+    report: it is complete but for this.
+    """
+    folder.mkdir(exist_ok=True)
+    sections: dict[str, list[Picture]] = {heading: [] for heading in _SECTIONS}
+    missing = []
+
+    def add(section: str, number: object, caption: str, draw: Callable, *what: object) -> None:
+        name, alternative = _SECTIONS[section]
+        path = folder / f"{name}{number}.png"
+        left_out = draw(path, *what)
+        more = f" {left_out} that change least are left out." if left_out else ""
+        sections[section].append(Picture(path, alternative, caption + more))
+
+    metrics = _main_metrics(blocks)
+    for start in range(0, len(metrics), 2):  # a page of panels has room for two columns
+        number = start // 2 if len(metrics) > 2 else ""
+        columns = metrics[start : start + 2]
+        if len(blocks[0].runs) > 1:
+            caption = "Strokes are single seeds, the point is their mean, the line its interval."
+            add(_DIFFERENCES, number, caption, figures.draw_differences, blocks, columns)
+        caption = (
+            "Thin lines are single seeds, the thick one is their mean. What a start is worth shows "
+            "early; a long training may make up for a poor one."
         )
-        + "</ul>"
-        for block in blocks
-    ]
-    incomplete = (
-        f"<p><b>{len(missing)} {'run is' if len(missing) == 1 else 'runs are'} not finished; the "
-        "same command goes on with what is missing.</b></p>"
-        if missing
-        else ""
-    )
-    return (
-        "<h1>Which initialisation?</h1>"
-        f'<p class="muted">{_sameness(blocks)} AP in percent. Intervals are of the mean '
-        "paired difference (Student's t, 95 %): with few seeds they are wide, and should be.</p>"
-        + incomplete
-        + "".join(sentences)
-    )
-
-
-def _sameness(blocks: Sequence[Block]) -> str:
-    if any(_config_differences(block) for block in blocks):
-        return (
-            "Detectors trained from different starts. <b>Their configs differ in more than the "
-            "start; the keys are at the end of this page.</b>"
+        add(_CURVES, number, caption, figures.draw_curves, blocks, columns)
+    for number, block in enumerate(blocks):
+        if len(block.complete) > 1 and block.baseline in block.complete:
+            task = "segm" if any(metric.task == "segm" for metric in block.main) else "bbox"
+            words = f"{block.title}, {TASKS[task]} AP. Classes without a true object are left out."
+            add(_CLASSES, number, words, figures.draw_classes, block, task)
+        try:
+            seed, rows = figures.prediction_panels(block, root)
+        except InputError as error:
+            missing.append(f"{block.title}: {error}")
+            continue
+        caption = (
+            f"{block.title}: the first test images with an object, seed {seed}; of each start as "
+            "many predictions as the image has objects, those of the highest score."
         )
-    return (
-        "The same detectors, trained from different starts: same images, order, augmentation and "
-        "length for equal seeds."
-    )
+        add(_PREDICTIONS, number, caption, figures.draw_predictions, rows)
+    return sections, missing
 
 
-def _config_differences(block: Block) -> dict[str, dict[str, str]]:
-    return config_differences(run for runs in block.runs.values() for run in runs.values())
-
-
-def _section(title: str, pictures: Sequence[Picture]) -> list[str]:
-    return [f"<h2>{title}</h2>", *map(figure, pictures)] if pictures else []
-
-
-def _table(block: Block) -> str:
-    head = "".join(f'<th class="n">{escape(metric.label)}</th>' for metric in block.averages)
-    rows = []
-    for init, color in colors(list(block.runs)).items():
-        cells = "".join(_cell(block, init, metric) for metric in block.averages)
-        rows.append(
-            f'<tr><td class="name" style="color: {color}">{escape(init)}</td>'
-            f'<td class="n">{len(block.runs[init])}</td>{cells}</tr>'
-        )
-    return (
-        f"<p><b>{escape(block.title)}</b></p>"
-        f'<div class="scroll"><table><tr><th></th><th class="n">seeds</th>{head}</tr>'
-        f'{"".join(rows)}</table></div><p class="muted">Mean ± sample standard deviation over '
-        f"seeds; below it the mean paired difference from {escape(block.baseline)} with its 95 % "
-        "interval.</p>"
-    )
-
-
-def _cell(block: Block, init: str, metric: Metric) -> str:
-    text = value_text(block.summary(init, metric))
-    if init != block.baseline and block.runs[init]:
-        diff = difference_text(block.difference(init, metric))
-        text += f'<span class="diff">{escape(diff)}</span>'
-    return f'<td class="n">{text}</td>'
-
-
-def _facts(blocks: Sequence[Block], missing: Sequence[str]) -> str:
-    runs = [run for block in blocks for found in block.runs.values() for run in found.values()]
-    facts = {
-        "Runs": f"{len(runs)} finished" + (f", {len(missing)} not" if missing else ""),
-        "Cost": _cost(runs),
-        "Trained on": ", ".join(sorted({run.device for run in runs})),
-        **{f"{name} of this report": text for name, text in machine().items()},
-    }
-    return definitions(facts)
-
-
-def _cost(runs: Sequence[Run]) -> str:
-    hours = sum(run.hours * (run.processes or 1) for run in runs)
+def _facts(runs: Sequence[Run], missing: Sequence[str]) -> dict[str, str]:
     unit = "GPU hours" if all(run.device.startswith("cuda") for run in runs) else "process hours"
     unknown = "" if all(run.processes for run in runs) else ", logs that name no processes as one"
-    return f"{hours:.2f} {unit} of training, evaluations not counted{unknown}"
-
-
-def _seeds(blocks: Sequence[Block]) -> str:
-    """Every run by itself: nobody should have to believe a mean."""
-    rows = []
-    metrics = list(dict.fromkeys(metric for block in blocks for metric in block.main))
-    for block in blocks:
-        for init, runs in block.runs.items():
-            for seed, run in sorted(runs.items()):
-                cells = "".join(
-                    f'<td class="n">{value_text(summarise({seed: run.results[metric]}))}</td>'
-                    if metric in run.results
-                    else '<td class="n"></td>'
-                    for metric in metrics
-                )
-                hours = run.hours * (run.processes or 1)
-                rows.append(
-                    f"<tr><td>{escape(block.title)}</td><td>{escape(init)}</td>"
-                    f'<td class="n">{seed}</td>{cells}<td class="n">{run.iterations}</td>'
-                    f'<td class="n">{hours:.2f}</td></tr>'
-                )
-    head = "".join(f'<th class="n">{escape(metric.label)}</th>' for metric in metrics)
-    return (
-        "<details><summary>Every run</summary><div class=scroll><table><tr><th></th><th>start</th>"
-        f'<th class="n">seed</th>{head}<th class="n">iterations</th><th class="n">hours</th></tr>'
-        f"{''.join(rows)}</table></div></details>"
-    )
-
-
-def _differences(block: Block) -> str:
-    """Where the starts' configs differ: it is not only the weights that are compared then."""
-    found = _config_differences(block)
-    if not found:
-        return (
-            f'<p class="muted">{escape(block.title)}: the runs\' configs differ in nothing but '
-            "start, seed and folder.</p>"
-        )
-    head = "".join(f"<th>{escape(init)}</th>" for init in block.complete)
-    rows = "".join(
-        f"<tr><td>{escape(key)}</td>"
-        + "".join(f"<td>{escape(values[init])}</td>" for init in block.complete)
-        + "</tr>"
-        for key, values in found.items()
-    )
-    return (
-        f"<p><b>{escape(block.title)}: the starts differ in more than their weights.</b></p>"
-        f'<div class="scroll"><table><tr><th>key</th>{head}</tr>{rows}</table></div>'
-    )
-
-
-def _commands(commands: Mapping[str, str]) -> str:
-    parts = "".join(
-        f'<div class="stage">{escape(name)}</div><pre>{escape(command)}</pre>'
-        for name, command in commands.items()
-    )
-    return f"<details><summary>Commands</summary>{parts}</details>" if commands else ""
+    hours = sum(run.cost for run in runs)
+    return {
+        "Runs": f"{len(runs)} finished" + (f", {len(missing)} not" if missing else ""),
+        "Cost": f"{hours:.2f} {unit} of training, evaluations not counted{unknown}",
+        "Trained on": ", ".join(sorted({run.device for run in runs})),
+    }

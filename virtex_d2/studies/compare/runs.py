@@ -1,25 +1,54 @@
-"""A finished run's folder -> its config, curves, results and costs."""
+"""Finished runs: a folder -> config, curves, results and costs."""
 
+import glob
 import math
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.identity import flat
-from virtex_d2.studies.compare.plan import Cell
-from virtex_d2.studies.pipeline.stage import read_config
-from virtex_d2.studies.reporting.metrics import Metrics
+from virtex_d2.studies.curves import Metrics
+from virtex_d2.studies.stages import read_config
 
 TASKS = {"bbox": "Box", "segm": "Mask"}
 # Averages over all classes; NaN of these means that nothing was detected at all.
 AVERAGES = ("AP", "AP50", "AP75")
 _RESULT = re.compile(r"(?:(?P<data>[^/]+)/)?(?P<task>bbox|segm)(?P<kind>_\w+)?/(?P<name>.+)")
 _PROCESSES = re.compile(r"Process 0 of (\d+);")
-# Where these differ the starts differ, or the place, but not the comparison.
-_EXPECTED = ("SEED", "OUTPUT_DIR", "MODEL.WEIGHTS", "VIRTEX.FRACTION", "VIRTEX.FRACTION_SEED")
+# What a comparison sets itself for each run, so that starts differ in it, or the place.
+SET_BY_PLAN = ("SEED", "OUTPUT_DIR", "MODEL.WEIGHTS", "VIRTEX.FRACTION", "VIRTEX.FRACTION_SEED")
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One run's place in the comparison.
+
+    Attributes:
+        config: the config file's name without its suffix.
+        fraction: of the training images, in (0, 1].
+        init: its name.
+        seed: of weights that are not loaded, order and augmentation, and of the fraction's images.
+    """
+
+    config: str
+    fraction: float
+    init: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """For files: "mask_rcnn_R_50_FPN-10pct-random-seed1"."""
+        return f"{self.config}-{percent(self.fraction)}pct-{self.init}-seed{self.seed}"
+
+    @property
+    def folder(self) -> str:
+        """Of the run, below the comparison's runs."""
+        part = f"{percent(self.fraction)}pct"
+        return f"{self.config}/{part}/{self.init}/seed{self.seed}"
 
 
 @dataclass(frozen=True, order=True)
@@ -96,6 +125,11 @@ class Run:
         """SOLVER.MAX_ITER."""
         return int(self.config["SOLVER"]["MAX_ITER"])
 
+    @property
+    def cost(self) -> float:
+        """Hours of all processes together."""
+        return self.hours * (self.processes or 1)
+
 
 def read_run(cell: Cell, folder: Path) -> Run:
     """Read a run that has come to its end."""
@@ -105,15 +139,12 @@ def read_run(cell: Cell, folder: Path) -> Run:
     metrics = Metrics(folder / "metrics.json", length)
     curves = {}
     for key in metrics.keys:
-        metric = Metric.parse(key)
-        if metric is None:
-            continue
-        curve = metrics.curve(key)
-        nothing = 0.0 if metric.name in AVERAGES else math.nan
-        curves[metric] = {
-            iteration: nothing if math.isnan(value) else value
-            for iteration, value in zip(curve.iterations, curve.values)
-        }
+        if metric := Metric.parse(key):
+            nothing = 0.0 if metric.name in AVERAGES else math.nan
+            curves[metric] = {
+                iteration: nothing if math.isnan(value) else value
+                for iteration, value in metrics.curve(key).items()
+            }
     done = max((max(curve) for curve in curves.values() if curve), default=0)
     if done < length:
         raise InputError(
@@ -150,30 +181,18 @@ def config_differences(runs: Iterable[Run]) -> dict[str, dict[str, str]]:
     Returns:
         Key -> {start's name: its value, or values}.
     """
+    runs = list(runs)
+    inits = dict.fromkeys(run.cell.init for run in runs)
     by_key: dict[str, dict[str, set[str]]] = {}
-    inits = []
     for run in runs:
-        inits.append(run.cell.init)
         for key, value in flat(run.config):
             by_key.setdefault(key, {}).setdefault(run.cell.init, set()).add(repr(value))
-    differing = {}
-    for key, values in sorted(by_key.items()):
-        all_values = {value for found in values.values() for value in found}
-        if key not in _EXPECTED and (len(all_values) > 1 or len(values) < len(set(inits))):
-            differing[key] = {
-                init: ", ".join(sorted(values.get(init, {"absent"})))
-                for init in dict.fromkeys(inits)
-            }
-    return differing
-
-
-def find_predictions(folder: Path) -> Path | None:
-    """A detector's stored predictions in COCO's result format; None where there are none.
-
-    With several test sets, those of the first by name.
-    """
-    found = sorted((folder / "inference").rglob("*_instances_results.json"))
-    return found[0] if found else None
+    return {
+        key: {init: ", ".join(sorted(values.get(init, {"absent"}))) for init in inits}
+        for key, values in sorted(by_key.items())
+        if key not in SET_BY_PLAN
+        and (len(set.union(*values.values())) > 1 or values.keys() != inits.keys())
+    }
 
 
 def _check_cell(cell: Cell, folder: Path, config: Mapping[str, Any]) -> None:
@@ -196,3 +215,75 @@ def _processes(folder: Path) -> int | None:
         return None
     found = _PROCESSES.findall(text)
     return int(found[-1]) if found else None
+
+
+def percent(fraction: float) -> str:
+    """0.1 -> "10", 0.005 -> "0.5"."""
+    return f"{100 * fraction:.6g}"
+
+
+def collect(patterns: Sequence[str]) -> tuple[list[str], list[Run]]:
+    """Read runs by "NAME=FOLDERS", where FOLDERS is a shell pattern of OUTPUT_DIRs.
+
+    Seed, fraction and all else come from each folder's config.yaml. Runs with the same test sets,
+    architecture and length are compared with each other.
+
+    Returns:
+        The starts' names in the order of the patterns, and all runs.
+    """
+    names: list[str] = []
+    runs: dict[Cell, Run] = {}
+    for pattern in patterns:
+        name, equals, folders = pattern.partition("=")
+        if not (name and equals and folders):
+            raise InputError(
+                f"--collect {pattern!r}: expected NAME=FOLDERS, such as "
+                "virtex='output/coco_virtex_seed*'."
+            )
+        found = sorted(
+            path for path in glob.glob(os.path.expanduser(folders)) if os.path.isdir(path)
+        )
+        if not found:
+            raise InputError(f"--collect {pattern!r}: no folder has such a name.")
+        names.append(name)
+        for folder in map(Path, found):
+            run = read_run(_cell(name, folder), folder)
+            if run.cell in runs:
+                raise InputError(
+                    f"{folder}: has the same start, config, fraction and seed as "
+                    f"{runs[run.cell].folder}. Leave one out, or give it a name of its own."
+                )
+            _check_test_set(run, runs.values())
+            runs[run.cell] = run
+    return list(dict.fromkeys(names)), list(runs.values())
+
+
+def _check_test_set(run: Run, others: Iterable[Run]) -> None:
+    """Data sets that users name themselves may share a name and not their content."""
+    for other in others:
+        if other.cell.config == run.cell.config and _test_files(other) != _test_files(run):
+            raise InputError(
+                f"{run.folder}: was evaluated on {', '.join(_test_files(run))}, and {other.folder} "
+                f"on {', '.join(_test_files(other))}, under the same name: their results cannot be "
+                "compared."
+            )
+
+
+def _test_files(run: Run) -> list[str]:
+    """The files' names: their folder may be another one on another machine."""
+    names = run.config["DATASETS"]["TEST"]
+    entries = run.config.get("VIRTEX", {}).get("DATASETS", [])
+    return [os.path.basename(str(entry[2])) for entry in entries if entry[0] in names]
+
+
+def _cell(name: str, folder: Path) -> Cell:
+    config = read_run_config(folder)
+    model, virtex = config["MODEL"], config.get("VIRTEX", {})
+    parts = [
+        "+".join(config["DATASETS"]["TEST"]),
+        f"R{model['RESNETS']['DEPTH']}",
+        "FPN" if "fpn" in model["BACKBONE"]["NAME"] else "C4",
+        "masks" if model["MASK_ON"] else "boxes",
+        f"{config['SOLVER']['MAX_ITER']} iterations",
+    ]
+    return Cell(", ".join(parts), float(virtex.get("FRACTION", 1.0)), name, config["SEED"])

@@ -1,19 +1,75 @@
-"""The comparison's numbers: rows for people, and CSV for programs."""
+"""The comparison's numbers: means and paired differences, rows for people, CSV for programs."""
 
 import csv
 import io
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from virtex_d2.engine.files import atomic_path
-from virtex_d2.studies.compare.plan import percent
-from virtex_d2.studies.compare.runs import AVERAGES, Metric, Run
-from virtex_d2.studies.compare.statistics import Difference, Summary, difference, summarise
+from scipy.stats import t as students_t
+from tabulate import tabulate
+
+from virtex_d2.studies.compare.runs import AVERAGES, Metric, Run, percent
 
 SIZES = ("APs", "APm", "APl")
 FREQUENCIES = ("APr", "APc", "APf")
+CONFIDENCE = 0.95  # of the intervals
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Values of several seeds, or one start's minus another's; NaN is left out.
+
+    Attributes:
+        values: by seed.
+    """
+
+    values: Mapping[int, float]
+
+    @property
+    def mean(self) -> float:
+        """NaN where there is no value."""
+        return statistics.fmean(self.values.values()) if self.values else math.nan
+
+    @property
+    def deviation(self) -> float:
+        """The sample standard deviation; NaN for fewer than two values."""
+        return statistics.stdev(self.values.values()) if len(self.values) > 1 else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The `CONFIDENCE` interval of the mean; None for fewer than two values.
+
+        By Student's t with n - 1 degrees of freedom: it takes values for independent and normal.
+        """
+        count = len(self.values)
+        if count < 2:
+            return None
+        quantile = float(students_t.ppf((1 + CONFIDENCE) / 2, count - 1))
+        reach = quantile * self.deviation / math.sqrt(count)
+        return self.mean - reach, self.mean + reach
+
+    @property
+    def decided(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.interval is not None and (self.interval[0] > 0 or self.interval[1] < 0)
+
+    @property
+    def ahead(self) -> int:
+        """In how many seeds a difference is positive."""
+        return sum(value > 0 for value in self.values.values())
+
+
+def sample(values: Mapping[int, float]) -> Sample:
+    """Leave NaN (nothing to measure) out."""
+    return Sample({seed: value for seed, value in values.items() if not math.isnan(value)})
+
+
+def difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Sample:
+    """Subtract `baseline`, paired by seed: the two share order, augmentation and images."""
+    shared = [seed for seed in values if seed in baseline]
+    return sample({seed: values[seed] - baseline[seed] for seed in shared})
 
 
 @dataclass(frozen=True)
@@ -51,10 +107,14 @@ class Block:
         return {init: runs for init, runs in self.runs.items() if runs}
 
     @property
+    def all_runs(self) -> list[Run]:
+        """The runs of all starts."""
+        return [run for runs in self.runs.values() for run in runs.values()]
+
+    @property
     def metrics(self) -> list[Metric]:
         """Those that any run has, in a reader's order: averages first, box before mask."""
-        found = {m for runs in self.runs.values() for run in runs.values() for m in run.results}
-        return sorted(found, key=_order)
+        return sorted({metric for run in self.all_runs for metric in run.results}, key=_order)
 
     @property
     def averages(self) -> list[Metric]:
@@ -74,11 +134,11 @@ class Block:
             if metric in run.results
         }
 
-    def summary(self, init: str, metric: Metric) -> Summary:
+    def sample(self, init: str, metric: Metric) -> Sample:
         """Mean and spread over the seeds."""
-        return summarise(self.values(init, metric))
+        return sample(self.values(init, metric))
 
-    def difference(self, init: str, metric: Metric) -> Difference:
+    def difference(self, init: str, metric: Metric) -> Sample:
         """From the baseline, paired by seed."""
         return difference(self.values(init, metric), self.values(self.baseline, metric))
 
@@ -95,12 +155,9 @@ def make_blocks(inits: Sequence[str], runs: Iterable[Run]) -> list[Block]:
 
 
 def results_csv(blocks: Iterable[Block]) -> str:
-    """Every result of every run, one a line; an empty value where there was nothing to measure."""
+    """List every result of every run; an empty value where there was nothing to measure."""
     rows = [
-        (
-            *(block.config, block.fraction, init, seed, run.iterations, metric.key),
-            _number(value),
-        )
+        (block.config, block.fraction, init, seed, run.iterations, metric.key, _number(value))
         for block in blocks
         for init, runs in block.runs.items()
         for seed, run in sorted(runs.items())
@@ -110,72 +167,57 @@ def results_csv(blocks: Iterable[Block]) -> str:
 
 
 def summary_csv(blocks: Iterable[Block]) -> str:
-    """Mean, spread and difference from the baseline of every result over the seeds."""
+    """List mean, spread and difference from the baseline of every result over the seeds."""
+    head = ("config", "fraction", "init", "metric", "seeds", "mean", "standard_deviation")
+    head += ("difference", "ci95_low", "ci95_high", "paired_seeds")
     rows = []
     for block in blocks:
         for init in block.complete:
             for metric in block.metrics:
-                summary, diff = block.summary(init, metric), block.difference(init, metric)
-                low, high = diff.interval or (math.nan, math.nan)
-                deviation = math.nan if summary.deviation is None else summary.deviation
-                numbers = (summary.mean, deviation, diff.mean, low, high)
-                rows.append(
-                    (
-                        *(block.config, block.fraction, init, metric.key, len(summary.values)),
-                        *map(_number, numbers if init != block.baseline else numbers[:2]),
-                        *([""] * 3 if init == block.baseline else []),
-                        "" if init == block.baseline else len(diff.values),
-                    )
-                )
-    head = ("config", "fraction", "init", "metric", "seeds", "mean", "standard_deviation")
-    return _csv((*head, "difference", "ci95_low", "ci95_high", "paired_seeds"), rows)
+                own, diff = block.sample(init, metric), block.difference(init, metric)
+                row = [block.config, block.fraction, init, metric.key, len(own.values)]
+                row += [_number(own.mean), _number(own.deviation)]
+                bounds = diff.interval or (math.nan, math.nan)
+                compared = [*map(_number, (diff.mean, *bounds)), len(diff.values)]
+                rows.append([*row, *(compared if init != block.baseline else [""] * 4)])
+    return _csv(head, rows)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file, atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="")
-
-
-def value_text(summary: Summary) -> str:
+def value_text(values: Sample) -> str:
     """ "12.3 ± 0.4", "12.3" for one seed, "n/a" for none."""
-    if not summary.values:
+    if not values.values:
         return "n/a"
-    spread = "" if summary.deviation is None else f" ± {summary.deviation:.1f}"
-    return f"{summary.mean:.1f}{spread}"
+    spread = f" ± {values.deviation:.1f}" if len(values.values) > 1 else ""
+    return f"{values.mean:.1f}{spread}"
 
 
-def difference_text(diff: Difference) -> str:
-    """ "+1.2 [-0.3, 2.7]", "+1.2" for one seed, "n/a" for none."""
+def difference_text(diff: Sample) -> str:
+    """ "+1.2 [-0.3, +2.7]", "+1.2" for one seed, "n/a" for none."""
     if not diff.values:
         return "n/a"
-    interval = (
-        ""
-        if diff.interval is None
-        else f" [{_signed(diff.interval[0])}, {_signed(diff.interval[1])}]"
-    )
-    return f"{_signed(diff.mean)}{interval}"
+    interval = f" [{', '.join(map(_signed, diff.interval))}]" if diff.interval else ""
+    return _signed(diff.mean) + interval
 
 
 def _signed(value: float) -> str:
-    """One decimal; what rounds to zero has no sign."""
+    """Give one decimal; what rounds to zero has no sign."""
     return f"{value:+.1f}" if round(value, 1) else "0.0"
 
 
 def verdict(block: Block, init: str, metric: Metric) -> str:
-    """What one difference says, in a sentence; as ready to say that there is none."""
-    diff = block.difference(init, metric)
+    """Say in a sentence what a difference is worth; as ready to say that there is none."""
+    diff, count = block.difference(init, metric), len(block.difference(init, metric).values)
     if not diff.values:
         return f"{metric.label}: {init} and {block.baseline} share no finished seed."
-    size = f"{metric.label}: {init} is {abs(diff.mean):.1f} points "
-    size += "ahead of" if diff.mean > 0 else "behind"
     if round(diff.mean, 1) == 0:
         return (
             f"{metric.label}: no difference of a tenth of a point between {init} and "
             f"{block.baseline}."
         )
-    sentence = f"{size} {block.baseline}"
-    count = len(diff.values)
+    sentence = (
+        f"{metric.label}: {init} is {abs(diff.mean):.1f} points "
+        f"{'ahead of' if diff.mean > 0 else 'behind'} {block.baseline}"
+    )
     if diff.interval is None:
         return f"{sentence} (one seed: noise may be larger)."
     low, high = diff.interval
@@ -186,26 +228,25 @@ def verdict(block: Block, init: str, metric: Metric) -> str:
     )
 
 
+def verdicts(block: Block) -> list[str]:
+    """Give the sentences about the AP of every task and start."""
+    others = [init for init in block.complete if init != block.baseline]
+    return [verdict(block, init, metric) for init in others for metric in block.main]
+
+
 def text_table(blocks: Iterable[Block]) -> str:
-    """The averages of all blocks for a terminal."""
+    """Lay the averages of all blocks out for a terminal."""
     parts = []
     for block in blocks:
         rows = [("", *(metric.label for metric in block.averages))]
-        for init in block.runs:
-            rows.append((init, *(value_text(block.summary(init, m)) for m in block.averages)))
-            if init != block.baseline and block.runs[init]:
-                rows.append(
-                    (
-                        f"  against {block.baseline}",
-                        *(difference_text(block.difference(init, m)) for m in block.averages),
-                    )
-                )
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-            for row in rows
-        ]
-        parts.append("\n".join([block.title, *lines]))
+        for init, runs in block.runs.items():
+            rows.append((init, *(value_text(block.sample(init, m)) for m in block.averages)))
+            if init != block.baseline and runs:
+                diffs = (difference_text(block.difference(init, m)) for m in block.averages)
+                rows.append((f"- against {block.baseline}", *diffs))
+        align = ("left", *["right"] * len(block.averages))
+        table = tabulate(rows, tablefmt="plain", colalign=align, disable_numparse=True)
+        parts.append(f"{block.title}\n{table}")
     return "\n\n".join(parts)
 
 

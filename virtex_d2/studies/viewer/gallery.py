@@ -19,7 +19,7 @@ from PIL import Image
 from virtex_d2.annotations.table import AnnotationTable
 from virtex_d2.detection.sources import read_annotations, source_name
 from virtex_d2.engine.errors import InputError, nearest
-from virtex_d2.studies.reporting.page import write_page
+from virtex_d2.studies.page import write_page
 from virtex_d2.studies.viewer.drawing import (
     COLORS,
     DASHED,

@@ -1,0 +1,151 @@
+"""A comparison in its folder: its runs done once, continued and reported."""
+
+import contextlib
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from virtex_d2.engine.cli import shell
+from virtex_d2.engine.errors import InputError
+from virtex_d2.studies.compare.plan import MOST_INITS, Plan, check_plan, choose_baseline
+from virtex_d2.studies.compare.report import write_report
+from virtex_d2.studies.compare.runs import Run, collect, read_run
+from virtex_d2.studies.compare.tables import Block
+from virtex_d2.studies.stages import Stage, checked_marker, claim_output, cores, run_stages
+
+KIND = "comparison"  # of folder, in its record's name and in messages
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A plan in its folder.
+
+    Args:
+        plan: the runs.
+        root: the project's folder, with tools/ and configs/.
+        output: the comparison's; new, or of an earlier call.
+    """
+
+    plan: Plan
+    root: Path
+    output: Path
+
+    def __post_init__(self) -> None:
+        if not (self.root / "tools" / "train_net.py").is_file():
+            raise InputError(
+                f"{self.root}: expected the project's folder, with tools/train_net.py."
+            )
+
+    @functools.cached_property
+    def stages(self) -> list[Stage]:
+        """A stage for every run, in the plan's order."""
+        return self.plan.stages(self.root, self.output)
+
+    def commands(self) -> dict[str, str]:
+        """Give each run's command by its name; in a job array they are numbered from 0."""
+        return {stage.name: shell(stage.argv(self.root)) for stage in self.stages}
+
+    def run(self, jobs: int = 0, only: int | None = None) -> None:
+        """Run what is not done yet.
+
+        Args:
+            jobs: how many at the same time; 0: as many as there are GPUs for, one without.
+            only: a run's number, from 0, beside which other processes may do others; None: all,
+                and no other process does all of them meanwhile.
+
+        Raises:
+            StageFailedError: a run failed.
+        """
+        stages = self.stages
+        if only is not None:
+            if not 0 <= only < len(stages):
+                raise InputError(
+                    f"--only {only}: expected a run's number, 0 to {len(stages) - 1} (see --list)."
+                )
+            stages = stages[only : only + 1]
+        check_plan(self.plan, self.root)
+        claim_output(self.output, KIND, {"baseline": self.plan.baseline})
+        print(
+            f"{len(stages)} {'run' if len(stages) == 1 else 'runs'} into {self.output}, on "
+            f"{cores()} cores. Commands run in {self.root}.",
+            flush=True,
+        )
+        slots = gpu_slots(jobs, self.plan.num_gpus)
+        run_stages(stages, self.root, self.output, slots, alone=only is None)
+
+    def finished(self) -> tuple[list[Run], list[str]]:
+        """Read the finished runs, and name the others."""
+        runs, missing = [], []
+        for cell, stage in zip(self.plan.cells, self.stages):
+            if checked_marker(stage, self.root, self.output).get("complete"):
+                runs.append(read_run(cell, self.root / stage.folder))
+            else:
+                missing.append(stage.name)
+        return runs, missing
+
+    def report(self) -> tuple[Path, list[Block]]:
+        """Write the report of the finished runs, and print the others.
+
+        Returns:
+            The report's path, and what is in it.
+        """
+        runs, missing = self.finished()
+        if missing:
+            count = f"{len(missing)} of {len(self.stages)} runs"
+            print("\n  ".join([f"Not finished: {count}:", *missing]), flush=True)
+        names = [init.name for init in self.plan.inits]
+        return write_report(self.output, names, runs, missing, self.commands(), root=self.root)
+
+
+def report_collected(
+    output: Path, patterns: Sequence[str], baseline: str = ""
+) -> tuple[Path, list[Block]]:
+    """Report on runs that were trained elsewhere (see `runs.collect`).
+
+    Args:
+        output: a folder for it; new, or of an earlier such report.
+        patterns: "NAME=FOLDERS".
+        baseline: a name; "": random where it is one of them, else the first.
+    """
+    names, runs = collect(patterns)
+    if not 2 <= len(names) <= MOST_INITS:
+        raise InputError(
+            f"--collect: expected 2 to {MOST_INITS} initialisations to compare, found "
+            f"{len(names)}: {', '.join(names)}. Name the runs of each with a --collect of its own."
+        )
+    baseline = choose_baseline(names, baseline)
+    claim_output(output, KIND, {"collected": True})
+    return write_report(output, sorted(names, key=lambda name: name != baseline), runs)
+
+
+def gpu_slots(jobs: int, num_gpus: int) -> list[dict[str, str]]:
+    """Give the environment of each place where a run can be: its GPUs, where there are any."""
+    if jobs < 0:
+        raise InputError(f"--jobs {jobs}: expected a number of runs at the same time.")
+    devices = _visible_devices()
+    if not devices:
+        return [{}] * max(1, jobs)
+    possible = len(devices) // num_gpus
+    if not possible:
+        raise InputError(f"--num-gpus {num_gpus}: only {len(devices)} GPUs are visible.")
+    if jobs > possible:
+        raise InputError(
+            f"--jobs {jobs}: {len(devices)} GPUs are visible, which {possible} runs of {num_gpus} "
+            "share."
+        )
+    return [
+        {"CUDA_VISIBLE_DEVICES": ",".join(devices[i * num_gpus : (i + 1) * num_gpus])}
+        for i in range(jobs or possible)
+    ]
+
+
+def _visible_devices() -> list[str]:
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    with contextlib.suppress(RuntimeError):
+        count = torch.cuda.device_count()
+        return listed.split(",")[:count] if listed else [str(number) for number in range(count)]
+    return []

@@ -1,1 +1,0 @@
-"""Longer lines of work as stages: a process each, done once, continued where they stopped."""

@@ -1,1 +1,0 @@
-"""What reports are made of: metrics of runs, curves, and pages that open anywhere."""
