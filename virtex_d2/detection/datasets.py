@@ -135,6 +135,7 @@ def load_records(name: str) -> list[dict[str, Any]]:
         ):
             if metadata.get(key) is None:  # detectron2's own data sets know theirs
                 metadata.set(**{key: value})
+    places = [numbers[ids[of]] if of >= 0 else -1 for of in table.category_of.tolist()]
     rows = table.objects_by_image()
     images = range(len(rows))
     if table.kind != "voc":
@@ -147,9 +148,9 @@ def load_records(name: str) -> list[dict[str, Any]]:
             "width": sizes[image][0],
             "image_id": table.image_ids[image],
             "annotations": [
-                _annotation(table, row, numbers[ids[table.category_of[row]]])
+                _annotation(table, row, places[row])
                 for row in rows[image].tolist()
-                if row not in dropped and table.category_of[row] >= 0
+                if row not in dropped and places[row] >= 0
             ],
         }
         for image in images
