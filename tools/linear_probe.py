@@ -11,10 +11,13 @@ python tools/linear_probe.py --config-file configs/probes/inaturalist_finetune.y
 Results are in OUTPUT_DIR/results.json and per_class.csv.
 """
 
+import virtex_d2.engine.listening  # noqa: F401 - first: main's imports take seconds
+
+# isort: split
+
 import argparse
 
-from virtex_d2.engine.cli import argument_parser
-from virtex_d2.engine.errors import exit_on_input_error
+from virtex_d2.engine.cli import run_tool
 
 
 def main(args: argparse.Namespace) -> None:
@@ -28,9 +31,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    arguments = argument_parser(__doc__).parse_args()
-    # after parsing: --help and a mistyped flag need not wait for torch
-    from virtex_d2.engine.distributed import launch
-
-    with exit_on_input_error():
-        launch(main, arguments)
+    run_tool(__doc__, main)

@@ -10,14 +10,7 @@ import virtex_d2.engine.listening  # noqa: F401 - first: main's imports take sec
 # isort: split
 
 from pretrain.main import main
-from virtex_d2.engine.cli import argument_parser
-from virtex_d2.engine.errors import exit_on_input_error
+from virtex_d2.engine.cli import run_tool
 
 if __name__ == "__main__":
-    arguments = argument_parser(__doc__).parse_args()
-    # after parsing: --help and a mistyped flag need not wait for torch
-    from virtex_d2.engine.distributed import launch
-    from virtex_d2.engine.stopping import exit_at_once_if_unfinished
-
-    with exit_on_input_error(), exit_at_once_if_unfinished():
-        launch(main, arguments)
+    run_tool(__doc__, main)

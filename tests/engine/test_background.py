@@ -148,6 +148,23 @@ def run(tmp_path):
     return Trainer(PeriodicCheckpointer(checkpointer, 2, optimizer), 6), checkpointer, tmp_path
 
 
+def test_memory_for_the_copy_is_taken_in_the_first_iteration_and_not_again(run, monkeypatch):
+    trainer, *_ = run
+    taken = []
+    take = Snapshot.take
+
+    def watched(snapshot, state):
+        copied = take(snapshot, state)
+        places = {s.data_ptr() for s in snapshot._storages if s.nbytes()}
+        taken.append((trainer.iter, places))
+        return copied
+
+    monkeypatch.setattr(Snapshot, "take", watched)
+    trainer.train()
+    assert [iteration for iteration, _ in taken][:2] == [0, 1]  # the first checkpoint is of 1
+    assert all(places == taken[0][1] for _, places in taken)
+
+
 def test_training_ends_when_its_last_checkpoint_is_on_disk(run):
     trainer, checkpointer, folder = run
     write, begun = checkpointer.tag_last_checkpoint, []

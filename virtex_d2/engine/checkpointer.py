@@ -120,6 +120,12 @@ class StateWriter:
         self._thread = threading.Thread(target=self._run, args=(action, copied), name="checkpoint")
         self._thread.start()
 
+    def reserve(self, state: State) -> None:
+        """Take the memory that copies of such states will need, so that a lack of it shows now."""
+        if self._snapshot is not None:
+            self.wait()
+            self._snapshot.take(state)
+
     def wait(self) -> None:
         """Return when all is on disk; raises what the thread has raised."""
         if self._thread is not None:

@@ -288,6 +288,8 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
 
     def after_step(self) -> None:
         self.checkpointer.writer.check()
+        if self.trainer.iter == self.trainer.start_iter:  # the optimizer has its state by now
+            self.checkpointer.writer.reserve(self.checkpointer.states())
         super().after_step()
 
     def after_train(self) -> None:
