@@ -188,6 +188,10 @@ class TestSlurm:
         assert found.launcher == "srun, one task per node"
         assert (found.start, found.rank, found.world_size) == (processes, processes, 2 * processes)
 
+    def test_nodes_may_have_different_numbers_of_tasks(self):
+        found = place(environment={**STEP, "SLURM_NTASKS": "3", "SLURM_PROCID": "2"})
+        assert (found.start, found.rank, found.world_size, found.local_rank) == (0, 2, 3, 1)
+
     def test_one_process_of_a_node_is_the_task_itself(self):
         found = place(environment=PER_NODE)
         assert (found.start, found.rank, found.world_size) == (0, 1, 2)

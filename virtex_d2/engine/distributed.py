@@ -366,6 +366,7 @@ def _start_processes(main: Main, args: argparse.Namespace, place: Place) -> None
     if place.gpu is None:  # they share the cores, unless somebody has said how
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // place.start)))
+    signals.listen()  # what comes is passed on
     started = signals.held_back(  # until their main module listens
         lambda: multiprocessing.start_processes(
             _in_new_process, (main, args, place, os.getpid()), place.start, join=False

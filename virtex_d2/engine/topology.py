@@ -100,7 +100,7 @@ def resolve(args: argparse.Namespace, environment: Mapping[str, str], machine: M
     elif tasks > 1:
         place, nodes = _of_step(environment, machine, tasks)
         here = tasks // nodes
-        start = (asked or machine.gpus or 1) if here == 1 else 0
+        start = (asked or machine.gpus or 1) if tasks == nodes else 0
     else:
         rank, start, nodes = getattr(args, "machine_rank", 0), asked or 1, machines
         launcher = f"--num-machines {machines}" if machines > 1 else f"{flag} {asked}"
