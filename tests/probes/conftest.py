@@ -14,6 +14,7 @@ from virtex_d2.checkpoint.resnet import ResNet
 from virtex_d2.engine.cli import argument_parser
 from virtex_d2.engine.config import load_config
 from virtex_d2.engine.files import write_safetensors
+from virtex_d2.engine.lock import release_locks
 from virtex_d2.engine.run import LOGGERS
 from virtex_d2.studies.probes.config import get_probe_cfg
 from virtex_d2.studies.probes.run import run_probe
@@ -118,6 +119,7 @@ def probe(make_cfg) -> Callable:
             args = argument_parser().parse_args(["--resume"] if resume else [])
             return run_probe(make_cfg(*opts), args)
         finally:
+            release_locks()  # as `launch` does
             for name in LOGGERS:
                 for handler in list(logging.getLogger(name).handlers):
                     logging.getLogger(name).removeHandler(handler)

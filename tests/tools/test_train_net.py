@@ -79,7 +79,8 @@ def test_damaged_checkpoints_cost_iterations_and_change_nothing(tool, capsys):
         (tool.output / name).write_bytes(content)
     capsys.readouterr()
     assert tool("--eval-only", "--resume") == 2
-    assert "model_final.pth: expected a torch checkpoint, but" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "model_final.pth: expected a whole checkpoint, but the file is truncated" in told
     assert tool("--resume", *opts) == 0, capsys.readouterr().err
     assert f"from an older one, {tool.output}/model_0000002.pth" in tool.log()
     assert "Starting training from iteration 3" in tool.log()
@@ -223,7 +224,8 @@ def test_a_wrong_config_is_told_before_anything_is_trained(arguments, message, t
     assert tool(*arguments) == 2
     error = capsys.readouterr().err
     assert message in error
-    assert error.startswith("error: ")
+    # a library's warning may stand before it
+    assert any(line.startswith("error: ") for line in error.splitlines())
     assert "Traceback" not in error
     assert not (tool.output / "metrics.json").exists()
 

@@ -116,6 +116,10 @@ def read_stored(path: str | os.PathLike) -> StoredCheckpoint:
     """Read a file, whatever is in it, after a look at its own checksum, if it has one."""
     path = os.fsdecode(path)
     require_file(path)
+    try:
+        open(path, "rb").close()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
     if found := checksum_damage(path):
         raise InputError(
             f"{path}: expected a whole checkpoint, but the file is truncated or damaged: {found}. "
