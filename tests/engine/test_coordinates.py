@@ -4,6 +4,8 @@ import sys
 
 import pytest
 import torch
+from detectron2.data.detection_utils import transform_instance_annotations
+from detectron2.data.transforms import ResizeTransform, TransformList
 from detectron2.layers import paste_masks_in_image
 from detectron2.layers.roi_align_rotated import ROIAlignRotated
 from detectron2.modeling.box_regression import (
@@ -12,7 +14,7 @@ from detectron2.modeling.box_regression import (
     Box2BoxTransformRotated,
 )
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.structures import Boxes, heatmaps_to_keypoints
+from detectron2.structures import Boxes, BoxMode, heatmaps_to_keypoints
 
 HEIGHT, WIDTH = 800, 1344
 
@@ -143,3 +145,21 @@ def test_what_torchscript_compiles_of_it_it_still_compiles():
     traced = torch.jit.trace(heatmaps_to_keypoints, (torch.rand(1, 2, 8, 8), rois[:, 1:]))
     maps = torch.rand(1, 2, 8, 8)
     assert torch.equal(traced(maps, rois[:, 1:]), heatmaps_to_keypoints(maps, rois[:, 1:]))
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 100), (100, 64), (37, 37)])
+def test_boxes_and_polygons_of_whole_numbers_are_resized_as_the_same_with_decimals(height, width):
+    """JSON has both; numpy would cut what is written back into whole numbers."""
+    resize = TransformList([ResizeTransform(64, 64, height, width)])
+    square = [5, 5, 14, 5, 14, 14, 5, 14]
+    whole = {"bbox": [5, 5, 9, 9], "bbox_mode": BoxMode.XYWH_ABS, "segmentation": [square]}
+    decimal = {**whole, "bbox": [5.0, 5.0, 9.0, 9.0], "segmentation": [[float(v) for v in square]]}
+    found, expected = (
+        transform_instance_annotations(dict(record), resize, (height, width))
+        for record in (whole, decimal)
+    )
+    assert found["bbox"].tolist() == expected["bbox"].tolist()
+    assert found["bbox"][0] == pytest.approx(5 * width / 64)
+    assert [p.tolist() for p in found["segmentation"]] == [
+        p.tolist() for p in expected["segmentation"]
+    ]

@@ -192,6 +192,23 @@ def _let_polygons_begin_where_they_began() -> None:
 
 
 @_bridge(
+    "whole numbers",
+    "detectron2.data.transforms.transform",
+    "resizing writes into the array that it is given: boxes and polygons of whole numbers, as JSON "
+    "files may have them, stay whole, up to a pixel too small",
+)
+def _let_whole_numbers_be_resized() -> None:
+    resize = sys.modules["detectron2.data.transforms.transform"].ResizeTransform
+    original = resize.apply_coords
+
+    @functools.wraps(original)
+    def apply_coords(self: Any, coords: Any) -> Any:
+        return original(self, coords.astype(float) if coords.dtype.kind in "iu" else coords)
+
+    resize.apply_coords = apply_coords
+
+
+@_bridge(
     "torch warnings",
     "",
     "v0.6 and main script two small functions when imported, and torch 2.15 warns of "
