@@ -86,10 +86,8 @@ def launch(main: Main, args: argparse.Namespace) -> None:
     Raises:
         SystemExit: in a run of several processes, where it does not end well.
     """
-    if getattr(
-        args, "check", False
-    ):  # of what another machine may run: on this one, whatever it has
-        main(args)
+    if getattr(args, "check", False):
+        main(args)  # of what another machine is to run: here, whatever this one has
         return
     faulthandler.enable(2)  # torch ends processes by SIGABRT that wait too long for NCCL
     faulthandler.register(STACKS, 2)
