@@ -23,6 +23,7 @@ from virtex_d2.detection.batch import build_loop
 from virtex_d2.detection.config import get_virtex_cfg
 from virtex_d2.detection.trainer import DetectionTrainer
 from virtex_d2.engine.config import load_config
+from virtex_d2.engine.randomness import place_seed
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "coco" / "mask_rcnn_R_50_FPN_2x.yaml"
@@ -92,6 +93,7 @@ class Way:
         batches: Iterable[list[dict]] | None = None,
     ):
         torch.manual_seed(0)
+        self._seed = cfg.SEED
         self._record = lambda: None  # detectron2's loops record in each step
         trainer = DefaultTrainer if stock else DetectionTrainer
         self.model = trainer.build_model(cfg).train()
@@ -109,7 +111,8 @@ class Way:
         self.storage = EventStorage(0)
 
     def __call__(self) -> dict[str, float]:
-        torch.manual_seed(1)  # proposals and boxes are sampled
+        # proposals and boxes are sampled: from what our loop seeds itself with
+        torch.manual_seed(place_seed(self._seed, self.storage.iter, 0))
         with self.storage:
             self._clock.start()
             self._step()

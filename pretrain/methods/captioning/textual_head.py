@@ -169,7 +169,7 @@ class DecoderLayer(nn.TransformerDecoderLayer):
             query,
             *pairs,
             attn_mask=visible,
-            dropout_p=attention.dropout if self.training else 0.0,
+            dropout_p=attention.dropout if attention.training else 0.0,
             # padding stands behind the words: no word sees it
             is_causal=visible is None and cache is None,
         )
@@ -190,7 +190,7 @@ class DecoderLayer(nn.TransformerDecoderLayer):
         (query,) = _heads(grid, 1, attention.num_heads)  # (N, A, T or B, D)
         if cache is not None:
             cache.query = query
-        dropout = attention.dropout if self.training else 0.0
+        dropout = attention.dropout if attention.training else 0.0
         x = F.scaled_dot_product_attention(query, *image, dropout_p=dropout)
         grid = x.transpose(-3, -2).flatten(-2)  # (N, T or B, H)
         return attention.out_proj(words.pack(grid) if cache is None else grid)
