@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.e2e.faults import FAULTS, Fault, Missed, small_disk  # noqa: E402
-from tests.e2e.forked_runs import Forkserver  # noqa: E402
-from tests.e2e.kill_cases import CASES, MODULES, Case, Run, World  # noqa: E402
+from tests.e2e.forked_runs import MODULES, Forkserver  # noqa: E402
+from tests.e2e.kill_cases import CASES, Case, Run, World  # noqa: E402
 from tests.e2e.killing import differences  # noqa: E402
 
 ATTEMPTS = 8  # until the blow hits

@@ -33,6 +33,13 @@ from virtex_d2.engine.parent import end_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = ["-m", "torch.distributed.run"]
+# What runs import sooner or later, each for itself where it is not here.
+MODULES = (
+    *("torch", "torchvision", "torch.utils.tensorboard", "setuptools", "matplotlib.pyplot"),
+    *("pretrain.trainer", "pretrain.main", "pretrain.methods.captioning.pictures"),
+    *("pretrain.methods.captioning.model", "pretrain.methods.classification.classifier"),
+    *("virtex_d2.detection.main", "detectron2.utils.collect_env"),
+)
 
 
 class Process:
@@ -178,8 +185,7 @@ class Forkserver:
 @functools.cache
 def shared_server() -> Forkserver:
     """The server of this test process: started by its first use, ended with the process."""
-    modules = "pretrain.trainer", "pretrain.methods.captioning.model", "virtex_d2.detection.trainer"
-    server = Forkserver(("torch", *modules))
+    server = Forkserver(MODULES)
     atexit.register(server.__exit__)
     return server.__enter__()
 

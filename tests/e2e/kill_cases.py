@@ -17,13 +17,6 @@ from virtex_d2.studies.shapes.write import write_dataset
 ITERATIONS = 10
 CHECKPOINT_PERIOD = 4
 EVAL_PERIOD = 5
-MODULES = (
-    "pretrain.trainer",
-    "virtex_d2.detection.trainer",
-    "torch.utils.tensorboard",
-    "torchvision",
-)
-
 _PERIODS = (
     *("SOLVER.MAX_ITER", ITERATIONS, "SOLVER.CHECKPOINT_PERIOD", CHECKPOINT_PERIOD),
     *("TEST.EVAL_PERIOD", EVAL_PERIOD),

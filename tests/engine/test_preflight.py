@@ -1,7 +1,14 @@
 import pytest
 
+from virtex_d2.engine import preflight
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.preflight import check_records, code, code_version, versions
+from virtex_d2.engine.preflight import (
+    check_interfaces,
+    check_records,
+    code,
+    code_version,
+    versions,
+)
 
 
 def record(rank, **changes):
@@ -56,3 +63,51 @@ def test_versions_are_of_what_computes():
 def test_the_code_is_every_file_of_the_package():
     assert {"virtex_d2/engine/preflight.py", "virtex_d2/detection/trainer.py"} <= code().keys()
     assert len(code_version()) == 12
+
+
+@pytest.fixture
+def interfaces(monkeypatch):
+    there = [(1, "lo"), (2, "eth0"), (3, "ib0")]
+    monkeypatch.setattr(preflight.socket, "if_nameindex", lambda: there)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "absent"),
+    [
+        ("GLOO_SOCKET_IFNAME", "^docker0", "\\^docker0"),
+        ("GLOO_SOCKET_IFNAME", "^docker0,lo", "\\^docker0"),
+        ("GLOO_SOCKET_IFNAME", "ib1", "ib1"),
+        ("GLOO_SOCKET_IFNAME", "eth", "eth"),
+        ("GLOO_SOCKET_IFNAME", "eth0,enp1s0", "enp1s0"),
+        ("NCCL_SOCKET_IFNAME", "mlx", "mlx"),
+        ("NCCL_SOCKET_IFNAME", "=eth", "eth"),
+        ("NCCL_SOCKET_IFNAME", "^lo,eth,ib", "eth, ib, lo"),
+    ],
+)
+def test_an_interface_that_is_not_there_is_named_with_those_that_are(
+    interfaces, variable, value, absent
+):
+    with pytest.raises(InputError, match=f"no interface {absent}, but lo, eth0, ib0") as caught:
+        check_interfaces({variable: value}, on_gpu=True)
+    assert str(caught.value).startswith(f"{variable}={value}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("GLOO_SOCKET_IFNAME", "lo"),
+        ("GLOO_SOCKET_IFNAME", "ib0,eth0"),
+        ("GLOO_SOCKET_IFNAME", ""),
+        ("NCCL_SOCKET_IFNAME", "^docker0,lo"),
+        ("NCCL_SOCKET_IFNAME", "^=docker0"),
+        ("NCCL_SOCKET_IFNAME", "ib"),
+        ("NCCL_SOCKET_IFNAME", "=eth0"),
+    ],
+)
+def test_interfaces_that_are_there_are_let_through(interfaces, variable, value):
+    check_interfaces({variable: value}, on_gpu=True)
+
+
+def test_nccls_variable_does_not_matter_on_cpus(interfaces):
+    check_interfaces({"NCCL_SOCKET_IFNAME": "mlx"}, on_gpu=False)

@@ -245,6 +245,16 @@ class TestSlurm:
     def test_all_meet_on_the_first_node_of_a_list(self, nodelist, first):
         assert place(environment={**STEP, "SLURM_STEP_NODELIST": nodelist}).address == first
 
+    @pytest.mark.parametrize(("shares", "fits"), [("2(x2)", True), ("1,3", True), ("4", False)])
+    def test_without_their_number_nodes_are_counted_by_their_shares_of_tasks(self, shares, fits):
+        environment = {**STEP, "SLURM_STEP_TASKS_PER_NODE": shares}
+        del environment["SLURM_STEP_NUM_NODES"]
+        if fits:
+            assert place(environment=environment).node == 1
+        else:
+            with pytest.raises(InputError, match="4 tasks on 1 nodes"):
+                place(environment=environment)
+
     @pytest.mark.parametrize(
         ("changes", "message"),
         [

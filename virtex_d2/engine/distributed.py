@@ -36,6 +36,7 @@ from virtex_d2.engine.lock import release_locks
 from virtex_d2.engine.parent import end_with_parent
 from virtex_d2.engine.preflight import (
     check_collectives,
+    check_interfaces,
     check_records,
     code_version,
     identity,
@@ -215,6 +216,7 @@ class _Rank:
         Then check that the processes fit together, and that they reach each other.
         """
         place, on_gpu = self._place, self._place.gpu is not None
+        check_interfaces(os.environ, on_gpu)
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
             store=dist.PrefixStore("groups", self._store),

@@ -4,9 +4,10 @@ import functools
 import hashlib
 import os
 import platform
+import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,31 @@ def code_version() -> str:
 
 def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:12]
+
+
+def check_interfaces(environment: Mapping[str, str], on_gpu: bool) -> None:
+    """Compare the network interfaces that variables name with those of this machine.
+
+    Args:
+        environment: such as os.environ.
+        on_gpu: whether NCCL, which has a variable of its own, is used beside gloo.
+    """
+    there = [name for _, name in socket.if_nameindex()]
+    gloo, nccl = (environment.get(f"{name}_SOCKET_IFNAME", "") for name in ("GLOO", "NCCL"))
+    hint = " (gloo takes names alone, NCCL_SOCKET_IFNAME knows ^)" if "^" in gloo else ""
+    absent = {f"GLOO_SOCKET_IFNAME={gloo}{hint}": set(filter(None, gloo.split(","))) - set(there)}
+    wanted = [name for name in nccl.lstrip("^=").split(",") if name]
+    if on_gpu and wanted:
+        whole = "=" in nccl[:2]
+        found = {n for n in there for w in wanted if (n == w if whole else n.startswith(w))}
+        left = set(there) - found if nccl.startswith("^") else found
+        absent[f"NCCL_SOCKET_IFNAME={nccl}"] = set() if left else set(wanted)
+    for variable, names in absent.items():
+        if names:
+            raise InputError(
+                f"{variable}: this machine has no interface {', '.join(sorted(names))}, but "
+                f"{', '.join(there)}. Name one of these, or unset the variable."
+            )
 
 
 def check_collectives(gpu: int | None) -> None:

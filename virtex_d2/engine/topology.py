@@ -190,10 +190,10 @@ def _flags(args: argparse.Namespace) -> tuple[str, int, int, str]:
 
 def _of_step(environment: Mapping[str, str], machine: Machine, tasks: int) -> tuple[Place, int]:
     """The place of a task of srun, and how many nodes there are."""
-    nodes, task, local_task, node = (
-        _number(environment, f"SLURM_{name}")
-        for name in ("STEP_NUM_NODES", "PROCID", "LOCALID", "NODEID")
+    task, local_task, node = (
+        _number(environment, f"SLURM_{name}") for name in ("PROCID", "LOCALID", "NODEID")
     )
+    nodes = _nodes_of_step(environment)
     nodelist = environment.get("SLURM_STEP_NODELIST", "")
     # The first name, such as gpu01 of "gpu[01-03,7],login".
     first = re.match(r"(?:[^,\[\]]|\[\d[^\[\]]*\])+(?=,|$)", nodelist)
@@ -218,6 +218,14 @@ def _of_step(environment: Mapping[str, str], machine: Machine, tasks: int) -> tu
         serves=task == 0,
     )
     return place, nodes
+
+
+def _nodes_of_step(environment: Mapping[str, str]) -> int:
+    """As Slurm tells it, or as many as there are shares of the tasks: "4(x2),3" are of three."""
+    shares = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
+    if "SLURM_STEP_NUM_NODES" not in environment and shares:
+        return sum(int(times or 1) for times in re.findall(r"\d+(?:\(x(\d+)\))?(?:,|$)", shares))
+    return _number(environment, "SLURM_STEP_NUM_NODES")
 
 
 def _of_variables(
