@@ -1,6 +1,7 @@
 """Pretraining: `engine.Trainer` with the data, model, validation and export of a method."""
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -60,6 +61,7 @@ class PretrainTrainer(Trainer):
             require_compiler(self.device)
         self.data = open_data(cfg, build.build_samples, with_training_data)
         self.skipped_files: list[str] = []  # of the last batch
+        self._exported: tuple[str, ...] = ()  # names; in the first process
         torch.manual_seed(cfg.SEED)
         self.method = build(cfg, self.data.samples.num_outputs).to(self.device)
         self.optimizer = build_optimizer(cfg, self.method.parameter_groups(cfg))
@@ -147,6 +149,7 @@ class PretrainTrainer(Trainer):
     def _export(self, checkpoint: Mapping[str, Any], suffix: str = "") -> None:
         exports = self.method.export(checkpoint["model"], self.cfg)
         write_exports(exports, self.cfg, checkpoint["trainer"]["iteration"] + 1, suffix)
+        self._exported = tuple(exports)
 
     def _keep_best(self, iteration: int) -> None:
         """Write the present model beside the periodic checkpoints, which stay the last ones."""
@@ -182,7 +185,9 @@ class PretrainTrainer(Trainer):
         if not trained and comm.is_main_process():
             # A stop between the last checkpoint and the export has left an older one.
             self._export(self.checkpointer.states())
-        logger.info("What is exported lies in %s.", self.cfg.OUTPUT_DIR)
+        for name in self._exported:
+            path = os.path.join(self.cfg.OUTPUT_DIR, f"{name}.safetensors")
+            logger.info("The %s is in %s.", name, path)
         return trained
 
     def _batches(self, first: int) -> Iterator[dict]:

@@ -342,10 +342,14 @@ class TestShellOfSrun:
         args = argument_parser().parse_args([*flags])
         return resolve(args, {**self.TYPED, **more}, Machine("here", 0, pid))
 
-    def test_it_is_alone(self):
-        found = self.place()
-        assert (found.launcher, found.world_size) == ("one process", 1)
-        assert "Slurm has 2 tasks for this job, but srun has not started this" in found.note
+    @pytest.mark.parametrize("step", [{}, STEP, {"SLURM_PROCID": "0", "SLURM_NODEID": "0"}])
+    def test_it_is_one_task_of_several_that_would_not_come(self, step):
+        with pytest.raises(InputError, match="srun --pty.*salloc.*torchrun or --num-processes"):
+            self.place(**step)
+
+    def test_in_a_step_of_one_task_it_is_alone(self):
+        alone = {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_NODEID": "0"}
+        assert self.place(**alone).world_size == 1
 
     def test_it_may_start_processes_of_its_own(self):
         found = self.place("--num-processes", "2")

@@ -243,7 +243,8 @@ class _Rank:
         check_collectives(place.gpu)
         over = "NCCL" if on_gpu else "gloo"
         _description[:] = [
-            f"Processes: {len(others)} on {len(nodes)} machines ({place.launcher}), over {over}, "
+            f"Processes: {len(others)} on {len(nodes)} machine{'s' * (len(nodes) > 1)} "
+            f"({place.launcher}), over {over}, "
             f"meeting at {place.address}:{place.port}.",
             *([place.note] if place.note else []),
             *(f"  {other['name']}: {other['device']}" for other in others),

@@ -362,10 +362,10 @@ class ProgressPrinter(EventWriter):
             storage.put_scalar("eta_seconds", eta.total_seconds(), smoothing_hint=False)
             parts.append(f"eta: {eta}")
         parts.append(f"iter: {iteration}")
+        losses = [name for name in histories if "loss" in name and "/" not in name]
         parts += [
-            f"{name}: {history.median(self._WINDOW):.4g}"
-            for name, history in histories.items()
-            if "loss" in name and "/" not in name
+            f"{name}: {histories[name].median(self._WINDOW):.4g}"
+            for name in sorted(losses, key=lambda name: name != "total_loss")  # it is first
         ]
         rates = [name for name in ("lr", "lr_cnn") if name in histories]
         parts += [f"{name}: {histories[name].latest():.3g}" for name in rates]

@@ -102,6 +102,14 @@ def resolve(args: argparse.Namespace, environment: Mapping[str, str], machine: M
         here = tasks // nodes
         start = (asked or machine.gpus or 1) if tasks == nodes else 0
     else:
+        if _tasks(environment) > 1 and not asked and machines == 1:  # in the shell of srun --pty
+            raise InputError(
+                f"this is task {environment.get('SLURM_PROCID')} of a step of "
+                f"{_tasks(environment)}, in the shell of srun --pty (SLURM_PTY_PORT is set), so "
+                "that the others would not come. Start all tasks with srun from salloc's shell, "
+                "or here the processes of this machine with torchrun or --num-processes. (Where a "
+                "script of srun's own has started this: unset SLURM_PTY_PORT in it.)"
+            )
         rank, start, nodes = getattr(args, "machine_rank", 0), asked or 1, machines
         launcher = f"--num-machines {machines}" if machines > 1 else f"{flag} {asked}"
         place = Place(launcher, machine.host, node=rank, serves=rank == 0)
@@ -153,17 +161,25 @@ def resolve(args: argparse.Namespace, environment: Mapping[str, str], machine: M
 def tasks_of_step(environment: Mapping[str, str], pid: int | None = None) -> int:
     """The number of tasks of the srun step that this process is one of; 0: it is none.
 
-    Batch scripts and interactive shells have variables about the job, but are no tasks of srun. The
-    shell of `srun --pty` hands on what it has of its step, of which the other tasks will not come.
+    Batch scripts and interactive shells have variables about the job, but are no tasks of srun.
     """
+    return 0 if _typed(environment, pid) else _tasks(environment)
+
+
+def _tasks(environment: Mapping[str, str]) -> int:
+    """Of the step that the environment is of; 0 where it is of none."""
     step = environment.get("SLURM_STEP_ID", "")
-    own = environment.get("SLURM_TASK_PID") == str(pid or os.getpid())
-    typed = "SLURM_PTY_PORT" in environment and not own
-    if not step.isdigit() or int(step) >= FIRST_SPECIAL_STEP or typed:
+    if not step.isdigit() or int(step) >= FIRST_SPECIAL_STEP:
         return 0
     # SLURM_NTASKS may still be the job's in a step with a number of its own.
     of_step = "SLURM_STEP_NUM_TASKS" in environment
     return _number(environment, "SLURM_STEP_NUM_TASKS" if of_step else "SLURM_NTASKS")
+
+
+def _typed(environment: Mapping[str, str], pid: int | None) -> bool:
+    """Whether this was started by the shell of `srun --pty`, which hands on what it has."""
+    own = environment.get("SLURM_TASK_PID") == str(pid or os.getpid())
+    return "SLURM_PTY_PORT" in environment and not own
 
 
 def _flags(args: argparse.Namespace) -> tuple[str, int, int, str]:
