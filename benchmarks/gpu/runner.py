@@ -74,6 +74,8 @@ def run_steps(
     keep(*step(names[0]))
     # On a CPU seconds say nothing of the machine, so that two steps may share it.
     at_once = 2 if results[names[0]].get("device") == "cpu" else 1
+    if at_once == 2:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
     with ThreadPoolExecutor(at_once) as threads:
         try:
             for name in names[1:]:
