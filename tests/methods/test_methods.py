@@ -1,6 +1,5 @@
 """Anybody's methods: a module and a config, and nothing changed elsewhere."""
 
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -88,7 +87,8 @@ def as_if_stopped(whole: Path, output: Path) -> Path:
     return output
 
 
-@pytest.mark.parametrize(("name", "processes"), itertools.product(CLASSES, (1, 2)))
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("name", CLASSES)
 def test_it_trains_and_resumes_to_the_bit_and_exports(
     images, tmp_path, run_python, name, processes
 ):
