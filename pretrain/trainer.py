@@ -31,7 +31,7 @@ from virtex_d2.engine.hooks import (
     StreamCursors,
 )
 from virtex_d2.engine.identity import RunIdentity, texts
-from virtex_d2.engine.loop import UpdateLoop
+from virtex_d2.engine.loop import UpdateLoop, share_of
 from virtex_d2.engine.stopping import StopHook
 from virtex_d2.engine.trainer import Trainer
 
@@ -214,16 +214,7 @@ class PretrainTrainer(Trainer):
 
 def _check_sizes(cfg: CfgNode) -> None:
     check_amp(cfg)
-    images, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
-    if images % processes:
-        near = sorted(
-            {max(images // processes, 1) * processes, -(-images // processes) * processes}
-        )
-        raise InputError(
-            f"SOLVER.IMS_PER_BATCH {images} is not a multiple of the {processes} processes, which "
-            "share it equally. Start another number of processes, or set it to "
-            f"{' or '.join(map(str, near))}."
-        )
+    share_of(cfg.SOLVER.IMS_PER_BATCH)
     if cfg.SOLVER.MAX_ITER < 1 or cfg.SOLVER.WARMUP_ITERS >= cfg.SOLVER.MAX_ITER:
         raise InputError(
             f"SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER} must be positive and larger than "

@@ -394,5 +394,5 @@ def test_a_batch_that_the_processes_cannot_share_is_refused_with_one_that_they_c
     cfg = get_pretrain_cfg()
     cfg.MODEL.DEVICE = "cpu"
     cfg.SOLVER.IMS_PER_BATCH = images
-    with pytest.raises(InputError, match=f"IMS_PER_BATCH {images} .* or set it to {possible}\\.$"):
+    with pytest.raises(InputError, match=f"IMS_PER_BATCH is {images}, .* set it to {possible}\\.$"):
         PretrainTrainer(cfg)
