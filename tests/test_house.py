@@ -40,12 +40,10 @@ def room(module: str) -> str:
     return max(fitting, key=len)
 
 
-def imports(path: Path, everywhere: bool) -> set[str]:
-    """Our modules that a file imports: everywhere in it, or when it is itself imported."""
-    tree = ast.parse(path.read_text())
-    nodes = ast.walk(tree) if everywhere else tree.body
+def imports(path: Path) -> set[str]:
+    """Our modules that a file imports, also inside functions and for types alone."""
     found = set()
-    for node in nodes:
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -57,10 +55,10 @@ def imports(path: Path, everywhere: bool) -> set[str]:
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_arrows_go_down(module):
     own = room(module)
-    rooms = {room(name) for name in imports(MODULES[module], everywhere=True)}
+    rooms = {room(name) for name in imports(MODULES[module])}
     assert rooms <= MAY_IMPORT[own] | {own}
 
 
 def test_no_module_imports_itself_by_way_of_others():
-    graph = {name: imports(path, everywhere=False) for name, path in MODULES.items()}
+    graph = {name: imports(path) for name, path in MODULES.items()}
     assert list(TopologicalSorter(graph).static_order())

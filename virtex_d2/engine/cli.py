@@ -8,11 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from virtex_d2.engine.errors import InputError, exit_on_input_error, nearest
-
-# Seconds. detectron2's own: the others wait in a collective while the first process evaluates.
-COLLECTIVE_TIMEOUT = 1800
-# Seconds. The nodes of a large job start minutes apart, and read Python from one file server.
-LAUNCH_TIMEOUT = 600
+from virtex_d2.engine.topology import COLLECTIVE_TIMEOUT, LAUNCH_TIMEOUT
 
 _DEFAULTS = {"DETECTRON2_DATASETS": "datasets"}  # detectron2's own
 _VARIABLE = re.compile(r"\$(\{)?([A-Za-z_]\w*)(?(1)\})", re.ASCII)

@@ -30,7 +30,6 @@ from detectron2.utils import comm
 from torch import multiprocessing, nn
 
 from virtex_d2.engine import signals
-from virtex_d2.engine.cli import COLLECTIVE_TIMEOUT, LAUNCH_TIMEOUT
 from virtex_d2.engine.errors import EXIT_CODE, InputError
 from virtex_d2.engine.lock import release_locks
 from virtex_d2.engine.parent import end_with_parent
@@ -43,7 +42,13 @@ from virtex_d2.engine.preflight import (
     versions,
 )
 from virtex_d2.engine.stopping import EXIT_UNFINISHED
-from virtex_d2.engine.topology import Machine, Place, resolve
+from virtex_d2.engine.topology import (
+    COLLECTIVE_TIMEOUT,
+    LAUNCH_TIMEOUT,
+    Machine,
+    Place,
+    resolve,
+)
 
 GRACE = 5  # seconds for the others to have read about a failure before the meeting place is gone
 LAST_WORDS = 15  # seconds that processes have to end by themselves after a failure

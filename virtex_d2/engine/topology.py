@@ -15,6 +15,11 @@ from virtex_d2.engine.errors import InputError
 # the batch script, the shell of an interactive allocation, what a job has left behind.
 FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
+# Seconds. detectron2's own: the others wait in a collective while the first process evaluates.
+COLLECTIVE_TIMEOUT = 1800
+# Seconds. The nodes of a large job start minutes apart, and read Python from one file server.
+LAUNCH_TIMEOUT = 600
+
 # Below 32768, where Linux takes ports for outgoing connections from, and above the well-known ones.
 PORTS = range(10_000, 30_000)
 

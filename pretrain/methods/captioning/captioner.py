@@ -9,7 +9,6 @@ from typing import TextIO
 import torch
 from detectron2.config import CfgNode
 from PIL import Image
-from torch import nn
 
 from pretrain.config import get_pretrain_cfg
 from pretrain.export import load_weights
@@ -132,15 +131,10 @@ def load_captioner(
     return Captioner(objective, pieces, cfg.DATA.IMAGE_SIZE, torch.device(device))
 
 
-def can_caption(objective: nn.Module) -> bool:
-    """Whether its `textual` head predicts a caption's words one after the other, from the first."""
-    return isinstance(objective, Captioning) and objective.directions[0] == "forward"
-
-
 def build_captioning(cfg: CfgNode, vocab_size: int) -> Captioning:
     """The config's objective, of random weights."""
     objective = build_method(cfg, vocab_size)
-    if not can_caption(objective):
+    if not (isinstance(objective, Captioning) and objective.can_caption):
         raise InputError(
             f"MODEL.OBJECTIVE {cfg.MODEL.OBJECTIVE} cannot caption: it has no decoder that "
             "predicts the next word. Use a model of bicaptioning or captioning."

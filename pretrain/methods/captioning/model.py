@@ -27,6 +27,7 @@ from detectron2.config import CfgNode
 
 from pretrain.data.loader import ValSet
 from pretrain.data.records import CaptionRecord
+from pretrain.methods.captioning.pictures import caption_pictures
 from pretrain.methods.captioning.samples import (
     CaptionSamples,
     CaptionTarget,
@@ -197,10 +198,15 @@ class Captioning(_OfWords):
             for name, of_words, target in zip(self.losses, logits, targets)
         }
 
+    @property
+    def can_caption(self) -> bool:
+        """Whether it predicts a caption's words one after the other, from the first."""
+        return self.directions[0] == "forward"
+
     def pictures(self, val: ValSet, count: int) -> list[tuple[str, np.ndarray]]:
         """Images with their greedy caption, the same ones every time."""
-        from pretrain.methods.captioning.pictures import caption_pictures  # which imports us
-
+        if not self.can_caption:
+            return []
         images = (val.of_image(index)[0][:1] for index in range(min(count, len(val.records))))
         samples = [sample for of_image in images for sample in of_image]
         return caption_pictures(self, val.samples.tokenizer, samples)

@@ -10,7 +10,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
-from pretrain.methods.captioning.captioner import can_caption
 from pretrain.methods.captioning.decoding import Decoded, beam_search
 from pretrain.methods.captioning.tokenizer import Tokenizer
 from pretrain.transforms import EvalTransform, normalize
@@ -116,15 +115,15 @@ def caption_pictures(
     """Photographs with their greedy caption and the reference written under them.
 
     Args:
-        model: an objective of `pretrain.methods.captioning.model`; its mode is restored.
+        model: one that can caption; its mode is restored.
         tokenizer: of the model.
         samples: of `data/loader.py`, read are image (3, S, S) uint8, caption_tokens and image_id.
 
     Returns:
         A pair for each sample: "caption/<image_id>", and (3, height, PANEL) uint8, as TensorBoard
-        takes it. Nothing where the objective does not caption.
+        takes it.
     """
-    if not samples or not can_caption(model):
+    if not samples:
         return []
     device = next(model.parameters()).device
     pixels = torch.stack([sample["image"] for sample in samples]).to(device)

@@ -4,15 +4,11 @@ A sentence is drawn from several kinds (one object, a relation, a list, a count)
 several ways, with attributes left out and ordered at random.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from virtex_d2.studies.shapes.world import SceneObject
 
 CAPTIONS_PER_IMAGE = 5
 # Words: "left" and "right" stand alone, so that a flipped image's caption can be flipped, too.
@@ -58,6 +54,28 @@ _OPENINGS = (
 _LISTS = ("{}", "a picture of {}", "we see {}", "{} together", "there is {}")
 _TOTALS = ("{} objects, one of them {}", "{1} among {0} objects", "{} things, and one is {}")
 _COUNTS = ("there {v} {n} {t}", "{n} {t}", "we count {n} {t}")
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One object as it is seen.
+
+    Attributes:
+        name, color, size, pattern: words from CLASSES, COLORS, SIZES and PATTERNS.
+        center: (x, y) in pixels.
+        mask: (H, W) bool, the visible pixels.
+        box: (x, y, width, height) around them, in pixels.
+        covers: indices of objects that it hides enough of to be seen, and to be said.
+    """
+
+    name: str
+    color: str
+    size: str
+    pattern: str
+    center: tuple[int, int]
+    mask: np.ndarray
+    box: tuple[int, int, int, int]
+    covers: tuple[int, ...]
 
 
 def write_captions(

@@ -15,7 +15,7 @@ import numpy as np
 
 from virtex_d2.engine.errors import InputError
 from virtex_d2.studies.shapes import LARGEST, MOST_OBJECTS, SMALLEST
-from virtex_d2.studies.shapes.captions import write_captions
+from virtex_d2.studies.shapes.captions import SceneObject, write_captions
 
 COLORS = {
     "red": (205, 45, 45),
@@ -49,28 +49,6 @@ _LEAST_VISIBLE = 60
 _TRIES = 12
 # "In front of" is said where at least this share (percent) of the other is hidden.
 _LEAST_HIDDEN = 5
-
-
-@dataclass(frozen=True)
-class SceneObject:
-    """One object as it is seen.
-
-    Attributes:
-        name, color, size, pattern: words from CLASSES, COLORS, SIZES and PATTERNS.
-        center: (x, y) in pixels.
-        mask: (H, W) bool, the visible pixels.
-        box: (x, y, width, height) around them, in pixels.
-        covers: indices of objects that it hides enough of to be seen, and to be said.
-    """
-
-    name: str
-    color: str
-    size: str
-    pattern: str
-    center: tuple[int, int]
-    mask: np.ndarray
-    box: tuple[int, int, int, int]
-    covers: tuple[int, ...]
 
 
 @dataclass(frozen=True)
