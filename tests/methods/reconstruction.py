@@ -6,6 +6,8 @@ from torch import nn
 from pretrain.export import Exported, tensors_of
 from pretrain.methods.method import Method, build_visual
 
+PEAK = 4.4  # of normalised pixels: about 1 / 0.225
+
 
 class Reconstruction(Method):
     losses = ("loss_reconstruction",)
@@ -32,7 +34,7 @@ class Reconstruction(Method):
     def measure(self, batch):
         means = super().measure(batch)
         error, count = means["loss_reconstruction"]
-        return {**means, "psnr": (10 * torch.log10(4 / error), count)}
+        return {**means, "psnr": (10 * torch.log10(PEAK**2 / error), count)}
 
     @staticmethod
     def export(state, cfg):
