@@ -16,6 +16,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 
+from virtex_d2.engine.device import release_freed_memory
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import (
     TEMPORARY_PREFIX,
@@ -389,6 +390,7 @@ class _AtomicMixin:
             if then:
                 with stop_where_disk_is_full(path.parent):
                     then(state)
+            release_freed_memory()
 
         self.writer.wait()
         self._remove_leftovers()

@@ -1,5 +1,6 @@
 """What a run computes on: the device, and the precision that it can do."""
 
+import ctypes
 import os
 import re
 from collections.abc import Mapping
@@ -13,6 +14,16 @@ from virtex_d2.engine.errors import InputError, nearest
 AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # By index, UUID or MIG slice; anything else in the first place hides all GPUs.
 _NAMES_GPUS = re.compile(r"\s*(\d|GPU-|MIG-)")
+
+
+def release_freed_memory() -> None:
+    """Give memory that is freed back to the system: glibc keeps it for as long as a run lives.
+
+    For what is done now and then and takes more than a step does: an evaluation, a checkpoint.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone
+    if trim:
+        trim(0)
 
 
 def resolve_device(device: str, num_gpus: int | None = None, name: str = "MODEL.DEVICE") -> str:

@@ -33,6 +33,7 @@ from virtex_d2.engine.checkpointer import (
     num_bytes,
     numbered_checkpoints,
 )
+from virtex_d2.engine.device import release_freed_memory
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import atomic_path, free_bytes, in_bytes
 
@@ -196,6 +197,7 @@ class Evaluation(hooks.EvalHook):
         if is_due(self.trainer, self._period):
             start = time.perf_counter()
             self._do_eval()
+            release_freed_memory()
             seconds = time.perf_counter() - start
             self.trainer.storage.put_scalar(RECORD, seconds, smoothing_hint=False)
 
