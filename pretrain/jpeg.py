@@ -142,38 +142,28 @@ _scratch = _Scratch()
 
 @dataclass(frozen=True)
 class _Header:
-    """Of a JPEG with 8 bits, in grey or three colours, stored upright.
+    """Of a JPEG with 8 bits, in grey or three colours, stored upright."""
 
-    Attributes:
-        width, height: pixels.
-        frame: where its start-of-frame segment's content begins; height and width follow a byte.
-        mcu: width and height of what is encoded together (minimum coded unit), pixels.
-        interval: MCUs from one restart marker to the next; 0 without markers.
-        scan: where entropy-coded data begins, if there is one scan of all colours; else 0.
-    """
-
+    # width, height: pixels
     width: int
     height: int
-    frame: int
+    frame: int  # where its start-of-frame segment's content begins; height and width follow a byte
+    # width and height of what is encoded together (minimum coded unit), pixels
     mcu: tuple[int, int]
-    interval: int
-    scan: int
+    interval: int  # MCUs from one restart marker to the next; 0 without markers
+    scan: int  # where entropy-coded data begins, if there is one scan of all colours; else 0
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A JPEG of a part of the image: where that begins, and its size.
-
-    Attributes:
-        strict: whether to refuse what libjpeg only warns of.
-    """
+    """A JPEG of a part of the image: where that begins, and its size."""
 
     data: bytes
     left: int
     top: int
     width: int
     height: int
-    strict: bool = True
+    strict: bool = True  # whether to refuse what libjpeg only warns of
 
 
 class Jpeg:

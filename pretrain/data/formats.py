@@ -66,25 +66,15 @@ _KARPATHY_IDS = ("cocoid", "imgid", "filename")
 
 @dataclass(frozen=True)
 class Source:
-    """Where captions and images are.
+    """Where captions and images are."""
 
-    Attributes:
-        format: a name in `FORMATS`.
-        captions: the annotation file; for "folder" the folder of texts, for "webdataset" shards.
-        images: the folder that the annotations' image paths are relative to.
-        split: which part, in the formats of `SPLIT_FORMATS`.
-        index_dir: where an index of shards is kept.
-        max_skipped_share: the fraction of shards' samples that may be unusable.
-        caption_key: where captions are, in the formats of `KEYED_FORMATS`; "" is where they
-            usually are.
-    """
-
-    format: str
-    captions: str
-    images: str = ""
-    split: str = ""
-    index_dir: str = "."
-    max_skipped_share: float = 0.01
+    format: str  # a name in `FORMATS`
+    captions: str  # the annotation file; for "folder" the folder of texts, for "webdataset" shards
+    images: str = ""  # the folder that the annotations' image paths are relative to
+    split: str = ""  # which part, in the formats of `SPLIT_FORMATS`
+    index_dir: str = "."  # where an index of shards is kept
+    max_skipped_share: float = 0.01  # the fraction of shards' samples that may be unusable
+    # where captions are, in the formats of `KEYED_FORMATS`; "" is where they usually are
     caption_key: str = ""
 
     @property

@@ -24,44 +24,26 @@ Failures = list[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where a lane is.
+    """Where a lane is."""
 
-    Attributes:
-        shard: number of shards that it has read to their ends, when its block began.
-        sample: number of samples of the next shard that it had read then.
-        block: number of blocks that it has given.
-        taken: number of samples that it has given of the next one.
-    """
-
-    shard: int = 0
-    sample: int = 0
-    block: int = 0
-    taken: int = 0
+    shard: int = 0  # number of shards that it has read to their ends, when its block began
+    sample: int = 0  # number of samples of the next shard that it had read then
+    block: int = 0  # number of blocks that it has given
+    taken: int = 0  # number of samples that it has given of the next one
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What all lanes know: the shards and how they are read.
+    """What all lanes know: the shards and how they are read."""
 
-    Attributes:
-        shards: names, such as "pipe:cat a.tar".
-        lanes: at most as many as there are shards.
-        block: samples that a lane shuffles at a time, and holds, still encoded.
-        seed: of the orders of shards and samples.
-        fraction: of the samples, chosen by their keys.
-        captions_per_image: at most so many of each, chosen by key and number; 0 keeps all.
-        subset_seed: of both choices: smaller sets lie inside larger ones.
-        caption_key: of the captions in samples' JSON; "" is "caption".
-    """
-
-    shards: tuple[str, ...]
-    lanes: int
-    block: int = 100
-    seed: int = 0
-    fraction: float = 1.0
-    captions_per_image: int = 0
-    subset_seed: int = 0
-    caption_key: str = ""
+    shards: tuple[str, ...]  # names, such as "pipe:cat a.tar"
+    lanes: int  # at most as many as there are shards
+    block: int = 100  # samples that a lane shuffles at a time, and holds, still encoded
+    seed: int = 0  # of the orders of shards and samples
+    fraction: float = 1.0  # of the samples, chosen by their keys
+    captions_per_image: int = 0  # at most so many of each, chosen by key and number; 0 keeps all
+    subset_seed: int = 0  # of both choices: smaller sets lie inside larger ones
+    caption_key: str = ""  # of the captions in samples' JSON; "" is "caption"
     _orders: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     @property

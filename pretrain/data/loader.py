@@ -43,22 +43,15 @@ Failures = list[tuple[str, str]]
 
 @dataclass(frozen=True, eq=False)
 class Visit:
-    """An image at its turn.
+    """An image at its turn."""
 
-    Attributes:
-        record: the image and what is said of it.
-        index: of the record; None in a stream, which has no numbers.
-        image: in training `size` and `crop(box, side, flip)`, decoded when it is called; in
-            validation the whole RGB image.
-        position: of the sample; in validation that of the image's first one.
-        seed: of the run.
-    """
-
-    record: CaptionRecord
-    index: int | None
+    record: CaptionRecord  # the image and what is said of it
+    index: int | None  # of the record; None in a stream, which has no numbers
+    # in training `size` and `crop(box, side, flip)`, decoded when it is called; in validation the
+    # whole RGB image
     image: Picture | Image.Image
-    position: int
-    seed: int
+    position: int  # of the sample; in validation that of the image's first one
+    seed: int  # of the run
 
     def rng(self, stream: Stream = Stream.SAMPLE, number: int = 0) -> np.random.Generator:
         """Random numbers for one purpose; in validation of the image's sample `number`."""

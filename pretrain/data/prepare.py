@@ -40,16 +40,12 @@ _CHUNK = 8  # images that a process takes at a time
 
 @dataclass(frozen=True)
 class Settings:
-    """How images are prepared.
+    """How images are prepared."""
 
-    Attributes:
-        shorter_side: pixels; images whose shorter side has no more are copied as they are, as are
-            those so long that their format could not hold the result.
-        quality: of JPEG, as libjpeg counts it.
-    """
-
+    # pixels; images whose shorter side has no more are copied as they are, as are those so long
+    # that their format could not hold the result
     shorter_side: int = 320
-    quality: int = 90
+    quality: int = 90  # of JPEG, as libjpeg counts it
 
     def __post_init__(self):
         if self.shorter_side < 1:
@@ -62,20 +58,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an image.
+    """What became of an image."""
 
-    Attributes:
-        name: relative to the folder.
-        what: "resized", "copied", "unreadable", or "already": it was there and up to date.
-        bytes_before, bytes_after: of its file.
-        reason: why it is unreadable.
-    """
-
-    name: str
-    what: str
+    name: str  # relative to the folder
+    what: str  # "resized", "copied", "unreadable", or "already": it was there and up to date
+    # bytes_before, bytes_after: of its file
     bytes_before: int = 0
     bytes_after: int = 0
-    reason: str = ""
+    reason: str = ""  # why it is unreadable
 
 
 def prepare_folder(

@@ -34,18 +34,13 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class CaptionRecord:
-    """One image and what people said of it.
+    """One image and what people said of it."""
 
-    Attributes:
-        image_id: as in the annotation file; the name or the key where the format has no ids.
-        file_name: absolute path of the image, or `shard.tar/key.jpg`.
-        captions: none of them blank; of images alone there are none.
-        content: where a shard's image lies, or its bytes; None for a file of its own.
-    """
-
+    # as in the annotation file; the name or the key where the format has no ids
     image_id: int | str
-    file_name: str
-    captions: tuple[str, ...]
+    file_name: str  # absolute path of the image, or `shard.tar/key.jpg`
+    captions: tuple[str, ...]  # none of them blank; of images alone there are none
+    # where a shard's image lies, or its bytes; None for a file of its own
     content: Span | bytes | None = None
 
     def image_file(self) -> str | io.BytesIO:
@@ -65,16 +60,12 @@ class CaptionRecord:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PackedText(Sequence[str]):
-    """Texts in one buffer, read one at a time.
+    """Texts in one buffer, read one at a time."""
 
-    Attributes:
-        buffer: (bytes,) uint8, the texts in UTF-8; halves of surrogate pairs, which JSON can hold,
-            are encoded as if they were characters.
-        offsets: (number of texts + 1,) int64, where each begins.
-    """
-
+    # (bytes,) uint8, the texts in UTF-8; halves of surrogate pairs, which JSON can hold, are
+    # encoded as if they were characters
     buffer: np.ndarray
-    offsets: np.ndarray
+    offsets: np.ndarray  # (number of texts + 1,) int64, where each begins
 
     @classmethod
     def pack(cls, texts: Iterable[str]) -> "PackedText":
@@ -104,24 +95,16 @@ class PackedText(Sequence[str]):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Records(Sequence[CaptionRecord]):
-    """A sequence of `CaptionRecord`, made as they are asked for.
+    """A sequence of `CaptionRecord`, made as they are asked for."""
 
-    Attributes:
-        ids: (images,) int64, or each id as JSON where they are text.
-        names: of the images, relative to `roots`.
-        captions: of all images, an image's side by side.
-        firsts: (images + 1,) int64, each image's first caption.
-        roots: folders of images, or tar shards.
-        root_of: (images,) int32, each image's root; None where there is one for all.
-        spans: (images, 2) int64, offset and size of each image in its shard; None for files.
-    """
-
-    ids: np.ndarray | PackedText
-    names: PackedText
-    captions: PackedText
-    firsts: np.ndarray
-    roots: PackedText
+    ids: np.ndarray | PackedText  # (images,) int64, or each id as JSON where they are text
+    names: PackedText  # of the images, relative to `roots`
+    captions: PackedText  # of all images, an image's side by side
+    firsts: np.ndarray  # (images + 1,) int64, each image's first caption
+    roots: PackedText  # folders of images, or tar shards
+    # (images,) int32, each image's root; None where there is one for all
     root_of: np.ndarray | None = None
+    # (images, 2) int64, offset and size of each image in its shard; None for files
     spans: np.ndarray | None = None
 
     @classmethod

@@ -26,31 +26,21 @@ _CHUNK = 32  # files that a process takes at a time
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a file turned out to be.
+    """What a file turned out to be."""
 
-    Attributes:
-        error: why it cannot be decoded; "" where it can.
-        size: (width, height) in pixels, turned as its EXIF data says, as detectron2 reads it.
-        digest: of its pixels, so that metadata and lossless formats make no difference.
-    """
-
-    error: str = ""
+    error: str = ""  # why it cannot be decoded; "" where it can
+    # (width, height) in pixels, turned as its EXIF data says, as detectron2 reads it
     size: tuple[int, int] = (0, 0)
-    digest: bytes = b""
+    digest: bytes = b""  # of its pixels, so that metadata and lossless formats make no difference
 
 
 @dataclass
 class Checked:
-    """A data set and what is wrong with it.
+    """A data set and what is wrong with it."""
 
-    Attributes:
-        table: the data set.
-        problems: of its annotations, its images, and leaks into it.
-        decoded: by image index, what the files turned out to be; of a sample only, or of none.
-    """
-
-    table: AnnotationTable
-    problems: list[Problem]
+    table: AnnotationTable  # the data set
+    problems: list[Problem]  # of its annotations, its images, and leaks into it
+    # by image index, what the files turned out to be; of a sample only, or of none
     decoded: dict[int, Decoded] = field(default_factory=dict)
 
     @property

@@ -19,20 +19,15 @@ _NAMED = 10  # records of a kind that an error names
 
 @dataclass(frozen=True)
 class Use:
-    """What a run does with a data set: it decides what the records must have.
+    """What a run does with a data set: it decides what the records must have."""
 
-    Attributes:
-        trains, tests: whether the run learns from it, and is evaluated on it.
-        masks: whether the detector has a mask head.
-        mask_format: INPUT.MASK_FORMAT, "polygon" or "bitmask" (which takes polygons and RLE).
-        max_bad_share: the fraction of the annotations whose box or mask may be unusable; they are
-            named in a warning.
-    """
-
+    # trains, tests: whether the run learns from it, and is evaluated on it
     trains: bool = True
     tests: bool = True
-    masks: bool = False
+    masks: bool = False  # whether the detector has a mask head
+    # INPUT.MASK_FORMAT, "polygon" or "bitmask" (which takes polygons and RLE)
     mask_format: str = "polygon"
+    # the fraction of the annotations whose box or mask may be unusable; they are named in a warning
     max_bad_share: float = 0.0
 
 

@@ -168,14 +168,10 @@ class Retention:
 
     fvcore's `max_to_keep` knows the checkpoints of its own process only; here the folder is asked.
     What has another name (model_final, model_best, model_ema) is never removed.
-
-    Attributes:
-        last: how many; 0: all. With 1 there is none to fall back to when it is damaged.
-        every: in iterations; the first checkpoint after each so many stays. 0: none does.
     """
 
-    last: int = 0
-    every: int = 0
+    last: int = 0  # how many; 0: all. With 1 there is none to fall back to when it is damaged
+    every: int = 0  # in iterations; the first checkpoint after each so many stays. 0: none does
 
     def __post_init__(self) -> None:
         if self.last < 0 or self.every < 0:

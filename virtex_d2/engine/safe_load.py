@@ -54,25 +54,19 @@ _SAVE_ALONE = (
 
 @dataclass(frozen=True)
 class StoredCheckpoint:
-    """What is in a checkpoint file.
+    """What is in a checkpoint file."""
 
-    Attributes:
-        path: of the file.
-        format: "torch zip", "torch legacy", "safetensors" or "pickle".
-        content: dicts, lists, tuples, sets and scalars, as they are nested in the file (each value
-            with a copy of its own, where the file refers to one value twice), and as leaves CPU
-            tensors, each in its own memory without gaps, without gradient, in the dtype of the
-            file: bool, (u)int8 to (u)int64, float16, bfloat16, float32, float64, complex64 or
-            complex128. Arrays of numpy are tensors too, its scalars Python's. A dtype or device is
-            its name. A `Placeholder` stands where an object of another class was.
-        metadata: strings by name, of safetensors files; {} for others.
-        foreign: the names of the classes and functions whose results were replaced, sorted.
-    """
-
-    path: str
-    format: str
+    path: str  # of the file
+    format: str  # "torch zip", "torch legacy", "safetensors" or "pickle"
+    # dicts, lists, tuples, sets and scalars, as they are nested in the file (each value with a copy
+    # of its own, where the file refers to one value twice), and as leaves CPU tensors, each in its
+    # own memory without gaps, without gradient, in the dtype of the file: bool, (u)int8 to
+    # (u)int64, float16, bfloat16, float32, float64, complex64 or complex128. Arrays of numpy are
+    # tensors too, its scalars Python's. A dtype or device is its name. A `Placeholder` stands where
+    # an object of another class was
     content: Any
-    metadata: dict[str, str]
+    metadata: dict[str, str]  # strings by name, of safetensors files; {} for others
+    # the names of the classes and functions whose results were replaced, sorted
     foreign: tuple[str, ...]
 
 

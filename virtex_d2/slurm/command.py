@@ -29,23 +29,15 @@ _PYTHON = re.compile(r"python(3(\.\d+)?)?")
 
 @dataclass(frozen=True)
 class Command:
-    """What a job runs.
+    """What a job runs."""
 
-    Attributes:
-        program: a Python file, such as a tool, or any other program.
-        arguments: its own.
-        python: the interpreter that stood before a Python file; "" where that was only "python",
-            or nothing.
-        python_options: of that interpreter, such as -u.
-        is_own: whether the program is one of this project's tools.
-        unread: whether no shell has read the words: variables and ~ are for the job's to replace.
-    """
-
-    program: str
-    arguments: tuple[str, ...] = ()
+    program: str  # a Python file, such as a tool, or any other program
+    arguments: tuple[str, ...] = ()  # its own
+    # the interpreter that stood before a Python file; "" where that was only "python", or nothing
     python: str = ""
-    python_options: tuple[str, ...] = ()
-    is_own: bool = False
+    python_options: tuple[str, ...] = ()  # of that interpreter, such as -u
+    is_own: bool = False  # whether the program is one of this project's tools
+    # whether no shell has read the words: variables and ~ are for the job's to replace
     unread: bool = False
 
     @property

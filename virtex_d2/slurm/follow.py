@@ -22,25 +22,17 @@ _TAIL = 20  # lines of a log that is there already
 
 @dataclass(frozen=True)
 class State:
-    """One job, or one of an array's.
+    """One job, or one of an array's."""
 
-    Attributes:
-        job_id: e.g. "12", "12_3", or "12_4-17" of an array's pending ones.
-        number: "3" of "12_3", "" where the job is no array's.
-        name: Slurm's word, e.g. RUNNING; FORGOTTEN where Slurm knows it no more.
-        reason: why it waits, or ""; of a forgotten job the last word of its own record.
-        nodes, time, restarts: where, how long of its limit, how often begun anew.
-        exit_code: of an ended job, "" of a live one.
-    """
-
-    job_id: str
-    number: str = ""
-    name: str = "FORGOTTEN"
-    reason: str = ""
+    job_id: str  # e.g. "12", "12_3", or "12_4-17" of an array's pending ones
+    number: str = ""  # "3" of "12_3", "" where the job is no array's
+    name: str = "FORGOTTEN"  # Slurm's word, e.g. RUNNING; FORGOTTEN where Slurm knows it no more
+    reason: str = ""  # why it waits, or ""; of a forgotten job the last word of its own record
+    # nodes, time, restarts: where, how long of its limit, how often begun anew
     nodes: str = ""
     time: str = ""
     restarts: str = ""
-    exit_code: str = ""
+    exit_code: str = ""  # of an ended job, "" of a live one
 
     @property
     def ended_well(self) -> bool:

@@ -328,18 +328,12 @@ def array_numbers(spec: str) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Stage:
-    """One job of a pipeline.
+    """One job of a pipeline."""
 
-    Attributes:
-        name: of the stage, its job and its folder.
-        command: the words of its command line.
-        options: what it asks of Slurm.
-        after: the stages that must have ended well before it starts; all stand before it.
-    """
-
-    name: str
-    command: tuple[str, ...]
-    options: JobOptions
+    name: str  # of the stage, its job and its folder
+    command: tuple[str, ...]  # the words of its command line
+    options: JobOptions  # what it asks of Slurm
+    # the stages that must have ended well before it starts; all stand before it
     after: tuple[str, ...]
 
 

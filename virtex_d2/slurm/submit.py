@@ -45,19 +45,12 @@ class NoAnswerError(SlurmError):
 
 @dataclass(frozen=True)
 class Submitted:
-    """A job that Slurm has accepted.
+    """A job that Slurm has accepted."""
 
-    Attributes:
-        job_id: Slurm's number of it; of an array, of the whole.
-        name: the job's name.
-        folder: with script, logs and records.
-        log: the log's file name; of an array, with %a for the number.
-    """
-
-    job_id: str
-    name: str
-    folder: Path
-    log: str
+    job_id: str  # Slurm's number of it; of an array, of the whole
+    name: str  # the job's name
+    folder: Path  # with script, logs and records
+    log: str  # the log's file name; of an array, with %a for the number
 
     def path(self, number: str = "") -> Path:
         """The log; `number` is of an array's job."""

@@ -77,31 +77,20 @@ def exit_on_stop() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Stage:
-    """One command.
+    """One command."""
 
-    Attributes:
-        name: a file name for its marker and log, e.g. "seed1-pretrain".
-        title: one line for people.
-        command: arguments after the interpreter, relative to the project's root.
-        folder: what it writes into, relative to the root or absolute.
-        configs: config files that it reads, relative to the root.
-        needs: the stages whose output it reads.
-        files: files of others that it reads, such as weights: another content is another stage.
-        again: the flag with which the tool goes on from, or replaces, what a stopped run has left.
-        label: a word for the progress line.
-        group: neighbours of the same group run at the same time; "" for a stage on its own.
-    """
-
-    name: str
-    title: str
-    command: tuple[str, ...]
-    folder: str
-    configs: tuple[str, ...] = ()
-    needs: tuple["Stage", ...] = field(default=(), repr=False)
+    name: str  # a file name for its marker and log, e.g. "seed1-pretrain"
+    title: str  # one line for people
+    command: tuple[str, ...]  # arguments after the interpreter, relative to the project's root
+    folder: str  # what it writes into, relative to the root or absolute
+    configs: tuple[str, ...] = ()  # config files that it reads, relative to the root
+    needs: tuple["Stage", ...] = field(default=(), repr=False)  # the stages whose output it reads
+    # files of others that it reads, such as weights: another content is another stage
     files: tuple[str, ...] = ()
+    # the flag with which the tool goes on from, or replaces, what a stopped run has left
     again: str = "--resume"
-    label: str = ""
-    group: str = ""
+    label: str = ""  # a word for the progress line
+    group: str = ""  # neighbours of the same group run at the same time; "" for a stage on its own
 
     def argv(self, root: Path, again: bool = False) -> list[str]:
         """Give what to execute in the project's root, the interpreter first."""
@@ -360,22 +349,15 @@ def elapsed(stages: Iterable[Stage], markers: Mapping[str, Mapping[str, Any]]) -
 
 @dataclass
 class _Run:
-    """A stage's process with its lock, its log, and its marker, which is kept up to date.
+    """A stage's process with its lock, its log, and its marker, which is kept up to date."""
 
-    Attributes:
-        stage: what to run.
-        marker: of an earlier run that was stopped, or empty; changed in place.
-        root, output: the project's folder, and that of markers and logs.
-        environment: of the process.
-        lost: where to tell that another process has taken the stage over.
-    """
-
-    stage: Stage
-    marker: dict[str, Any]
+    stage: Stage  # what to run
+    marker: dict[str, Any]  # of an earlier run that was stopped, or empty; changed in place
+    # root, output: the project's folder, and that of markers and logs
     root: Path
     output: Path
-    environment: Mapping[str, str]
-    lost: list[InputError]
+    environment: Mapping[str, str]  # of the process
+    lost: list[InputError]  # where to tell that another process has taken the stage over
 
     def start(self, slot: Mapping[str, str]) -> bool:
         """Start the process; nothing and False where another one has done the stage meanwhile."""

@@ -68,18 +68,13 @@ _COUNTED_BELOW_1 = {"TEST.PRECISE_BN.NUM_ITER": 1}  # a longer run does not need
 
 @dataclass(frozen=True)
 class Training:
-    """A config's training at some scale.
+    """A config's training at some scale."""
 
-    Attributes:
-        config: its file.
-        iterations, images_per_batch: SOLVER.MAX_ITER and SOLVER.IMS_PER_BATCH.
-        overrides: ("KEY", "VALUE", ...) that give it this length.
-    """
-
-    config: str
+    config: str  # its file
+    # iterations, images_per_batch: SOLVER.MAX_ITER and SOLVER.IMS_PER_BATCH
     iterations: int
     images_per_batch: int
-    overrides: tuple[str, ...]
+    overrides: tuple[str, ...]  # ("KEY", "VALUE", ...) that give it this length
 
     def __str__(self) -> str:
         count, images = self.iterations, self.images_per_batch
@@ -88,20 +83,14 @@ class Training:
 
 @dataclass(frozen=True)
 class Plan:
-    """All stages in order, and where each result will lie.
+    """All stages in order, and where each result will lie."""
 
-    Attributes:
-        images: how many of each split.
-        pretrain, detect: the trainings.
-        seeds: of the repetitions.
-        folder: of the demo, as in `Stage.folder`.
-    """
-
-    images: Mapping[str, int]
+    images: Mapping[str, int]  # how many of each split
+    # pretrain, detect: the trainings
     pretrain: Training
     detect: Training
-    seeds: Sequence[int]
-    folder: str
+    seeds: Sequence[int]  # of the repetitions
+    folder: str  # of the demo, as in `Stage.folder`
 
     @property
     def world(self) -> str:

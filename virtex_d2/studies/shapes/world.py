@@ -53,39 +53,26 @@ _LEAST_HIDDEN = 5
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object as it is seen.
+    """One object as it is seen."""
 
-    Attributes:
-        name, color, size, pattern: words from CLASSES, COLORS, SIZES and PATTERNS.
-        center: (x, y) in pixels.
-        mask: (H, W) bool, the visible pixels.
-        box: (x, y, width, height) around them, in pixels.
-        covers: indices of objects that it hides enough of to be seen, and to be said.
-    """
-
+    # name, color, size, pattern: words from CLASSES, COLORS, SIZES and PATTERNS
     name: str
     color: str
     size: str
     pattern: str
-    center: tuple[int, int]
-    mask: np.ndarray
-    box: tuple[int, int, int, int]
-    covers: tuple[int, ...]
+    center: tuple[int, int]  # (x, y) in pixels
+    mask: np.ndarray  # (H, W) bool, the visible pixels
+    box: tuple[int, int, int, int]  # (x, y, width, height) around them, in pixels
+    covers: tuple[int, ...]  # indices of objects that it hides enough of to be seen, and to be said
 
 
 @dataclass(frozen=True)
 class Scene:
-    """An image with what is in it.
+    """An image with what is in it."""
 
-    Attributes:
-        image: (H, W, 3) uint8, RGB.
-        objects: from the back to the front.
-        captions: five sentences that are true of it.
-    """
-
-    image: np.ndarray
-    objects: tuple[SceneObject, ...]
-    captions: tuple[str, ...]
+    image: np.ndarray  # (H, W, 3) uint8, RGB
+    objects: tuple[SceneObject, ...]  # from the back to the front
+    captions: tuple[str, ...]  # five sentences that are true of it
 
 
 def render(seed: int, index: int, size: int = 128, max_objects: int = MOST_OBJECTS) -> Scene:
