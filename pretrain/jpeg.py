@@ -70,28 +70,6 @@ class NotPlainError(Exception):
     """Not a JPEG that this module decodes as Pillow would."""
 
 
-class JpegPicture:
-    """A picture in a plain JPEG.
-
-    Args:
-        data: the file.
-
-    Raises:
-        NotPlainError: it is no plain JPEG.
-    """
-
-    def __init__(self, data: bytes):
-        self._data = data
-        self._jpeg = Jpeg(data)
-        self.size = self._jpeg.size
-
-    def crop(self, box: Box, side: int, flip: bool = False) -> np.ndarray:
-        try:
-            return _square(self._jpeg.crop(box, side), side, flip)
-        except NotPlainError:  # cut short, or damaged: Pillow says which, and decodes the latter
-            return DecodedPicture(read_image(io.BytesIO(self._data))).crop(box, side, flip)
-
-
 def open_picture(file: str | BinaryIO, smallest_side: int) -> Picture:
     """An image file of any kind that Pillow reads.
 
@@ -108,7 +86,7 @@ def open_picture(file: str | BinaryIO, smallest_side: int) -> Picture:
     else:
         data = file.read()
     try:
-        return JpegPicture(data)
+        return Jpeg(data)
     except NotPlainError:
         return DecodedPicture(read_image(io.BytesIO(data), smallest_side))
 
@@ -167,22 +145,21 @@ class _Part:
 
 
 class Jpeg:
-    """A plain JPEG of which crops are decoded.
-
-    Args:
-        data: the file.
-
-    Raises:
-        NotPlainError: it is none.
-    """
+    """A picture in a plain JPEG; others raise `NotPlainError`."""
 
     def __init__(self, data: bytes):
         self._data = data
         self._header = _read_header(data)
         self.size = self._header.width, self._header.height
 
-    def crop(self, box: Box, side: int) -> np.ndarray:
-        """A part of the image, at full or reduced size.
+    def crop(self, box: Box, side: int, flip: bool = False) -> np.ndarray:
+        try:
+            return _square(self.pixels(box, side), side, flip)
+        except NotPlainError:  # cut short, or damaged: Pillow says which, and decodes the latter
+            return DecodedPicture(read_image(io.BytesIO(self._data))).crop(box, side, flip)
+
+    def pixels(self, box: Box, side: int) -> np.ndarray:
+        """Decode a part of the image, at full or reduced size.
 
         Args:
             box: of the part.

@@ -19,7 +19,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from pretrain.data.order import Stream, generator, order_of
 from pretrain.data.records import CaptionRecord, offsets
@@ -291,19 +291,19 @@ class ImageLoader(DataLoader):
             yield batch
 
 
-class _Positions(Sampler):
+@dataclass(frozen=True)
+class _Positions:
     """The positions of one process, an iteration after the other, without an end."""
 
-    def __init__(self, batch_size_total: int, start_iteration: int, rank: int, world_size: int):
-        self._batch_size_total = batch_size_total
-        self._start_iteration = start_iteration
-        self._rank = rank
-        self._world_size = world_size
+    batch_size_total: int
+    start_iteration: int
+    rank: int
+    world_size: int
 
     def __iter__(self) -> Iterator[list[int]]:
-        for iteration in itertools.count(self._start_iteration):
-            first = iteration * self._batch_size_total
-            yield list(range(first + self._rank, first + self._batch_size_total, self._world_size))
+        for iteration in itertools.count(self.start_iteration):
+            first = iteration * self.batch_size_total
+            yield list(range(first + self.rank, first + self.batch_size_total, self.world_size))
 
 
 def build_train_loader(

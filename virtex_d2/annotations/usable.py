@@ -10,7 +10,7 @@ from virtex_d2.annotations.checks import box_problems, missing_images, missing_p
 from virtex_d2.annotations.masks import mask_faults
 from virtex_d2.annotations.records import shown
 from virtex_d2.annotations.table import KINDS, AnnotationTable, Problem
-from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.errors import InputError, some
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def _require_masks(table: AnnotationTable, use: Use) -> None:
     if runs and use.trains and use.mask_format == "polygon":
         raise InputError(
             f"{table.source}: {len(runs)} objects have a run-length mask, but INPUT.MASK_FORMAT is "
-            f"polygon: {_list(runs)}. Use INPUT.MASK_FORMAT bitmask."
+            f"polygon: {some(runs, _NAMED, '; ')}. Use INPUT.MASK_FORMAT bitmask."
         )
 
 
@@ -132,9 +132,6 @@ def _told(problems: Sequence[Problem]) -> str:
     groups: dict[str, list[str]] = {}
     for problem in problems:
         groups.setdefault(KINDS[problem.kind].title, []).append(str(problem))
-    return " ".join(f"{title} ({len(items)}): {_list(items)}." for title, items in groups.items())
-
-
-def _list(items: Sequence[str]) -> str:
-    more = f" and {len(items) - _NAMED} more" if len(items) > _NAMED else ""
-    return f"{'; '.join(items[:_NAMED])}{more}"
+    return " ".join(
+        f"{title} ({len(items)}): {some(items, _NAMED, '; ')}." for title, items in groups.items()
+    )

@@ -424,11 +424,6 @@ class _AtomicMixin:
                 "when resuming, what last_checkpoint in the output folder names."
             ) from error
 
-    def get_all_checkpoint_files(self) -> list[str]:
-        """Every checkpoint in the folder, without files that a killed save left."""
-        files = super().get_all_checkpoint_files()
-        return [file for file in files if not Path(file).name.startswith(TEMPORARY_PREFIX)]
-
     def _load_file(self, filename: str) -> dict[str, Any]:
         return read_checkpoint(filename)
 

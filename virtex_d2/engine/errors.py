@@ -35,6 +35,13 @@ def report(error: InputError) -> None:
     print(f"error: {error}", file=sys.stderr, flush=True)
 
 
+def some(names: Iterable[str], shown: int = 10, separator: str = ", ") -> str:
+    """Join the first names, and count the others: "a, b and 3 more"."""
+    names = list(names)
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return separator.join(names[:shown]) + more
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """The end of an error message about an unknown name: " Did you mean 'X'?", or "".
 

@@ -118,6 +118,20 @@ def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
     return content
 
 
+def json_lines(path: str | os.PathLike) -> list[dict]:
+    """Read the objects of JSON lines; half a line, of a run that was killed, counts for none.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    records = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
+
+
 def sha256(path: str | os.PathLike) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
@@ -251,11 +265,6 @@ _WHAT_TO_DO = (
 )
 
 
-def free_bytes(folder: str | os.PathLike) -> int:
-    """What this user may still write to the file system of a folder."""
-    return shutil.disk_usage(folder).free
-
-
 def in_bytes(size: float) -> str:
     """A size for people: "1.2 GiB"."""
     for unit in ("bytes", "KiB", "MiB"):
@@ -294,6 +303,6 @@ def stop_where_disk_is_full(folder: str | os.PathLike) -> Iterator[None]:
 
 def _free_in(folder: Path) -> str:
     try:
-        return f"; {in_bytes(free_bytes(folder))} are free in {folder}"
+        return f"; {in_bytes(shutil.disk_usage(folder).free)} are free in {folder}"
     except OSError:  # the folder itself is gone
         return ""

@@ -9,9 +9,10 @@ import logging
 import math
 import os
 import resource
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from virtex_d2.engine.checkpointer import (
     numbered_checkpoints,
 )
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.files import atomic_path, free_bytes, in_bytes
+from virtex_d2.engine.files import atomic_path, in_bytes, json_lines
 
 logger = logging.getLogger(__name__)
 
@@ -277,7 +278,7 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
         if self.checkpointer.retention.last:
             needed -= old  # which give way to new ones
         folder.mkdir(parents=True, exist_ok=True)
-        free = free_bytes(folder)
+        free = shutil.disk_usage(folder).free
         if needed > free:
             logger.warning(
                 "OUTPUT_DIR %s has room for %s, and the %d checkpoints to come take some %s, %s "
@@ -399,33 +400,17 @@ def is_on_record(folder: str, iteration: int) -> bool:
     To be called in all processes.
     """
     found = False
-    if comm.is_main_process():
-        found = any(
-            record.get("iteration") == iteration and RECORD in record
-            for record in _records(os.path.join(folder, "metrics.json"))
-        )
+    path = os.path.join(folder, "metrics.json")
+    if comm.is_main_process() and os.path.exists(path):
+        records = json_lines(path)
+        found = any(r.get("iteration") == iteration and RECORD in r for r in records)
     return comm.all_gather(found)[0]
-
-
-def _records(path: str) -> Iterator[dict]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = file.readlines()
-    except OSError:  # none was written, so none is there
-        return
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # half a line, of a run that was killed while it wrote
-        if isinstance(record, dict):
-            yield record
 
 
 def cut_records(path: str, start: int) -> None:
     """Take out of a metrics.json, which need not exist, the records from `start` on."""
     if not os.path.exists(path):
         return
-    kept = [record for record in _records(path) if record.get("iteration", -1) < start]
+    kept = [record for record in json_lines(path) if record.get("iteration", -1) < start]
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(record, sort_keys=True) + "\n" for record in kept)

@@ -12,7 +12,7 @@ import os
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from virtex_d2.engine.bounded import BoundedFile, Budget, Damaged, Refused
-from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.errors import InputError, some
 from virtex_d2.engine.files import checksum_damage, read_safetensors, require_file
 from virtex_d2.engine.unpickling import (
     LEGACY_MAGIC,
@@ -80,7 +80,7 @@ def read_tensors(path: str | os.PathLike) -> StoredCheckpoint:
         )
     if not _has_tensor(stored.content):
         foreign = stored.foreign
-        inside = f", outside of objects of other classes ({_some(foreign)})" if foreign else ""
+        inside = f", outside of objects of other classes ({some(foreign, 5)})" if foreign else ""
         raise InputError(f"{path}: expected tensors, found none{inside}. {_SAVE_ALONE}")
     return stored
 
@@ -101,7 +101,8 @@ def whole_content(stored: StoredCheckpoint) -> dict[str, Any]:
     if foreign := set(stored.foreign) - dropped:
         raise InputError(
             f"{stored.path}: refused, because besides tensors it holds Python objects "
-            f"({_some(foreign)}), and building such objects could run any code. {_SAVE_ALONE}"
+            f"({some(sorted(foreign), 5)}), and building such objects could run any code. "
+            + _SAVE_ALONE
         )
     return stored.content
 
@@ -138,12 +139,6 @@ def read_stored(path: str | os.PathLike) -> StoredCheckpoint:
             f"({ascii(text)[1:-1]}). Copy or download it again."
         ) from error
     return StoredCheckpoint(path, kind, content, metadata, tuple(sorted(foreign)))
-
-
-def _some(names: Iterable[str], shown: int = 5) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
 
 
 def _has_tensor(value: Any) -> bool:
@@ -406,7 +401,10 @@ class _Builder:
         key = storage if storage.data is not None else storage.key
         if key not in self.raw:
             self.budget.spend(_TENSOR)
-            raw = self.storage(key) if storage.data is None else _bytes_tensor(storage.data)
+            if storage.data is None:
+                raw = self.storage(key)
+            else:
+                raw = torch.from_numpy(np.frombuffer(storage.data, np.uint8).copy())
             if raw is None:
                 raise Damaged(f"no storage {ascii(key)[:80]} in the file")
             self.raw[key] = raw
@@ -444,10 +442,6 @@ class _Builder:
             return array.item()
         # order="C" also makes it contiguous; a copy, for `array` is of bytes that cannot change.
         return torch.from_numpy(array.astype(numpy_dtype.newbyteorder("="), order="C", copy=True))
-
-
-def _bytes_tensor(data: bytes) -> torch.Tensor:
-    return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
 
 
 def _checked_shape(shape: Any) -> tuple[tuple[int, ...], int]:

@@ -131,7 +131,7 @@ class Watch:
         return REASONS[1] if self._found else ""
 
     def obeyed(self) -> None:
-        """Take the file STOP away: it is for one stop, not for the run that is resumed."""
+        """Delete the STOP file: it is for one stop, not for the run that is resumed."""
         self._stop_file.unlink(missing_ok=True)
 
 
@@ -150,18 +150,6 @@ def watch(folder: str, budget: str | None = None) -> None:
     if budget is None:
         name, budget = "VIRTEX_TIME_BUDGET", os.environ.get("VIRTEX_TIME_BUDGET") or None
     _watch = Watch(folder, None if budget is None else seconds_of(budget, name))
-
-
-def stop_watching() -> None:
-    """No reason counts any more."""
-    global _watch
-    _watch = None
-
-
-def obeyed() -> None:
-    """What asked for the stop is not to stop the next run as well. In the first process."""
-    if _watch is not None:
-        _watch.obeyed()
 
 
 def check() -> None:
@@ -390,7 +378,7 @@ class StoppableTrainer(TrainerBase):
                 self.checkpointer.get_checkpoint_file() if saved else self.checkpointer.resumed_from
             )
             _write_marker(done, self.max_iter, reason, last)
-            obeyed()
+            _watch.obeyed()
             logger.warning(
                 "Stopped unfinished at iteration %d of %d (%s): --resume goes on from %s.",
                 *(done, self.max_iter, reason, last or "the beginning"),

@@ -41,7 +41,6 @@ LAUNCHERS = ("srun", "torchrun")
 _TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|-1|UNLIMITED|INFINITE", re.IGNORECASE)
 _TYPE = r"[^\s,:=]+"  # as in any gres.conf
 _GPUS = re.compile(rf"({_TYPE}:\d+|\d+|{_TYPE})(,({_TYPE}:\d+|\d+|{_TYPE}))*")
-_MEMORY = re.compile(r"\d+([KMGT]i?B?)?", re.IGNORECASE)
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
 _SAME = "nodes cpus-per-task time partition account qos constraint array dependency gpus-per-node"
@@ -133,11 +132,6 @@ class JobOptions:
             )
         if self.array:
             array_numbers(self.array)
-        if self.memory and not _MEMORY.fullmatch(self.memory):
-            raise InputError(
-                f"--memory: expected a size such as 64G or 500M, or 0 for all; found "
-                f"'{self.memory}'."
-            )
         for line in self.sbatch:
             self._check_sbatch(line)
         if self.launcher not in LAUNCHERS:

@@ -17,7 +17,7 @@ from virtex_d2.annotations.table import AnnotationTable, is_box, is_number
 from virtex_d2.checkpoint.source import Source, local_path
 from virtex_d2.detection.checkpointer import DetectorCheckpointer
 from virtex_d2.detection.trainer import DetectionTrainer
-from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.errors import InputError, some
 from virtex_d2.engine.files import read_json
 from virtex_d2.studies.viewer.matching import Instance
 
@@ -164,9 +164,8 @@ def _refuse_unknown(
 ) -> None:
     unknown = list(dict.fromkeys(one for one in ids if one not in known))
     if unknown:
-        named = ", ".join(map(repr, unknown[:_NAMED]))
-        more = f" and {len(unknown) - _NAMED} more" if len(unknown) > _NAMED else ""
         raise InputError(
             f"{source}: predictions for {len(unknown)} {many} that {table.source} lacks: {key} "
-            f"{named}{more}. They are of another data set: name the one that was predicted on."
+            f"{some(map(repr, unknown), _NAMED)}. They are of another data set: name the one that "
+            "was predicted on."
         )
