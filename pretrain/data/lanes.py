@@ -5,9 +5,10 @@ row, from the l-th on. A lane shuffles its samples in blocks. What a lane gives 
 (seed, lane) alone, and a cursor says where in it one is.
 """
 
+import functools
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -44,7 +45,6 @@ class Plan:
     captions_per_image: int = 0  # at most so many of each, chosen by key and number; 0 keeps all
     subset_seed: int = 0  # of both choices: smaller sets lie inside larger ones
     caption_key: str = ""  # of the captions in samples' JSON; "" is "caption"
-    _orders: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def held(self) -> int:
@@ -54,11 +54,7 @@ class Plan:
     def shard(self, ordinal: int) -> str:
         """A shard of the endless row."""
         cycle, place = divmod(ordinal, len(self.shards))
-        if cycle not in self._orders:
-            self._orders.clear()
-            rng = generator(self.seed, Stream.SHARD_ORDER, cycle)
-            self._orders[cycle] = rng.permutation(len(self.shards))
-        return self.shards[self._orders[cycle][place]]
+        return self.shards[_shard_order(self.seed, cycle, len(self.shards))[place]]
 
     def shuffled(self, block: list, lane: int, number: int) -> list:
         """A lane's block in the order in which it is given."""
@@ -78,6 +74,11 @@ class Plan:
         """In [0, 1), from the seed and the text."""
         content = f"{self.subset_seed} {text}".encode("utf-8", "surrogateescape")
         return int.from_bytes(hashlib.blake2b(content, digest_size=6).digest(), "big") / 2**48
+
+
+@functools.lru_cache(maxsize=2)
+def _shard_order(seed: int, cycle: int, count: int) -> np.ndarray:
+    return generator(seed, Stream.SHARD_ORDER, cycle).permutation(count)
 
 
 class Lane:

@@ -105,7 +105,8 @@ def stream_plan(cfg: CfgNode) -> Plan | None:
     """How to read the training data, where it comes from pipes; None where it does not."""
     data = cfg.DATA
     _, sources = training_sources(cfg)
-    piped = [source for source in sources if source.format == "webdataset" and _piped(source)]
+    shards = [source for source in sources if source.format == "webdataset"]
+    piped = [source for source in shards if is_pipe(list_shards(source.captions)[0])]
     if not piped:
         return None
     name = piped[0].captions
@@ -133,10 +134,6 @@ def stream_plan(cfg: CfgNode) -> Plan | None:
         data.SUBSET_SEED,
         data.CAPTION_KEY,
     )
-
-
-def _piped(source: Source) -> bool:
-    return is_pipe(list_shards(source.captions)[0])
 
 
 def has_validation(cfg: CfgNode) -> bool:

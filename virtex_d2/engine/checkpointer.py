@@ -387,14 +387,11 @@ class _AtomicMixin:
                     then(state)
 
         self.writer.wait()
-        self._remove_leftovers()
-        self.logger.info("Saving checkpoint to %s", path)
-        self.writer.write(self.states(**more), action)
-
-    def _remove_leftovers(self) -> None:
         for pattern in _LEFTOVERS:  # of killed processes; in this one nothing is being written
             for leftover in Path(self.save_dir).glob(f"{TEMPORARY_PREFIX}{pattern}"):
                 leftover.unlink(missing_ok=True)
+        self.logger.info("Saving checkpoint to %s", path)
+        self.writer.write(self.states(**more), action)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Name the file of the same folder that a run goes on from."""

@@ -21,7 +21,6 @@ import torch
 from detectron2.engine import HookBase, TrainerBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import (
-    EventStorage,
     EventWriter,
     JSONWriter,
     TensorboardXWriter,
@@ -333,7 +332,7 @@ class MetricsWriter(hooks.PeriodicWriter):
         self._writers += [JSONWriter(path), TensorboardXWriter(self._folder, purge_step=start)]
 
     def after_step(self) -> None:
-        if not was_evaluated(self.trainer.storage, self.trainer.iter):
+        if self.trainer.storage.latest().get(RECORD, (0.0, -1))[1] != self.trainer.iter:
             super().after_step()
             return
         for writer in self._writers:
@@ -387,11 +386,6 @@ def _peak_memory_mib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB on Linux
-
-
-def was_evaluated(storage: EventStorage, iteration: int) -> bool:
-    """Whether this process has recorded an evaluation of the iteration."""
-    return storage.latest().get(RECORD, (0.0, -1))[1] == iteration
 
 
 def is_on_record(folder: str, iteration: int) -> bool:

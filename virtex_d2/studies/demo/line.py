@@ -19,6 +19,7 @@ from PIL import Image
 
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import read_json
+from virtex_d2.engine.identity import flat
 from virtex_d2.studies.compare import figures
 from virtex_d2.studies.compare.report import write_report
 from virtex_d2.studies.compare.runs import Cell, read_run
@@ -210,14 +211,7 @@ def world_stage(world: str, split: str, count: int) -> Stage:
 
 
 def _training(root: Path, path: str, scale: float) -> Training:
-    config = read_config(root / path)
-
-    def get(dotted: str) -> Any:
-        node: Any = config
-        for name in dotted.split("."):
-            node = node.get(name) if isinstance(node, dict) else None
-        return node
-
+    get = dict(flat(read_config(root / path))).get
     for key in ("SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH"):
         if not isinstance(get(key), int):
             raise InputError(
