@@ -22,10 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from fvcore.common.config import CfgNode
-
 from virtex_d2.engine.cli import shell
+from virtex_d2.engine.config import read_config
 from virtex_d2.engine.errors import EXIT_CODE, InputError
 from virtex_d2.engine.files import atomic_path, read_json, sha256
 from virtex_d2.engine.identity import texts
@@ -120,24 +118,6 @@ class Stage:
         parts += [_content_hash(root / file) for file in self.files]
         parts += [stage.fingerprint(root) for stage in self.needs]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Read a YAML config with what it includes by `_BASE_`, as nested dicts."""
-    try:
-        content = CfgNode.load_yaml_with_base(str(path))
-    except OSError as error:
-        raise InputError(
-            f"{error.filename or path}: cannot read this config file: {error.strerror}. Check the "
-            "path."
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not YAML: {error}") from error
-    except (TypeError, AssertionError):  # no mapping; a group of keys where a base has a value
-        content = None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected KEY: VALUE lines in it and in its _BASE_.")
-    return content
 
 
 def _content_hash(path: Path) -> str:
