@@ -7,7 +7,6 @@ is taken up by the next. Imports no torch, which every process of the pool would
 
 import dataclasses
 import io
-import json
 import logging
 import os
 import shutil
@@ -26,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.files import TEMPORARY_PREFIX, atomic_path
+from virtex_d2.engine.files import TEMPORARY_PREFIX, atomic_path, read_json, write_json
 from virtex_d2.engine.images import image_suffix, images_in, read_image
 from virtex_d2.engine.parent import end_with_parent
 
@@ -107,7 +106,7 @@ def prepare_folder(
                 *(dest, len(gone), source, ", ".join(gone[:3])),
             )
         manifest = {**_FORMAT, "settings": dataclasses.asdict(settings), "source": source}
-        _write_manifest(dest, {**manifest, "finished": False})
+        write_json(os.path.join(dest, MANIFEST), {**manifest, "finished": False})
         outcomes = []
         for outcome in tqdm(
             _prepared(names, source, dest, settings, workers),
@@ -123,9 +122,8 @@ def prepare_folder(
                 logger.warning("%s: it is left out: %s", outcome.name, outcome.reason)
         unreadable = [outcome.name for outcome in outcomes if outcome.what == "unreadable"]
         counts = Counter(outcome.what for outcome in outcomes)
-        _write_manifest(
-            dest, {**manifest, "finished": True, "counts": counts, "unreadable": unreadable}
-        )
+        manifest |= {"finished": True, "counts": counts, "unreadable": unreadable}
+        write_json(os.path.join(dest, MANIFEST), manifest)
     finally:
         lock.release()
     return outcomes
@@ -201,13 +199,8 @@ def _check_folder(dest: Path, settings: Settings) -> None:
                 "in it. Choose another."
             )
         return
-    try:
-        manifest = json.loads((dest / MANIFEST).read_text(encoding="utf-8"))
-        found = {key: manifest.get(key) for key in _FORMAT}
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"{dest / MANIFEST}: expected a JSON object ({error}). Choose another folder."
-        ) from error
+    manifest = read_json(dest / MANIFEST)
+    found = {key: manifest.get(key) for key in _FORMAT}
     if found != _FORMAT:
         raise InputError(
             f"{dest / MANIFEST}: expected {_FORMAT}, found {found}. Choose another folder."
@@ -235,11 +228,6 @@ def _clean(dest: str) -> set[str]:
             elif image_suffix(file):
                 there.add(os.path.relpath(path, dest))
     return there
-
-
-def _write_manifest(dest: str, manifest: dict) -> None:
-    with atomic_path(os.path.join(dest, MANIFEST)) as temporary:
-        temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 def _prepared(

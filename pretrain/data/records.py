@@ -18,6 +18,7 @@ import numpy as np
 
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import read_text
+from virtex_d2.engine.images import missing_files, names_in
 
 Path = str | os.PathLike
 INT64 = range(-(2**63), 2**63)
@@ -286,20 +287,10 @@ def refuse(path: Path, found: Iterable[str], what: str, what_to_do: str) -> None
 def packed(
     ids: Sequence[int | str], names: list[str], captions: list[list[str]], path: Path, root: Path
 ) -> Records:
-    """Pack records, all of whose images are on the disk.
-
-    One listing a folder, not one question an image: network file systems are slow to ask.
-    """
+    """Pack records, all of whose images are on the disk."""
     require_folder(root, f"the images of {path}")
     root = os.path.abspath(root)
-    present: dict[str, set[str]] = {}
-    absent = []
-    for name in names:
-        folder, base = os.path.split(name)
-        if folder not in present:
-            present[folder] = _names_in(os.path.join(root, folder))
-        if base not in present[folder]:
-            absent.append(name)
+    absent = [names[i] for i in missing_files(os.path.join(root, name) for name in names)]
     advice = "Check the folder of images, or remove them from the file."
     for name in absent[:10]:
         if near := near_name(name, root):
@@ -326,7 +317,7 @@ def near_name(name: str, root: Path) -> str:
     `root` itself; "" where there is none."""
     folder, base = os.path.split(name)
     for place in dict.fromkeys((folder, "")):
-        for other in sorted(_names_in(os.path.join(root, place))):
+        for other in sorted(names_in(os.path.join(root, place))):
             if plain_name(other) == plain_name(base):
                 return os.path.join(place, other)
     return ""
@@ -336,13 +327,3 @@ def plain_name(name: str) -> str:
     """Strip a file's name of case, suffix, leading zeros, quotes and Unicode form."""
     name = unicodedata.normalize("NFC", name).casefold().strip(" \"'")
     return os.path.splitext(name)[0].lstrip("0") or "0"
-
-
-def _names_in(folder: str) -> set[str]:
-    """Names in a folder; none where there is no such folder."""
-    try:
-        return set(os.listdir(folder))
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null byte in it
-        return set()
-    except OSError as error:
-        raise InputError(f"{folder}: the folder cannot be read: {error.strerror}.") from error

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from virtex_d2.annotations.masks import BORDER, mask_problems
 from virtex_d2.annotations.table import KINDS, AnnotationTable, Problem
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.images import read_image
+from virtex_d2.engine.images import missing_files, read_image
 
 _CHUNK = 32  # files that a process takes at a time
 
@@ -67,7 +67,7 @@ def check(
         sample: decode so many, drawn with `seed`; 0: all.
         workers: processes that decode.
     """
-    missing = missing_images(table)
+    missing = missing_files(table.files)
     decoded: dict[int, Decoded] = {}
     if decode:
         there = sorted(set(range(len(table.files))) - set(missing))
@@ -106,24 +106,8 @@ def box_problems(table: AnnotationTable) -> Iterator[Problem]:
         yield table.problem("box-outside", index, why)
 
 
-def missing_images(table: AnnotationTable) -> list[int]:
-    """Find the images, by index, whose file is not there.
-
-    One listing a folder, not one question an image: network file systems are slow to ask.
-    """
-    present: dict[str, set[str]] = {}
-    missing = []
-    for index, file in enumerate(table.files):
-        folder, name = os.path.split(file)
-        if folder not in present:
-            present[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if file and name not in present[folder]:
-            missing.append(index)
-    return missing
-
-
 def missing_problems(table: AnnotationTable, missing: Sequence[int]) -> Iterator[Problem]:
-    """Images of `missing_images`; of a folder that is not there, the folder."""
+    """Images, by index, whose file is not there; of a folder that is not there, the folder."""
     folders = Counter(os.path.dirname(table.files[index]) for index in missing)
     gone = {folder: count for folder, count in folders.items() if not os.path.isdir(folder)}
     for folder, count in gone.items():

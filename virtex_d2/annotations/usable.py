@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from virtex_d2.annotations.checks import box_problems, missing_images, missing_problems
+from virtex_d2.annotations.checks import box_problems, missing_problems
 from virtex_d2.annotations.masks import mask_faults
 from virtex_d2.annotations.records import shown
 from virtex_d2.annotations.table import KINDS, AnnotationTable, Problem
 from virtex_d2.engine.errors import InputError, some
+from virtex_d2.engine.images import missing_files
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def require_usable(table: AnnotationTable, use: Use) -> None:
             f"{table.source}: VOC's XML files have boxes and no masks, which MODEL.MASK_ON True "
             "needs. Set MODEL.MASK_ON False."
         )
-    problems = [*table.problems, *missing_problems(table, missing_images(table))]
+    problems = [*table.problems, *missing_problems(table, missing_files(table.files))]
     for kinds, advice in _refused(table, use):
         _refuse(table, [problem for problem in problems if problem.kind in kinds], advice)
     advice = "Boxes are [x, y, width, height] in pixels: correct or remove them."

@@ -24,6 +24,7 @@ from virtex_d2.engine.files import (
     not_written,
     save_with_checksum,
     stop_where_disk_is_full,
+    write_text,
 )
 from virtex_d2.engine.safe_load import StoredCheckpoint, read_checkpoint, read_stored, whole_content
 
@@ -395,8 +396,7 @@ class _AtomicMixin:
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Name the file of the same folder that a run goes on from."""
-        with atomic_path(Path(self.save_dir) / LAST_CHECKPOINT) as temporary:
-            temporary.write_text(last_filename_basename, encoding="utf-8")
+        write_text(Path(self.save_dir) / LAST_CHECKPOINT, last_filename_basename)
 
     def has_checkpoint(self) -> bool:
         """Whether there is something to resume in the folder."""

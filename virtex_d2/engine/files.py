@@ -56,6 +56,17 @@ def atomic_path(dest: str | os.PathLike, overwrite: bool = True) -> Iterator[Pat
     _fsync(dest.parent)  # the rename itself
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write UTF-8, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Write JSON to be read by people, too, atomically."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
 def _refuse_existing(dest: Path, overwrite: bool) -> None:
     if not overwrite and dest.exists():
         raise InputError(f"{dest}: exists already. Choose another name, or remove it first.")

@@ -18,7 +18,7 @@ from virtex_d2.engine.checkpointer import has_checkpoint
 from virtex_d2.engine.device import resolve_device
 from virtex_d2.engine.distributed import abort, describe
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.files import atomic_path
+from virtex_d2.engine.files import write_text
 from virtex_d2.engine.identity import check_resumed, check_same
 from virtex_d2.engine.lock import lock_folder, release_locks
 from virtex_d2.engine.preflight import check_shared
@@ -106,8 +106,8 @@ _as_given: dict[str, str] = {}
 def write_config(cfg: CfgNode) -> None:
     """Write OUTPUT_DIR/config.yaml as `setup_run` was given it. In the first process alone."""
     if comm.is_main_process():
-        with atomic_path(os.path.join(cfg.OUTPUT_DIR, "config.yaml")) as temporary:
-            temporary.write_text(_as_given.get(cfg.OUTPUT_DIR, cfg.dump()), encoding="utf-8")
+        text = _as_given.get(cfg.OUTPUT_DIR, cfg.dump())
+        write_text(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), text)
 
 
 def _check_backend(device: str) -> None:

@@ -15,7 +15,6 @@ the last update. So what it evaluates and keeps is what a run would have that ne
 """
 
 import contextlib
-import json
 import logging
 import multiprocessing
 import os
@@ -33,7 +32,7 @@ from detectron2.utils import comm
 
 from virtex_d2.engine import signals
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.files import atomic_path
+from virtex_d2.engine.files import write_json
 from virtex_d2.engine.hooks import MetricsWriter
 
 logger = logging.getLogger(__name__)
@@ -406,5 +405,4 @@ def _write_marker(iteration: int, max_iter: int, reason: str, checkpoint: str) -
         "checkpoint": checkpoint,
         "time": time.time(),
     }
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    write_json(path, content)

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from virtex_d2.engine.errors import InputError, nearest
+from virtex_d2.engine.files import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -237,10 +238,8 @@ def read_site(path: Path | None) -> dict[str, Any]:
 def read_toml(path: Path) -> dict[str, Any]:
     """Raise InputError if no such file, or not TOML; the message has the line."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
-    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
+        return tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path}: expected a TOML file: {error}. Strings need quotes.") from error
 
 

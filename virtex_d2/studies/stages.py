@@ -25,7 +25,7 @@ from typing import Any
 from virtex_d2.engine.cli import shell
 from virtex_d2.engine.config import read_config
 from virtex_d2.engine.errors import EXIT_CODE, InputError
-from virtex_d2.engine.files import atomic_path, read_json, sha256
+from virtex_d2.engine.files import read_json, sha256, write_json
 from virtex_d2.engine.identity import texts
 from virtex_d2.engine.lock import RunLock
 from virtex_d2.engine.parent import end_with_parent
@@ -165,7 +165,7 @@ def claim_output(output: Path, kind: str, settings: Mapping[str, Any]) -> None:
             "remove it."
         )
     else:
-        _write_record(record, settings)
+        write_json(record, settings)
 
 
 def _holds_something(output: Path) -> bool:
@@ -208,11 +208,6 @@ def checked_marker(stage: Stage, root: Path, output: Path) -> dict[str, Any]:
 
 def _marker(stage: Stage, output: Path) -> Path:
     return output / MARKERS / f"{stage.name}.json"
-
-
-def _write_record(path: Path, content: Mapping[str, Any]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _differences(stage: Stage, root: Path, marker: Mapping[str, Any]) -> Iterator[str]:
@@ -391,7 +386,7 @@ class _Run:
         return code
 
     def _record(self) -> None:
-        _write_record(_marker(self.stage, self.output), self.marker)
+        write_json(_marker(self.stage, self.output), self.marker)
 
     @property
     def ended(self) -> bool:
