@@ -123,7 +123,10 @@ def test_a_site_file_that_is_absent_or_no_text_is_named(tmp_path, content):
     path = tmp_path / "site.toml"
     if content:
         path.write_bytes(content)
-    with pytest.raises(InputError, match="site.toml(: expected a file|, line 1: expected UTF-8|: cannot be read: No such)"):
+    with pytest.raises(
+        InputError,
+        match="site.toml(: expected a file|, line 1: expected UTF-8|: cannot be read: No such)",
+    ):
         read_site(path)
 
 

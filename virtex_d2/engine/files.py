@@ -29,7 +29,7 @@ os.umask(_UMASK)
 
 
 @contextlib.contextmanager
-def atomic_path(dest: str | os.PathLike, overwrite: bool = True) -> Iterator[Path]:
+def atomic_path(dest: str | os.PathLike) -> Iterator[Path]:
     """Write a file so that `dest` is either the old file or the whole new one, also after a kill.
 
     Yields a path in the folder of `dest` (created where absent), with the same suffix, for the body
@@ -40,7 +40,6 @@ def atomic_path(dest: str | os.PathLike, overwrite: bool = True) -> Iterator[Pat
         FileNotFoundError: the body did not create the file.
     """
     dest = Path(dest)
-    _refuse_existing(dest, overwrite)
     dest.parent.mkdir(parents=True, exist_ok=True)
     token = uuid.uuid4().hex[:12]
     temporary = dest.with_name(f"{TEMPORARY_PREFIX}{dest.stem}-{token}{dest.suffix}")
@@ -48,7 +47,6 @@ def atomic_path(dest: str | os.PathLike, overwrite: bool = True) -> Iterator[Pat
         yield temporary
         os.chmod(temporary, 0o666 & ~_UMASK)  # some libraries write for their user alone
         _fsync(temporary)
-        _refuse_existing(dest, overwrite)
         os.replace(temporary, dest)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -65,11 +63,6 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """Write JSON to be read by people, too, atomically."""
     write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def _refuse_existing(dest: Path, overwrite: bool) -> None:
-    if not overwrite and dest.exists():
-        raise InputError(f"{dest}: exists already. Choose another name, or remove it first.")
 
 
 def _fsync(path: Path) -> None:
