@@ -74,7 +74,6 @@ def open_picture(file: str | BinaryIO, smallest_side: int) -> Picture:
     """An image file of any kind that Pillow reads.
 
     Args:
-        file: its path, or its bytes as a stream.
         smallest_side: pixels that no side may fall below, where the image is reduced.
 
     Raises:
@@ -162,7 +161,6 @@ class Jpeg:
         """Decode a part of the image, at full or reduced size.
 
         Args:
-            box: of the part.
             side: pixels that width and height of the part must keep, if they have as many.
 
         Returns:

@@ -165,7 +165,6 @@ def load_karpathy_captions(path: Path, image_root: Path, split: str) -> Records:
     """Read a file as dataset_coco.json (Karpathy and Fei-Fei, CVPR 2015).
 
     Args:
-        path: the annotation file.
         image_root: the folder that `filepath`/`filename` is relative to.
         split: names of splits joined by "+", for example "train+restval".
 
@@ -293,7 +292,6 @@ def load_csv_captions(path: Path, image_root: Path, caption_key: str = "") -> Re
     (RFC 4180). With a header line, the columns are found by their names and there may be others.
 
     Args:
-        path: the table.
         image_root: the folder that image paths are relative to.
         caption_key: the caption's column; "" is the one of a known name.
 
@@ -322,8 +320,6 @@ def load_flickr_captions(
     """Read captions.txt, Flickr8k.token.txt, results_20130124.token or results.csv.
 
     Args:
-        path: the caption file.
-        image_root: the folder of all images.
         split: a text file that names the images to take, one a line, with or without suffix (such
             as Flickr_8k.trainImages.txt); "" takes all.
         caption_key: the caption's column, where commas part them; "" is one of a known name.

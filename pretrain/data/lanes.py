@@ -82,13 +82,7 @@ def _shard_order(seed: int, cycle: int, count: int) -> np.ndarray:
 
 
 class Lane:
-    """One lane, from a cursor on.
-
-    Args:
-        number: from 0 on, below `plan.lanes`.
-        plan: what is read.
-        cursor: where to go on; `lane.cursor` of an earlier one.
-    """
+    """One lane, from a cursor on."""
 
     def __init__(self, number: int, plan: Plan, cursor: Cursor):
         self.cursor = cursor

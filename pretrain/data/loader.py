@@ -150,8 +150,6 @@ class TrainSet(_Images):
 
     Args:
         records: `MixedRecords` are drawn by their weights; empty for a stream.
-        samples: what is made of an image.
-        seed: not negative.
     """
 
     def __init__(self, records: Sequence[CaptionRecord], samples: Samples, seed: int = 0):
@@ -316,11 +314,8 @@ def build_train_loader(
     """Load endless batches of this process.
 
     Args:
-        train: makes the samples.
         batch_size_total: over all processes.
         start_iteration: the number of iterations done.
-        num_workers: 0 loads in this process.
-        pin: whether batches lie in pinned memory, for a GPU.
     """
     rank, world_size = comm.get_rank(), comm.get_world_size()
     return ImageLoader(

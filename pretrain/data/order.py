@@ -37,21 +37,13 @@ def generator(seed: int, stream: Stream, *place: int) -> np.random.Generator:
     """Make the generator of one place (a position, an epoch, a lane and its block, ...).
 
     Args:
-        seed: of the run, not negative.
-        stream: what the numbers are for.
         place: not negative; always as many for a stream, because numpy takes missing ones for 0.
     """
     return np.random.default_rng([seed, int(stream), *place])
 
 
 class Epochs:
-    """Position -> image: one source's images, in an order that changes with each epoch.
-
-    Args:
-        size: images.
-        seed: of the orders.
-        source: its number; orders of sources differ.
-    """
+    """Position -> image: one source's images, in an order that changes with each epoch."""
 
     def __init__(self, size: int, seed: int, source: int = 0):
         self._size = size
@@ -79,11 +71,6 @@ class Mixture:
 
     Each stretch of `BLOCK` positions has every source in its exact share, in an order that follows
     from (seed, stretch). A source's n-th turn is position n of its own epochs.
-
-    Args:
-        sizes: images of each source.
-        weights: positive, one for each source.
-        seed: of all orders.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int):

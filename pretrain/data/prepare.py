@@ -75,8 +75,6 @@ def prepare_folder(
     Args:
         source: the folder; it is only read.
         dest: gets the same names. May hold what an earlier run of the same settings has left.
-        settings: size and quality.
-        workers: processes.
     """
     from virtex_d2.engine.lock import RunLock  # imports torch
 
@@ -136,11 +134,6 @@ def prepare_image(name: str, source: str, dest: str, settings: Settings) -> Outc
     a restart marker after each block of pixels, so that crops can be decoded by themselves
     (`pretrain.jpeg`); other kinds stay what their name says. Smaller images are copied as they are.
     What has been written is decoded before it appears.
-
-    Args:
-        name: of the image, relative to both folders.
-        source, dest: the folders.
-        settings: size and quality.
     """
     origin, result = os.path.join(source, name), os.path.join(dest, name)
     try:

@@ -201,10 +201,8 @@ def take_fraction(
     image is one of its two. Which captions an image keeps does not depend on the fraction.
 
     Args:
-        records: all.
         fraction: of the images, rounded to the nearest number.
         captions_per_image: at most so many of each; 0 keeps all.
-        seed: of the order, not negative.
     """
     check_subset(fraction, captions_per_image)
     if fraction == 1 and captions_per_image == 0:

@@ -74,7 +74,6 @@ def open_data(
     """Open what the config names.
 
     Args:
-        cfg: of `pretrain.config.get_pretrain_cfg`.
         build_samples: of `pretrain.methods.method.Method`.
         with_training_data: False to evaluate only; then no training data is opened.
     """

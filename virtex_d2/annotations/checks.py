@@ -62,10 +62,8 @@ def check(
     """Check a data set's annotations and image files.
 
     Args:
-        table: the data set.
         decode: whether to decode images; that they are there is seen in any case.
         sample: decode so many, drawn with `seed`; 0: all.
-        workers: processes that decode.
     """
     missing = missing_files(table.files)
     decoded: dict[int, Decoded] = {}

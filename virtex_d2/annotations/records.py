@@ -62,7 +62,6 @@ def read_records(kind: str, path: str) -> Records:
         kind: "coco" or "lvis". LVIS's images lie where the last two parts of their `coco_url` say
             (train2017/000000155379.jpg), as in detectron2: its splits are not COCO's, and v0.5's
             `file_name` is of COCO 2014. Without it, and in COCO's files, `file_name` says it.
-        path: the JSON file.
     """
     with no_collection():
         content = read_json(path)

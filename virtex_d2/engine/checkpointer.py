@@ -100,9 +100,6 @@ class StateWriter:
 
     An error of the thread is raised by the next `check`, `wait` or `write`. The interpreter's end
     waits for the thread; `os._exit` and signals do not: before these, `wait`.
-
-    Args:
-        background: whether to write in a thread.
     """
 
     def __init__(self, background: bool = False):

@@ -182,11 +182,7 @@ class _Rank:
         self._neighbours: list[int] = []  # ids of the machine's other processes
 
     def meet(self, patience: float) -> None:
-        """Wait until all have come; the first one names those that have not.
-
-        Args:
-            patience: seconds.
-        """
+        """Wait `patience` seconds for all to come; the first one names those that have not."""
         place, deadline = self._place, time.monotonic() + patience
         if not place.serves:
             _await_listener(place, deadline)

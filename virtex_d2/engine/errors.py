@@ -46,7 +46,6 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     """The end of an error message about an unknown name: " Did you mean 'X'?", or "".
 
     Args:
-        name: what was found, e.g. "SOLVER.BASE_LRR".
         candidates: what would have been valid. Case is ignored. A part of dotted keys counts as
             near when it is the last of one: "BASE_LR" suggests "SOLVER.BASE_LR". A dotted name is
             only near what differs in a few letters, or in the group alone: keys of another tool's

@@ -289,11 +289,7 @@ def not_written(path: Path, error: OSError, needed: int) -> InputError:
 
 @contextlib.contextmanager
 def stop_where_disk_is_full(folder: str | os.PathLike) -> Iterator[None]:
-    """Turn a full or read-only file system, whatever file it hits, into an `InputError`.
-
-    Args:
-        folder: that the run writes to.
-    """
+    """Turn a full or read-only file system, whatever file it hits, into an `InputError`."""
     try:
         yield
     except OSError as error:

@@ -226,7 +226,6 @@ class BestCheckpoint(HookBase):
     Args:
         metric: a recorded value, "val/loss".
         keep: (iterations done) -> None, writes the model; called in every process.
-        highest: whether the highest value is the best, and not the lowest.
     """
 
     def __init__(self, metric: str, keep: Callable[[int], None], highest: bool = False):

@@ -104,7 +104,6 @@ def check_resumed(cfg: CfgNode, may_change: Collection[str] | None) -> None:
     """Compare a run that goes on with what OUTPUT_DIR/config.yaml says of it, and log what differs.
 
     Args:
-        cfg: with OUTPUT_DIR, and all resolved that is in the file.
         may_change: patterns of keys that may differ; None: any may.
     """
     path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")

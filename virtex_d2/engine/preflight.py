@@ -111,7 +111,6 @@ def check_interfaces(environment: Mapping[str, str], on_gpu: bool) -> None:
     """Compare the network interfaces that variables name with those of this machine.
 
     Args:
-        environment: such as os.environ.
         on_gpu: whether NCCL, which has a variable of its own, is used beside gloo.
     """
     there = [name for _, name in socket.if_nameindex()]

@@ -287,7 +287,6 @@ class _Builder:
     """Builds what a pickle describes.
 
     Args:
-        budget: shared with the pickle.
         foreign: takes the names of classes that stand in the content themselves.
         storage: gives a storage's bytes (uint8) by key; None where the file has none.
     """

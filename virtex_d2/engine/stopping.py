@@ -104,7 +104,6 @@ class Watch:
     """What this process knows of reasons to stop.
 
     Args:
-        folder: OUTPUT_DIR.
         budget: seconds that the process may run; None: without a limit. Where it is None and Slurm
             tells the end of the job, that is the limit.
     """
@@ -141,7 +140,6 @@ def watch(folder: str, budget: str | None = None) -> None:
     """From now on this process looks out for reasons to stop; before that it has none.
 
     Args:
-        folder: OUTPUT_DIR.
         budget: of `seconds_of`; None: what VIRTEX_TIME_BUDGET says.
     """
     global _watch

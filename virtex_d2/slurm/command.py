@@ -67,14 +67,7 @@ class Command:
 
 
 def read_command(words: Sequence[str], cwd: Path, root: Path, unread: bool = False) -> Command:
-    """Take a command line apart: "python tools/train_net.py ..." is "tools/train_net.py ...".
-
-    Args:
-        words: of the command line.
-        cwd: where it is run.
-        root: the project's folder.
-        unread: as `Command`'s.
-    """
+    """Take a command line apart: "python tools/train_net.py ..." is "tools/train_net.py ..."."""
     if not words:
         raise InputError("no command: expected -- tools/train_net.py ... after the options.")
     program = Path(words[0]).name
@@ -195,11 +188,6 @@ def check_configs(
     """Look for a tool's config files, and let a tool with --check look at all that it is given.
 
     A config file that an earlier stage writes, or a job that this one depends on, is not asked for.
-
-    Args:
-        command, options: of the job.
-        cwd: where it would run.
-        earlier: commands that have ended before.
     """
     if not command.is_own:
         return

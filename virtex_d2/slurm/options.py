@@ -249,7 +249,6 @@ def check_table(
     """Options out of a TOML table; a number may stand for that of GPUs.
 
     Args:
-        table: keys and values.
         where: its file and place, for messages.
         others: keys that may stand there, too, but that are not options: to name the nearest.
     """
@@ -334,7 +333,6 @@ def read_pipeline(path: Path, site: Mapping[str, Any], given: Mapping[str, Any])
     """The stages of a file, in its order.
 
     Args:
-        path: the TOML file.
         site: options that hold where the file says nothing.
         given: options of the command line, which hold for every stage whatever the file says.
     """

@@ -169,7 +169,6 @@ def stage_jobs(
     Args:
         stages: in order. One without a name is a command line, whose words a shell has read.
         folder: of the pipeline; it is not made.
-        cwd, root: as `Job`.
     """
     jobs: list[tuple[Stage, Job]] = []
     for stage in stages:

@@ -125,10 +125,7 @@ def finish(
     """Begin the axes at zero, and label each line at its end, apart from its neighbours.
 
     Args:
-        axes: with the lines drawn.
         labels: (value at the end, text, colour); the value is put below a text of one line.
-        number: how to.
-        least_height: of the axis.
     """
     axes.set_xlabel("iteration")
     axes.margins(x=0.02)

@@ -36,10 +36,8 @@ def write_page(path: Path, title: str, body: str, css: str = "") -> None:
     """Write a page, atomically.
 
     Args:
-        path: of the HTML file.
         title: plain text.
         body: HTML, such as `render` gives.
-        css: rules in addition to those of all pages.
     """
     write_text(path, render("page.html", title=title, body=Markup(body), css=Markup(css)))
 

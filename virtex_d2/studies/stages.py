@@ -138,7 +138,6 @@ def claim_output(output: Path, kind: str, settings: Mapping[str, Any]) -> None:
     """Make `output` the folder of this piece of work, or make sure that it is already.
 
     Args:
-        output: the folder.
         kind: what it is, for people and for the name of its record: "demo".
         settings: what may not change between two calls.
     """

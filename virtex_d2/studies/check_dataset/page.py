@@ -27,7 +27,6 @@ def page(checked: Checked, refused: bool = False) -> str:
     """Counts, class histogram, and problems with the first records of each kind.
 
     Args:
-        checked: the data set.
         refused: whether training would not start, for a reason that is told elsewhere.
     """
     facts = summary(checked)

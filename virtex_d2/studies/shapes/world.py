@@ -245,10 +245,8 @@ def rasterize(
     """Make the mask of a shape: (size, size) bool, true where a pixel's centre is inside.
 
     Args:
-        name: one of CLASSES.
         center: (x, y) in pixels.
         radius: in pixels.
-        degrees: turn, clockwise.
         size: side of the image in pixels.
     """
     cos, sin = _COS[degrees % 360], _SIN[degrees % 360]

@@ -125,8 +125,6 @@ def grid(panels: Sequence[tuple[str, np.ndarray]], columns: int, heading: str = 
 
     Args:
         panels: (title, (h, w, 3) uint8 RGB). Places are of the widest and the row's highest image.
-        columns: how many in a row.
-        heading: a line above all.
     """
     columns = max(1, min(columns, len(panels)))
     width = max(image.shape[1] for _, image in panels)

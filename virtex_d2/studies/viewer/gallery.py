@@ -103,8 +103,6 @@ def show(table: AnnotationTable, args: argparse.Namespace, cfg: CfgNode | None =
     """Write pictures and a page, and print what came out.
 
     Args:
-        table: the truth.
-        args: of `parse_args`.
         cfg: of the detector that predicts where --weights is given.
 
     Returns:

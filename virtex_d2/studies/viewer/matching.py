@@ -57,8 +57,6 @@ def objects(
     Objects of no class of the data set are left out, too, unless they are marked as broken.
 
     Args:
-        table: the data set.
-        rows: their indices.
         size: (height, width) of the image in pixels.
         broken: names of the records to mark as broken.
     """
@@ -190,13 +188,10 @@ def judge(
     """Match the predictions of all images.
 
     Args:
-        table: the data set.
         predictions: of each detector, for each image.
         threshold: IoU from which a prediction is right.
-        by: "bbox" or "segm".
         classes: category ids; objects and predictions of others are left out, and images without
             any. None: all.
-        images: indices of the images; None: all.
     """
 
     def wanted(items: Sequence[Instance]) -> list[Instance]:

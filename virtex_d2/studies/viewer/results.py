@@ -32,7 +32,6 @@ def read_results(path: str, table: AnnotationTable, threshold: float) -> list[li
     Args:
         path: a JSON list of {"image_id", "category_id", "bbox" [x, y, width, height], "score"} and,
             with masks, "segmentation".
-        table: the data set that was predicted on.
         threshold: predictions below this score are left out, after they were checked.
 
     Returns:
@@ -86,8 +85,6 @@ def predict(
 
     Args:
         cfg: with the preprocessing of the weights, MODEL.DEVICE and norms resolved.
-        dataset_name: registered.
-        weights: of the whole detector.
         only: ids of the images; None: all.
 
     Returns:
