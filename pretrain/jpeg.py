@@ -70,33 +70,10 @@ class NotPlainError(Exception):
     """Not a JPEG that this module decodes as Pillow would."""
 
 
-class JpegPicture:
-    """A picture in a plain JPEG.
-
-    Args:
-        data: the file.
-
-    Raises:
-        NotPlainError: it is no plain JPEG.
-    """
-
-    def __init__(self, data: bytes):
-        self._data = data
-        self._jpeg = Jpeg(data)
-        self.size = self._jpeg.size
-
-    def crop(self, box: Box, side: int, flip: bool = False) -> np.ndarray:
-        try:
-            return _square(self._jpeg.crop(box, side), side, flip)
-        except NotPlainError:  # cut short, or damaged: Pillow says which, and decodes the latter
-            return DecodedPicture(read_image(io.BytesIO(self._data))).crop(box, side, flip)
-
-
 def open_picture(file: str | BinaryIO, smallest_side: int) -> Picture:
     """An image file of any kind that Pillow reads.
 
     Args:
-        file: its path, or its bytes as a stream.
         smallest_side: pixels that no side may fall below, where the image is reduced.
 
     Raises:
@@ -108,7 +85,7 @@ def open_picture(file: str | BinaryIO, smallest_side: int) -> Picture:
     else:
         data = file.read()
     try:
-        return JpegPicture(data)
+        return Jpeg(data)
     except NotPlainError:
         return DecodedPicture(read_image(io.BytesIO(data), smallest_side))
 
@@ -142,60 +119,48 @@ _scratch = _Scratch()
 
 @dataclass(frozen=True)
 class _Header:
-    """Of a JPEG with 8 bits, in grey or three colours, stored upright.
+    """Of a JPEG with 8 bits, in grey or three colours, stored upright."""
 
-    Attributes:
-        width, height: pixels.
-        frame: where its start-of-frame segment's content begins; height and width follow a byte.
-        mcu: width and height of what is encoded together (minimum coded unit), pixels.
-        interval: MCUs from one restart marker to the next; 0 without markers.
-        scan: where entropy-coded data begins, if there is one scan of all colours; else 0.
-    """
-
+    # width, height: pixels
     width: int
     height: int
-    frame: int
+    frame: int  # where its start-of-frame segment's content begins; height and width follow a byte
+    # width and height of what is encoded together (minimum coded unit), pixels
     mcu: tuple[int, int]
-    interval: int
-    scan: int
+    interval: int  # MCUs from one restart marker to the next; 0 without markers
+    scan: int  # where entropy-coded data begins, if there is one scan of all colours; else 0
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A JPEG of a part of the image: where that begins, and its size.
-
-    Attributes:
-        strict: whether to refuse what libjpeg only warns of.
-    """
+    """A JPEG of a part of the image: where that begins, and its size."""
 
     data: bytes
     left: int
     top: int
     width: int
     height: int
-    strict: bool = True
+    strict: bool = True  # whether to refuse what libjpeg only warns of
 
 
 class Jpeg:
-    """A plain JPEG of which crops are decoded.
-
-    Args:
-        data: the file.
-
-    Raises:
-        NotPlainError: it is none.
-    """
+    """A picture in a plain JPEG; others raise `NotPlainError`."""
 
     def __init__(self, data: bytes):
         self._data = data
         self._header = _read_header(data)
         self.size = self._header.width, self._header.height
 
-    def crop(self, box: Box, side: int) -> np.ndarray:
-        """A part of the image, at full or reduced size.
+    def crop(self, box: Box, side: int, flip: bool = False) -> np.ndarray:
+        try:
+            return _square(self.pixels(box, side), side, flip)
+        except NotPlainError:  # cut short, or damaged: Pillow says which, and decodes the latter
+            return DecodedPicture(read_image(io.BytesIO(self._data))).crop(box, side, flip)
+
+    def pixels(self, box: Box, side: int) -> np.ndarray:
+        """Decode a part of the image, at full or reduced size.
 
         Args:
-            box: of the part.
             side: pixels that width and height of the part must keep, if they have as many.
 
         Returns:

@@ -11,7 +11,6 @@ from detectron2.utils.collect_env import collect_env_info
 
 from benchmarks.measuring import machine
 from virtex_d2.engine import compat
-from virtex_d2.engine.files import free_bytes
 
 from .step import Step
 
@@ -60,7 +59,7 @@ def run(step: Step) -> None:
     _bridges(step)
     step.limit("/dev/shm", shutil.disk_usage("/dev/shm").free / 2**30, "GiB free",
                least=MEMORY_FOR_WORKERS / 2**30)  # fmt: skip
-    free = free_bytes(step.folder)
+    free = shutil.disk_usage(step.folder).free
     step.check("room for checkpoints", free > 8 << 30, f"{free / 2**30:.0f} GiB free")
     step.headline(f"{found['device']}, torch {torch.__version__}, Python "
                   f"{platform.python_version()}, detectron2 {detectron2.__version__}")  # fmt: skip

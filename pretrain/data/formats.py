@@ -66,25 +66,15 @@ _KARPATHY_IDS = ("cocoid", "imgid", "filename")
 
 @dataclass(frozen=True)
 class Source:
-    """Where captions and images are.
+    """Where captions and images are."""
 
-    Attributes:
-        format: a name in `FORMATS`.
-        captions: the annotation file; for "folder" the folder of texts, for "webdataset" shards.
-        images: the folder that the annotations' image paths are relative to.
-        split: which part, in the formats of `SPLIT_FORMATS`.
-        index_dir: where an index of shards is kept.
-        max_skipped_share: the fraction of shards' samples that may be unusable.
-        caption_key: where captions are, in the formats of `KEYED_FORMATS`; "" is where they
-            usually are.
-    """
-
-    format: str
-    captions: str
-    images: str = ""
-    split: str = ""
-    index_dir: str = "."
-    max_skipped_share: float = 0.01
+    format: str  # a name in `FORMATS`
+    captions: str  # the annotation file; for "folder" the folder of texts, for "webdataset" shards
+    images: str = ""  # the folder that the annotations' image paths are relative to
+    split: str = ""  # which part, in the formats of `SPLIT_FORMATS`
+    index_dir: str = "."  # where an index of shards is kept
+    max_skipped_share: float = 0.01  # the fraction of shards' samples that may be unusable
+    # where captions are, in the formats of `KEYED_FORMATS`; "" is where they usually are
     caption_key: str = ""
 
     @property
@@ -175,7 +165,6 @@ def load_karpathy_captions(path: Path, image_root: Path, split: str) -> Records:
     """Read a file as dataset_coco.json (Karpathy and Fei-Fei, CVPR 2015).
 
     Args:
-        path: the annotation file.
         image_root: the folder that `filepath`/`filename` is relative to.
         split: names of splits joined by "+", for example "train+restval".
 
@@ -303,7 +292,6 @@ def load_csv_captions(path: Path, image_root: Path, caption_key: str = "") -> Re
     (RFC 4180). With a header line, the columns are found by their names and there may be others.
 
     Args:
-        path: the table.
         image_root: the folder that image paths are relative to.
         caption_key: the caption's column; "" is the one of a known name.
 
@@ -332,8 +320,6 @@ def load_flickr_captions(
     """Read captions.txt, Flickr8k.token.txt, results_20130124.token or results.csv.
 
     Args:
-        path: the caption file.
-        image_root: the folder of all images.
         split: a text file that names the images to take, one a line, with or without suffix (such
             as Flickr_8k.trainImages.txt); "" takes all.
         caption_key: the caption's column, where commas part them; "" is one of a known name.

@@ -5,9 +5,10 @@ row, from the l-th on. A lane shuffles its samples in blocks. What a lane gives 
 (seed, lane) alone, and a cursor says where in it one is.
 """
 
+import functools
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,45 +25,26 @@ Failures = list[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where a lane is.
+    """Where a lane is."""
 
-    Attributes:
-        shard: number of shards that it has read to their ends, when its block began.
-        sample: number of samples of the next shard that it had read then.
-        block: number of blocks that it has given.
-        taken: number of samples that it has given of the next one.
-    """
-
-    shard: int = 0
-    sample: int = 0
-    block: int = 0
-    taken: int = 0
+    shard: int = 0  # number of shards that it has read to their ends, when its block began
+    sample: int = 0  # number of samples of the next shard that it had read then
+    block: int = 0  # number of blocks that it has given
+    taken: int = 0  # number of samples that it has given of the next one
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What all lanes know: the shards and how they are read.
+    """What all lanes know: the shards and how they are read."""
 
-    Attributes:
-        shards: names, such as "pipe:cat a.tar".
-        lanes: at most as many as there are shards.
-        block: samples that a lane shuffles at a time, and holds, still encoded.
-        seed: of the orders of shards and samples.
-        fraction: of the samples, chosen by their keys.
-        captions_per_image: at most so many of each, chosen by key and number; 0 keeps all.
-        subset_seed: of both choices: smaller sets lie inside larger ones.
-        caption_key: of the captions in samples' JSON; "" is "caption".
-    """
-
-    shards: tuple[str, ...]
-    lanes: int
-    block: int = 100
-    seed: int = 0
-    fraction: float = 1.0
-    captions_per_image: int = 0
-    subset_seed: int = 0
-    caption_key: str = ""
-    _orders: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    shards: tuple[str, ...]  # names, such as "pipe:cat a.tar"
+    lanes: int  # at most as many as there are shards
+    block: int = 100  # samples that a lane shuffles at a time, and holds, still encoded
+    seed: int = 0  # of the orders of shards and samples
+    fraction: float = 1.0  # of the samples, chosen by their keys
+    captions_per_image: int = 0  # at most so many of each, chosen by key and number; 0 keeps all
+    subset_seed: int = 0  # of both choices: smaller sets lie inside larger ones
+    caption_key: str = ""  # of the captions in samples' JSON; "" is "caption"
 
     @property
     def held(self) -> int:
@@ -72,11 +54,7 @@ class Plan:
     def shard(self, ordinal: int) -> str:
         """A shard of the endless row."""
         cycle, place = divmod(ordinal, len(self.shards))
-        if cycle not in self._orders:
-            self._orders.clear()
-            rng = generator(self.seed, Stream.SHARD_ORDER, cycle)
-            self._orders[cycle] = rng.permutation(len(self.shards))
-        return self.shards[self._orders[cycle][place]]
+        return self.shards[_shard_order(self.seed, cycle, len(self.shards))[place]]
 
     def shuffled(self, block: list, lane: int, number: int) -> list:
         """A lane's block in the order in which it is given."""
@@ -98,14 +76,13 @@ class Plan:
         return int.from_bytes(hashlib.blake2b(content, digest_size=6).digest(), "big") / 2**48
 
 
-class Lane:
-    """One lane, from a cursor on.
+@functools.lru_cache(maxsize=2)
+def _shard_order(seed: int, cycle: int, count: int) -> np.ndarray:
+    return generator(seed, Stream.SHARD_ORDER, cycle).permutation(count)
 
-    Args:
-        number: from 0 on, below `plan.lanes`.
-        plan: what is read.
-        cursor: where to go on; `lane.cursor` of an earlier one.
-    """
+
+class Lane:
+    """One lane, from a cursor on."""
 
     def __init__(self, number: int, plan: Plan, cursor: Cursor):
         self.cursor = cursor

@@ -19,7 +19,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from pretrain.data.order import Stream, generator, order_of
 from pretrain.data.records import CaptionRecord, offsets
@@ -43,22 +43,15 @@ Failures = list[tuple[str, str]]
 
 @dataclass(frozen=True, eq=False)
 class Visit:
-    """An image at its turn.
+    """An image at its turn."""
 
-    Attributes:
-        record: the image and what is said of it.
-        index: of the record; None in a stream, which has no numbers.
-        image: in training `size` and `crop(box, side, flip)`, decoded when it is called; in
-            validation the whole RGB image.
-        position: of the sample; in validation that of the image's first one.
-        seed: of the run.
-    """
-
-    record: CaptionRecord
-    index: int | None
+    record: CaptionRecord  # the image and what is said of it
+    index: int | None  # of the record; None in a stream, which has no numbers
+    # in training `size` and `crop(box, side, flip)`, decoded when it is called; in validation the
+    # whole RGB image
     image: Picture | Image.Image
-    position: int
-    seed: int
+    position: int  # of the sample; in validation that of the image's first one
+    seed: int  # of the run
 
     def rng(self, stream: Stream = Stream.SAMPLE, number: int = 0) -> np.random.Generator:
         """Random numbers for one purpose; in validation of the image's sample `number`."""
@@ -157,8 +150,6 @@ class TrainSet(_Images):
 
     Args:
         records: `MixedRecords` are drawn by their weights; empty for a stream.
-        samples: what is made of an image.
-        seed: not negative.
     """
 
     def __init__(self, records: Sequence[CaptionRecord], samples: Samples, seed: int = 0):
@@ -298,19 +289,19 @@ class ImageLoader(DataLoader):
             yield batch
 
 
-class _Positions(Sampler):
+@dataclass(frozen=True)
+class _Positions:
     """The positions of one process, an iteration after the other, without an end."""
 
-    def __init__(self, batch_size_total: int, start_iteration: int, rank: int, world_size: int):
-        self._batch_size_total = batch_size_total
-        self._start_iteration = start_iteration
-        self._rank = rank
-        self._world_size = world_size
+    batch_size_total: int
+    start_iteration: int
+    rank: int
+    world_size: int
 
     def __iter__(self) -> Iterator[list[int]]:
-        for iteration in itertools.count(self._start_iteration):
-            first = iteration * self._batch_size_total
-            yield list(range(first + self._rank, first + self._batch_size_total, self._world_size))
+        for iteration in itertools.count(self.start_iteration):
+            first = iteration * self.batch_size_total
+            yield list(range(first + self.rank, first + self.batch_size_total, self.world_size))
 
 
 def build_train_loader(
@@ -323,11 +314,8 @@ def build_train_loader(
     """Load endless batches of this process.
 
     Args:
-        train: makes the samples.
         batch_size_total: over all processes.
         start_iteration: the number of iterations done.
-        num_workers: 0 loads in this process.
-        pin: whether batches lie in pinned memory, for a GPU.
     """
     rank, world_size = comm.get_rank(), comm.get_world_size()
     return ImageLoader(

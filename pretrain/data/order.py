@@ -4,6 +4,7 @@ Orders are epochs of one source, or several mixed by weights. All random numbers
 purpose, place), none from a history.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
 
@@ -36,21 +37,13 @@ def generator(seed: int, stream: Stream, *place: int) -> np.random.Generator:
     """Make the generator of one place (a position, an epoch, a lane and its block, ...).
 
     Args:
-        seed: of the run, not negative.
-        stream: what the numbers are for.
         place: not negative; always as many for a stream, because numpy takes missing ones for 0.
     """
     return np.random.default_rng([seed, int(stream), *place])
 
 
 class Epochs:
-    """Position -> image: one source's images, in an order that changes with each epoch.
-
-    Args:
-        size: images.
-        seed: of the orders.
-        source: its number; orders of sources differ.
-    """
+    """Position -> image: one source's images, in an order that changes with each epoch."""
 
     def __init__(self, size: int, seed: int, source: int = 0):
         self._size = size
@@ -78,36 +71,29 @@ class Mixture:
 
     Each stretch of `BLOCK` positions has every source in its exact share, in an order that follows
     from (seed, stretch). A source's n-th turn is position n of its own epochs.
-
-    Args:
-        sizes: images of each source.
-        weights: positive, one for each source.
-        seed: of all orders.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int):
         self._sources = [Epochs(size, seed, source) for source, size in enumerate(sizes)]
-        self._quotas = quotas(weights)
+        self._quotas = tuple(quotas(weights))
         self._firsts = np.concatenate([[0], np.cumsum(sizes)])[:-1].tolist()
         self._seed = seed
-        self._stretch: tuple[int, np.ndarray] | None = None
 
     def candidates(self, position: int) -> Iterator[int]:
         """The image of a position, then its replacements from the same source."""
         stretch, place = divmod(position, BLOCK)
-        turns = self._turns(stretch)
+        turns = _turns(self._seed, stretch, self._quotas)
         source = turns[place]
         own = stretch * self._quotas[source] + int((turns[:place] == source).sum())
         first = self._firsts[source]
         return (first + image for image in self._sources[source].candidates(own))
 
-    def _turns(self, stretch: int) -> np.ndarray:
-        """(BLOCK,) the source of each position; the last stretch is kept."""
-        if self._stretch is None or self._stretch[0] != stretch:
-            in_order = np.repeat(np.arange(len(self._quotas)), self._quotas)
-            rng = generator(self._seed, Stream.MIXTURE, stretch)
-            self._stretch = stretch, rng.permutation(in_order)
-        return self._stretch[1]
+
+@functools.lru_cache(maxsize=2)
+def _turns(seed: int, stretch: int, shares: tuple[int, ...]) -> np.ndarray:
+    """(BLOCK,) the source of each position."""
+    in_order = np.repeat(np.arange(len(shares)), shares)
+    return generator(seed, Stream.MIXTURE, stretch).permutation(in_order)
 
 
 def quotas(weights: Sequence[float]) -> list[int]:

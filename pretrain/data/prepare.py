@@ -7,7 +7,6 @@ is taken up by the next. Imports no torch, which every process of the pool would
 
 import dataclasses
 import io
-import json
 import logging
 import os
 import shutil
@@ -26,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.files import TEMPORARY_PREFIX, atomic_path
+from virtex_d2.engine.files import TEMPORARY_PREFIX, atomic_path, read_json, write_json
 from virtex_d2.engine.images import image_suffix, images_in, read_image
 from virtex_d2.engine.parent import end_with_parent
 
@@ -40,16 +39,12 @@ _CHUNK = 8  # images that a process takes at a time
 
 @dataclass(frozen=True)
 class Settings:
-    """How images are prepared.
+    """How images are prepared."""
 
-    Attributes:
-        shorter_side: pixels; images whose shorter side has no more are copied as they are, as are
-            those so long that their format could not hold the result.
-        quality: of JPEG, as libjpeg counts it.
-    """
-
+    # pixels; images whose shorter side has no more are copied as they are, as are those so long
+    # that their format could not hold the result
     shorter_side: int = 320
-    quality: int = 90
+    quality: int = 90  # of JPEG, as libjpeg counts it
 
     def __post_init__(self):
         if self.shorter_side < 1:
@@ -62,20 +57,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an image.
+    """What became of an image."""
 
-    Attributes:
-        name: relative to the folder.
-        what: "resized", "copied", "unreadable", or "already": it was there and up to date.
-        bytes_before, bytes_after: of its file.
-        reason: why it is unreadable.
-    """
-
-    name: str
-    what: str
+    name: str  # relative to the folder
+    what: str  # "resized", "copied", "unreadable", or "already": it was there and up to date
+    # bytes_before, bytes_after: of its file
     bytes_before: int = 0
     bytes_after: int = 0
-    reason: str = ""
+    reason: str = ""  # why it is unreadable
 
 
 def prepare_folder(
@@ -86,8 +75,6 @@ def prepare_folder(
     Args:
         source: the folder; it is only read.
         dest: gets the same names. May hold what an earlier run of the same settings has left.
-        settings: size and quality.
-        workers: processes.
     """
     from virtex_d2.engine.lock import RunLock  # imports torch
 
@@ -117,7 +104,7 @@ def prepare_folder(
                 *(dest, len(gone), source, ", ".join(gone[:3])),
             )
         manifest = {**_FORMAT, "settings": dataclasses.asdict(settings), "source": source}
-        _write_manifest(dest, {**manifest, "finished": False})
+        write_json(os.path.join(dest, MANIFEST), {**manifest, "finished": False})
         outcomes = []
         for outcome in tqdm(
             _prepared(names, source, dest, settings, workers),
@@ -133,9 +120,8 @@ def prepare_folder(
                 logger.warning("%s: it is left out: %s", outcome.name, outcome.reason)
         unreadable = [outcome.name for outcome in outcomes if outcome.what == "unreadable"]
         counts = Counter(outcome.what for outcome in outcomes)
-        _write_manifest(
-            dest, {**manifest, "finished": True, "counts": counts, "unreadable": unreadable}
-        )
+        manifest |= {"finished": True, "counts": counts, "unreadable": unreadable}
+        write_json(os.path.join(dest, MANIFEST), manifest)
     finally:
         lock.release()
     return outcomes
@@ -148,11 +134,6 @@ def prepare_image(name: str, source: str, dest: str, settings: Settings) -> Outc
     a restart marker after each block of pixels, so that crops can be decoded by themselves
     (`pretrain.jpeg`); other kinds stay what their name says. Smaller images are copied as they are.
     What has been written is decoded before it appears.
-
-    Args:
-        name: of the image, relative to both folders.
-        source, dest: the folders.
-        settings: size and quality.
     """
     origin, result = os.path.join(source, name), os.path.join(dest, name)
     try:
@@ -211,13 +192,8 @@ def _check_folder(dest: Path, settings: Settings) -> None:
                 "in it. Choose another."
             )
         return
-    try:
-        manifest = json.loads((dest / MANIFEST).read_text(encoding="utf-8"))
-        found = {key: manifest.get(key) for key in _FORMAT}
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"{dest / MANIFEST}: expected a JSON object ({error}). Choose another folder."
-        ) from error
+    manifest = read_json(dest / MANIFEST)
+    found = {key: manifest.get(key) for key in _FORMAT}
     if found != _FORMAT:
         raise InputError(
             f"{dest / MANIFEST}: expected {_FORMAT}, found {found}. Choose another folder."
@@ -245,11 +221,6 @@ def _clean(dest: str) -> set[str]:
             elif image_suffix(file):
                 there.add(os.path.relpath(path, dest))
     return there
-
-
-def _write_manifest(dest: str, manifest: dict) -> None:
-    with atomic_path(os.path.join(dest, MANIFEST)) as temporary:
-        temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 def _prepared(

@@ -18,6 +18,7 @@ import numpy as np
 
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import read_text
+from virtex_d2.engine.images import missing_files, names_in
 
 Path = str | os.PathLike
 INT64 = range(-(2**63), 2**63)
@@ -34,18 +35,13 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class CaptionRecord:
-    """One image and what people said of it.
+    """One image and what people said of it."""
 
-    Attributes:
-        image_id: as in the annotation file; the name or the key where the format has no ids.
-        file_name: absolute path of the image, or `shard.tar/key.jpg`.
-        captions: none of them blank; of images alone there are none.
-        content: where a shard's image lies, or its bytes; None for a file of its own.
-    """
-
+    # as in the annotation file; the name or the key where the format has no ids
     image_id: int | str
-    file_name: str
-    captions: tuple[str, ...]
+    file_name: str  # absolute path of the image, or `shard.tar/key.jpg`
+    captions: tuple[str, ...]  # none of them blank; of images alone there are none
+    # where a shard's image lies, or its bytes; None for a file of its own
     content: Span | bytes | None = None
 
     def image_file(self) -> str | io.BytesIO:
@@ -65,16 +61,12 @@ class CaptionRecord:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PackedText(Sequence[str]):
-    """Texts in one buffer, read one at a time.
+    """Texts in one buffer, read one at a time."""
 
-    Attributes:
-        buffer: (bytes,) uint8, the texts in UTF-8; halves of surrogate pairs, which JSON can hold,
-            are encoded as if they were characters.
-        offsets: (number of texts + 1,) int64, where each begins.
-    """
-
+    # (bytes,) uint8, the texts in UTF-8; halves of surrogate pairs, which JSON can hold, are
+    # encoded as if they were characters
     buffer: np.ndarray
-    offsets: np.ndarray
+    offsets: np.ndarray  # (number of texts + 1,) int64, where each begins
 
     @classmethod
     def pack(cls, texts: Iterable[str]) -> "PackedText":
@@ -104,24 +96,16 @@ class PackedText(Sequence[str]):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Records(Sequence[CaptionRecord]):
-    """A sequence of `CaptionRecord`, made as they are asked for.
+    """A sequence of `CaptionRecord`, made as they are asked for."""
 
-    Attributes:
-        ids: (images,) int64, or each id as JSON where they are text.
-        names: of the images, relative to `roots`.
-        captions: of all images, an image's side by side.
-        firsts: (images + 1,) int64, each image's first caption.
-        roots: folders of images, or tar shards.
-        root_of: (images,) int32, each image's root; None where there is one for all.
-        spans: (images, 2) int64, offset and size of each image in its shard; None for files.
-    """
-
-    ids: np.ndarray | PackedText
-    names: PackedText
-    captions: PackedText
-    firsts: np.ndarray
-    roots: PackedText
+    ids: np.ndarray | PackedText  # (images,) int64, or each id as JSON where they are text
+    names: PackedText  # of the images, relative to `roots`
+    captions: PackedText  # of all images, an image's side by side
+    firsts: np.ndarray  # (images + 1,) int64, each image's first caption
+    roots: PackedText  # folders of images, or tar shards
+    # (images,) int32, each image's root; None where there is one for all
     root_of: np.ndarray | None = None
+    # (images, 2) int64, offset and size of each image in its shard; None for files
     spans: np.ndarray | None = None
 
     @classmethod
@@ -217,10 +201,8 @@ def take_fraction(
     image is one of its two. Which captions an image keeps does not depend on the fraction.
 
     Args:
-        records: all.
         fraction: of the images, rounded to the nearest number.
         captions_per_image: at most so many of each; 0 keeps all.
-        seed: of the order, not negative.
     """
     check_subset(fraction, captions_per_image)
     if fraction == 1 and captions_per_image == 0:
@@ -303,20 +285,10 @@ def refuse(path: Path, found: Iterable[str], what: str, what_to_do: str) -> None
 def packed(
     ids: Sequence[int | str], names: list[str], captions: list[list[str]], path: Path, root: Path
 ) -> Records:
-    """Pack records, all of whose images are on the disk.
-
-    One listing a folder, not one question an image: network file systems are slow to ask.
-    """
+    """Pack records, all of whose images are on the disk."""
     require_folder(root, f"the images of {path}")
     root = os.path.abspath(root)
-    present: dict[str, set[str]] = {}
-    absent = []
-    for name in names:
-        folder, base = os.path.split(name)
-        if folder not in present:
-            present[folder] = _names_in(os.path.join(root, folder))
-        if base not in present[folder]:
-            absent.append(name)
+    absent = [names[i] for i in missing_files(os.path.join(root, name) for name in names)]
     advice = "Check the folder of images, or remove them from the file."
     for name in absent[:10]:
         if near := near_name(name, root):
@@ -343,7 +315,7 @@ def near_name(name: str, root: Path) -> str:
     `root` itself; "" where there is none."""
     folder, base = os.path.split(name)
     for place in dict.fromkeys((folder, "")):
-        for other in sorted(_names_in(os.path.join(root, place))):
+        for other in sorted(names_in(os.path.join(root, place))):
             if plain_name(other) == plain_name(base):
                 return os.path.join(place, other)
     return ""
@@ -353,13 +325,3 @@ def plain_name(name: str) -> str:
     """Strip a file's name of case, suffix, leading zeros, quotes and Unicode form."""
     name = unicodedata.normalize("NFC", name).casefold().strip(" \"'")
     return os.path.splitext(name)[0].lstrip("0") or "0"
-
-
-def _names_in(folder: str) -> set[str]:
-    """Names in a folder; none where there is no such folder."""
-    try:
-        return set(os.listdir(folder))
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null byte in it
-        return set()
-    except OSError as error:
-        raise InputError(f"{folder}: the folder cannot be read: {error.strerror}.") from error

@@ -279,7 +279,6 @@ def load_shards(
 
     Args:
         captions: which shards: see `list_shards`.
-        index_dir: where the index is, or is written.
         max_skipped_share: the fraction of samples that may lack image or caption, or be cut off.
         caption_key: of the captions in samples' JSON; "" is "caption".
     """

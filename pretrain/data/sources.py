@@ -9,16 +9,9 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
+from pretrain.data import loader
 from pretrain.data.formats import IMAGES_ALONE, KEYED_FORMATS, SPLIT_FORMATS, Source, load_records
 from pretrain.data.lanes import Plan
-from pretrain.data.loader import (
-    ImageLoader,
-    Samples,
-    TrainSet,
-    ValSet,
-    build_train_loader,
-    build_val_loader,
-)
 from pretrain.data.order import quotas
 from pretrain.data.records import (
     CaptionRecord,
@@ -39,23 +32,23 @@ logger = logging.getLogger(__name__)
 class Data:
     """What a run trains and validates on."""
 
-    samples: Samples  # of both sets
-    train: TrainSet | None  # None to evaluate only
-    val: ValSet | None
+    samples: loader.Samples  # of both sets
+    train: loader.TrainSet | None  # None to evaluate only
+    val: loader.ValSet | None
     stream: ImageStream | None = None  # where `train` gets its images from, if it has no records
 
-    def train_loader(self, cfg: CfgNode, start_iteration: int) -> ImageLoader | StreamLoader:
+    def train_loader(self, cfg: CfgNode, start_iteration: int) -> loader.ImageLoader | StreamLoader:
         """Endless training batches of this process, from an iteration on."""
         pin = cfg.MODEL.DEVICE.startswith("cuda")
         sizes = (cfg.SOLVER.IMS_PER_BATCH, start_iteration, cfg.DATA.NUM_WORKERS, pin)
         if self.stream is not None:
             return StreamLoader(self.train, self.stream, *sizes)
-        return build_train_loader(self.train, *sizes)
+        return loader.build_train_loader(self.train, *sizes)
 
-    def val_loader(self, cfg: CfgNode) -> ImageLoader:
+    def val_loader(self, cfg: CfgNode) -> loader.ImageLoader:
         """This process's share of the validation samples."""
         pin = cfg.MODEL.DEVICE.startswith("cuda")
-        return build_val_loader(self.val, cfg.TEST.IMS_PER_BATCH, cfg.DATA.NUM_WORKERS, pin)
+        return loader.build_val_loader(self.val, cfg.TEST.IMS_PER_BATCH, cfg.DATA.NUM_WORKERS, pin)
 
     def identity(self) -> dict[str, Any]:
         """What a run that goes on must find again. Data may have moved: no paths, but numbers."""
@@ -68,13 +61,12 @@ class Data:
 
 def open_data(
     cfg: CfgNode,
-    build_samples: Callable[[CfgNode, Sequence | None, Sequence], Samples],
+    build_samples: Callable[[CfgNode, Sequence | None, Sequence], loader.Samples],
     with_training_data: bool = True,
 ) -> Data:
     """Open what the config names.
 
     Args:
-        cfg: of `pretrain.config.get_pretrain_cfg`.
         build_samples: of `pretrain.methods.method.Method`.
         with_training_data: False to evaluate only; then no training data is opened.
     """
@@ -84,8 +76,8 @@ def open_data(
     samples = build_samples(cfg, train, val)
     return Data(
         samples,
-        TrainSet(train or [], samples, cfg.SEED) if with_training_data else None,
-        ValSet(val, samples, cfg.SEED) if val else None,
+        loader.TrainSet(train or [], samples, cfg.SEED) if with_training_data else None,
+        loader.ValSet(val, samples, cfg.SEED) if val else None,
         None if plan is None else ImageStream(plan),
     )
 
@@ -105,7 +97,8 @@ def stream_plan(cfg: CfgNode) -> Plan | None:
     """How to read the training data, where it comes from pipes; None where it does not."""
     data = cfg.DATA
     _, sources = training_sources(cfg)
-    piped = [source for source in sources if source.format == "webdataset" and _piped(source)]
+    shards = [source for source in sources if source.format == "webdataset"]
+    piped = [source for source in shards if is_pipe(list_shards(source.captions)[0])]
     if not piped:
         return None
     name = piped[0].captions
@@ -133,10 +126,6 @@ def stream_plan(cfg: CfgNode) -> Plan | None:
         data.SUBSET_SEED,
         data.CAPTION_KEY,
     )
-
-
-def _piped(source: Source) -> bool:
-    return is_pipe(list_shards(source.captions)[0])
 
 
 def has_validation(cfg: CfgNode) -> bool:

@@ -11,7 +11,7 @@ is needed to go on.
 import hashlib
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
@@ -149,6 +149,7 @@ def _unchanged(part: Part) -> Part:
     return part
 
 
+@dataclass(eq=False)
 class _StreamParts(IterableDataset):
     """In each worker: the positions of its lanes, an iteration after the other.
 
@@ -156,39 +157,31 @@ class _StreamParts(IterableDataset):
     iteration.
     """
 
-    def __init__(
-        self,
-        train: TrainSet,
-        stream: ImageStream,
-        start_iteration: int,
-        batch_size_total: int,
-        places: range,
-    ):
-        self._train = train
-        self._stream = stream
-        self._start_iteration = start_iteration
-        self._batch_size_total = batch_size_total
-        self._places = places  # of this process, within the batch
+    train: TrainSet
+    stream: ImageStream
+    start_iteration: int
+    batch_size_total: int
+    places: range  # of this process, within the batch
 
     def __iter__(self) -> Iterator[Part]:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        plan, world_size = self._stream.plan, self._places.step
+        plan, world_size = self.stream.plan, self.places.step
         lanes: dict[int, Lane] = {}
-        for iteration in itertools.count(self._start_iteration):
-            first = iteration * self._batch_size_total
+        for iteration in itertools.count(self.start_iteration):
+            first = iteration * self.batch_size_total
             positions, samples = [], []
-            for position in (first + place for place in self._places):
+            for position in (first + place for place in self.places):
                 number = position % plan.lanes
                 if number // world_size % num_workers != worker:
                     continue
                 if number not in lanes:
-                    cursor = self._stream.cursors.get(number, Cursor())
+                    cursor = self.stream.cursors.get(number, Cursor())
                     lanes[number] = Lane(number, plan, cursor)
                 failures = []
                 records = ((None, record) for record in lanes[number].records(failures))
                 positions.append(position)
-                samples.append(self._train.first_usable(position, records, failures))
+                samples.append(self.train.first_usable(position, records, failures))
                 if "position" not in samples[-1]:  # the batch will be refused: say so at once
                     break
             cursors = {p % plan.lanes: lanes[p % plan.lanes].cursor for p in positions}

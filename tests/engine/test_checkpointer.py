@@ -84,8 +84,7 @@ def test_periodic_checkpoints_keep_the_last_ones(tmp_path):
         periodic.step(iteration)
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
     names = ["model_0000003.pth", "model_0000005.pth", "model_final.pth"]
-    files = checkpointer.get_all_checkpoint_files()
-    assert sorted(os.path.basename(file) for file in files) == names
+    assert sorted(path.name for path in tmp_path.glob("*.pth")) == names
 
 
 def test_a_process_that_may_not_save_saves_nothing(tmp_path):

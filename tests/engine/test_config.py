@@ -1,7 +1,7 @@
 import pytest
 from detectron2.config import CfgNode, get_cfg
 
-from virtex_d2.engine.config import load_config
+from virtex_d2.engine.config import load_config, read_config
 from virtex_d2.engine.errors import InputError
 
 
@@ -37,6 +37,7 @@ def test_the_command_line_comes_after_the_file_and_the_file_after_its_base(cfg, 
     assert cfg.MODEL.FREEZE is True
     load_config(cfg, file, ["SOLVER.STEPS", "(4, 5)"])
     assert cfg.SOLVER.STEPS == (4, 5)
+    assert read_config(file) == {"SOLVER": {"BASE_LR": 1.0, "MAX_ITER": 2, "STEPS": [3]}}
 
 
 def test_several_bases_are_merged_in_their_order(cfg, tmp_path):

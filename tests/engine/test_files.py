@@ -48,24 +48,6 @@ class TestAtomicPath:
         assert os.listdir(tmp_path) == (["file.txt"] if before else [])
         assert not before or dest.read_text() == before
 
-    def test_an_existing_file_is_kept_where_overwriting_is_not_asked_for(self, tmp_path):
-        dest = tmp_path / "file.txt"
-        dest.write_text("old")
-        with pytest.raises(InputError, match="exists already"), atomic_path(dest, overwrite=False):
-            pytest.fail("the body must not run")
-        assert dest.read_text() == "old"
-
-    def test_a_file_that_another_process_wrote_meanwhile_is_kept_too(self, tmp_path):
-        dest = tmp_path / "file.txt"
-        with (
-            pytest.raises(InputError, match="exists already"),
-            atomic_path(dest, overwrite=False) as temporary,
-        ):
-            temporary.write_text("mine")
-            dest.write_text("theirs")
-        assert dest.read_text() == "theirs"
-        assert os.listdir(tmp_path) == ["file.txt"]
-
     def test_a_body_that_writes_nothing_is_an_error(self, tmp_path):
         with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "file.txt"):
             pass

@@ -125,7 +125,7 @@ class TestSetupRun:
     def test_the_same_seed_gives_the_same_numbers(self, cfg):
         drawn = []
         for _ in range(2):
-            setup_run(cfg, args(), check_output=False)
+            setup_run(cfg, args())
             drawn.append((random.random(), np.random.rand(), torch.rand(1).item()))
         assert drawn[0] == drawn[1]
 
@@ -173,14 +173,11 @@ class TestSetupRun:
         assert "a wrong program" in log
         assert "a wrong record" not in log
 
-    @pytest.mark.parametrize(
-        ("flags", "check"),
-        [({"resume": True}, True), ({"eval_only": True}, True), ({}, False)],
-    )
-    def test_it_is_used_where_that_is_meant(self, cfg, tmp_path, flags, check):
+    @pytest.mark.parametrize("flag", ["resume", "eval_only"])
+    def test_it_is_used_where_that_is_meant(self, cfg, tmp_path, flag):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "metrics.json").write_text("")
-        setup_run(cfg, args(**flags), check_output=check)
+        setup_run(cfg, args(**{flag: True}))
         assert (tmp_path / "run" / "log.txt").exists()
 
     def test_evaluating_leaves_the_runs_config_as_it_is(self, cfg, tmp_path):

@@ -20,7 +20,7 @@ def _outside_of_slurm(monkeypatch):
     for key in ("SLURM_JOB_END_TIME", "SLURM_JOB_START_TIME", "VIRTEX_TIME_BUDGET"):
         monkeypatch.delenv(key, raising=False)
     yield
-    stopping.stop_watching()
+    stopping._watch = None
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_file_stop_asks_for_one_stop(tmp_path, monkeypatch):
     (tmp_path / "STOP").touch()
     with pytest.raises(StopRequested, match="the file STOP"):
         list(stopping.abandonable([1, 2]))
-    stopping.obeyed()
+    stopping._watch.obeyed()
     assert not (tmp_path / "STOP").exists()
     stopping.watch(str(tmp_path))
     stopping.check()

@@ -82,7 +82,7 @@ def _quick(monkeypatch, tmp_path):
     monkeypatch.setenv("VIRTEX_REQUEUE_MARKER", str(tmp_path / "marker"))
     (tmp_path / "run").mkdir()
     yield
-    stopping.stop_watching()
+    stopping._watch = None
 
 
 def evaluations(folder):

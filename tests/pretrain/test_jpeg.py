@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
-from pretrain.jpeg import DecodedPicture, Jpeg, JpegPicture, NotPlainError, open_picture
+from pretrain.jpeg import DecodedPicture, Jpeg, NotPlainError, open_picture
 from virtex_d2.engine.images import read_image
 
 ALL = 10**6  # a side that no crop has, so that none is reduced
@@ -66,7 +66,7 @@ def test_a_crop_has_the_pixels_of_the_whole_image(kind, mode, data):
     x1, y1 = data.draw(st.integers(x0 + 1, width)), data.draw(st.integers(y0 + 1, height))
     decoded = Jpeg(file)
     assert decoded.size == (width, height)
-    crop = decoded.crop((x0, y0, x1, y1), ALL)
+    crop = decoded.pixels((x0, y0, x1, y1), ALL)
     assert np.array_equal(crop, whole(file)[y0:y1, x0:x1])
 
 
@@ -78,7 +78,7 @@ def test_photographs_have_their_pixels_too(real_data):
         for file in (original, marked):
             width, height = Jpeg(file).size
             x0, y0 = int(rng.integers(width - 50)), int(rng.integers(height - 50))
-            crop = Jpeg(file).crop((x0, y0, x0 + 50, y0 + 50), ALL)
+            crop = Jpeg(file).pixels((x0, y0, x0 + 50, y0 + 50), ALL)
             assert np.array_equal(crop, whole(file)[y0 : y0 + 50, x0 : x0 + 50])
 
 
@@ -101,7 +101,7 @@ def test_between_restart_markers_only_what_the_crop_needs_is_decoded():
 def test_large_crops_are_decoded_at_a_reduced_size_that_is_large_enough(options, side, reduction):
     image = noisy(480, 400)
     box = (33, 47, 33 + 340, 47 + 320)
-    crop = Jpeg(jpeg(image, quality=95, **options)).crop(box, side)
+    crop = Jpeg(jpeg(image, quality=95, **options)).pixels(box, side)
     assert abs(crop.shape[0] - 320 / reduction) <= 1
     assert abs(crop.shape[1] - 340 / reduction) <= 1
     smooth = image.crop(box).resize(crop.shape[1::-1], Image.Resampling.BOX)
@@ -117,7 +117,7 @@ def test_a_reduced_crop_keeps_the_side_and_is_the_whole_images(kind, data):
     x0, y0 = data.draw(st.integers(0, width - 2)), data.draw(st.integers(0, height - 2))
     x1, y1 = data.draw(st.integers(x0 + 1, width)), data.draw(st.integers(y0 + 1, height))
     side = data.draw(st.integers(1, min(x1 - x0, y1 - y0)))
-    crop = Jpeg(file).crop((x0, y0, x1, y1), side).copy()
+    crop = Jpeg(file).pixels((x0, y0, x1, y1), side).copy()
     assert min(crop.shape[:2]) >= side
     reduction = next((r for r in (8, 4, 2) if min(x1 - x0, y1 - y0) >= r * max(side, 8)), 1)
     reduced = simplejpeg.decode_jpeg(
@@ -140,14 +140,14 @@ def test_a_reduced_crop_keeps_the_side_and_is_the_whole_images(kind, data):
 def test_reduced_crops_are_never_empty(options, box):
     file = jpeg(noisy(480, 400), **options)
     for side in (1, 0):
-        assert min(Jpeg(file).crop(box, side).shape[:2]) >= 1
+        assert min(Jpeg(file).pixels(box, side).shape[:2]) >= 1
 
 
 def test_images_decoded_one_after_the_other_have_their_own_pixels():
     """Memory is used again: larger, smaller and larger images, and one too large to be kept."""
     for size in [(64, 48), (640, 480), (16, 16), (2100, 2000), (640, 480)]:
         file = jpeg(noisy(*size))
-        assert np.array_equal(Jpeg(file).crop((0, 0, *size), ALL), whole(file))
+        assert np.array_equal(Jpeg(file).pixels((0, 0, *size), ALL), whole(file))
 
 
 def test_rows_below_the_crop_are_not_decoded():
@@ -200,9 +200,7 @@ def test_what_cannot_be_opened_is_refused_in_pillows_words(file):
 
 
 def test_an_upright_photograph_with_exif_is_a_plain_jpeg():
-    assert isinstance(
-        open_picture(io.BytesIO(jpeg(noisy(60, 40), exif=exif_of(1))), 0), JpegPicture
-    )
+    assert isinstance(open_picture(io.BytesIO(jpeg(noisy(60, 40), exif=exif_of(1))), 0), Jpeg)
 
 
 def test_a_jpeg_of_too_many_pixels_is_left_to_pillow(monkeypatch):
@@ -263,7 +261,7 @@ def test_damage_costs_the_image_where_it_does_with_pillow_and_nowhere_else(kind,
     with contextlib.suppress(OSError):
         found = open_picture(io.BytesIO(bytes(file)), 0).crop(box, 16)
     if expected is None:
-        undamaged = JpegPicture(SEEDS[kind]).crop(box, 16)
+        undamaged = Jpeg(SEEDS[kind]).crop(box, 16)
         assert found is None or np.array_equal(found, undamaged)
     else:
         assert found is not None

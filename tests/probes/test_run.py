@@ -171,7 +171,7 @@ def test_a_probe_stops_where_it_is_asked_to_and_goes_on(probe, folders, tmp_path
     assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_0000004.pth"
     monkeypatch.setattr(ClassifierTrainer, "run_step", step)
     assert "top1" in probe(*options, resume=True)
-    stopping.stop_watching()
+    stopping._watch = None
 
 
 def test_random_crops_follow_from_the_position_and_not_from_the_workers(probe, folders, tmp_path):

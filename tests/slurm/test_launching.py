@@ -43,15 +43,18 @@ def test_a_dry_run_prints_the_scripts_and_leaves_nothing(tool, pipeline, tmp_pat
     assert cluster.squeue("%i") == []
 
 
-def test_stages_wait_for_one_another_also_through_a_requeue(tool, pipeline, tmp_path, cluster):
+def test_stages_wait_for_one_another_also_through_a_requeue(
+    tool, pipeline, tmp_path, cluster, capsys, monkeypatch
+):
+    monkeypatch.setattr("virtex_d2.slurm.follow._LOOK", 0.05)
+    monkeypatch.setattr("virtex_d2.slurm.follow._ASK", 0.2)
     done = tool("--pipeline", pipeline(length=30))
     assert done.returncode == 0, done.stderr
     first, second, third = find_submitted(tmp_path / "output" / "slurm", [])
     cluster.until((tmp_path / "first" / "start0.json").exists, "the first stage does not start")
     cluster.command("scancel", "--signal=USR1", first.job_id)
-    lines: list[str] = []
-    assert follow([first, second, third], lines.append, look=0.05, ask=0.2)
-    told = "\n".join(lines)
+    assert follow([first, second, third])
+    told = capsys.readouterr().out
     assert f"-- second {second.job_id}: PENDING (Dependency)" in told
     assert f"{first.job_id} | == [" in told
     requeued, begun = told.index(": requeued"), told.index(f"{second.job_id} | rank 0")
@@ -100,15 +103,14 @@ def test_a_job_is_followed_to_its_end_by_its_id(launch, tool, tmp_path):
     assert lines[-1].startswith(f"-- stand_in {job.submitted.job_id}: COMPLETED on ")
 
 
-def test_of_a_job_that_slurm_has_forgotten_its_own_record_tells(launch, tmp_path):
+def test_of_a_job_that_slurm_has_forgotten_its_own_record_tells(launch, tmp_path, capsys):
     job = launch("--", STAND_IN, tmp_path / "run", 1)
     job.await_end()
     forgotten = dataclasses.replace(job.submitted, job_id="999999999")
     (state,) = job_states(forgotten)
     assert str(state) == "FORGOTTEN (finished)"
-    lines: list[str] = []
-    assert follow([forgotten], lines.append)
-    assert "rank 0 finished" in lines
+    assert follow([forgotten])
+    assert "rank 0 finished" in capsys.readouterr().out.splitlines()
 
 
 def test_the_users_defaults_for_sbatch_hold_where_nothing_else_is_said(launch, tmp_path):

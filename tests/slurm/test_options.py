@@ -123,7 +123,10 @@ def test_a_site_file_that_is_absent_or_no_text_is_named(tmp_path, content):
     path = tmp_path / "site.toml"
     if content:
         path.write_bytes(content)
-    with pytest.raises(InputError, match="site.toml: (cannot be read: No such|expected a TOML)"):
+    with pytest.raises(
+        InputError,
+        match="site.toml(: expected a file|, line 1: expected UTF-8|: cannot be read: No such)",
+    ):
         read_site(path)
 
 
@@ -139,7 +142,6 @@ def test_a_site_file_that_is_absent_or_no_text_is_named(tmp_path, content):
         ({"array": "5-1"}, "--array: expected .* found '5-1'"),
         ({"array": "1-5:0"}, "--array: expected .* found '1-5:0'"),
         ({"array": "1-5%0"}, "--array: expected .* found '1-5%0'"),
-        ({"memory": "64X"}, "--memory: expected a size such as 64G .* found '64X'"),
         ({"sbatch": ["time=1:00"]}, "--sbatch time=1:00: .* use --time"),
         ({"sbatch": ["--mem 64G"]}, "--sbatch --mem 64G: .* use --memory"),
         ({"sbatch": ["-N2"]}, "--sbatch -N2: .* use --nodes"),

@@ -15,7 +15,6 @@ from virtex_d2.studies.stages import (
     StageFailedError,
     clock,
     elapsed,
-    read_config,
     run_stages,
 )
 
@@ -293,18 +292,3 @@ def test_running_stages_share_a_line_of_their_last_words(monkeypatch, capsys):
 )
 def test_clock(seconds, text):
     assert clock(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("_BASE_: none.yaml", r"none\.yaml: cannot read this config file: No such file.* Check"),
-        ("- a list", "expected KEY: VALUE lines"),
-        ("A: [1", "not YAML"),
-        ("_BASE_: tiny.yaml\nSOLVER: {MAX_ITER: {A: 1}}", "expected KEY: VALUE lines"),
-    ],
-)
-def test_a_config_that_cannot_be_read_is_named(root, content, message):
-    (root / "other.yaml").write_text(content)
-    with pytest.raises(InputError, match=message):
-        read_config(root / "other.yaml")

@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from virtex_d2.studies.viewer import match
-from virtex_d2.studies.viewer.matching import Instance
+from virtex_d2.studies.viewer.matching import Instance, match
 
 SIZE = (40, 50)
 

@@ -19,38 +19,28 @@ from tqdm import tqdm
 from virtex_d2.annotations.masks import BORDER, mask_problems
 from virtex_d2.annotations.table import KINDS, AnnotationTable, Problem
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.images import read_image
+from virtex_d2.engine.images import missing_files, read_image
 
 _CHUNK = 32  # files that a process takes at a time
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a file turned out to be.
+    """What a file turned out to be."""
 
-    Attributes:
-        error: why it cannot be decoded; "" where it can.
-        size: (width, height) in pixels, turned as its EXIF data says, as detectron2 reads it.
-        digest: of its pixels, so that metadata and lossless formats make no difference.
-    """
-
-    error: str = ""
+    error: str = ""  # why it cannot be decoded; "" where it can
+    # (width, height) in pixels, turned as its EXIF data says, as detectron2 reads it
     size: tuple[int, int] = (0, 0)
-    digest: bytes = b""
+    digest: bytes = b""  # of its pixels, so that metadata and lossless formats make no difference
 
 
 @dataclass
 class Checked:
-    """A data set and what is wrong with it.
+    """A data set and what is wrong with it."""
 
-    Attributes:
-        table: the data set.
-        problems: of its annotations, its images, and leaks into it.
-        decoded: by image index, what the files turned out to be; of a sample only, or of none.
-    """
-
-    table: AnnotationTable
-    problems: list[Problem]
+    table: AnnotationTable  # the data set
+    problems: list[Problem]  # of its annotations, its images, and leaks into it
+    # by image index, what the files turned out to be; of a sample only, or of none
     decoded: dict[int, Decoded] = field(default_factory=dict)
 
     @property
@@ -72,12 +62,10 @@ def check(
     """Check a data set's annotations and image files.
 
     Args:
-        table: the data set.
         decode: whether to decode images; that they are there is seen in any case.
         sample: decode so many, drawn with `seed`; 0: all.
-        workers: processes that decode.
     """
-    missing = missing_images(table)
+    missing = missing_files(table.files)
     decoded: dict[int, Decoded] = {}
     if decode:
         there = sorted(set(range(len(table.files))) - set(missing))
@@ -116,24 +104,8 @@ def box_problems(table: AnnotationTable) -> Iterator[Problem]:
         yield table.problem("box-outside", index, why)
 
 
-def missing_images(table: AnnotationTable) -> list[int]:
-    """Find the images, by index, whose file is not there.
-
-    One listing a folder, not one question an image: network file systems are slow to ask.
-    """
-    present: dict[str, set[str]] = {}
-    missing = []
-    for index, file in enumerate(table.files):
-        folder, name = os.path.split(file)
-        if folder not in present:
-            present[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if file and name not in present[folder]:
-            missing.append(index)
-    return missing
-
-
 def missing_problems(table: AnnotationTable, missing: Sequence[int]) -> Iterator[Problem]:
-    """Images of `missing_images`; of a folder that is not there, the folder."""
+    """Images, by index, whose file is not there; of a folder that is not there, the folder."""
     folders = Counter(os.path.dirname(table.files[index]) for index in missing)
     gone = {folder: count for folder, count in folders.items() if not os.path.isdir(folder)}
     for folder, count in gone.items():

@@ -21,9 +21,6 @@ def read_json_file(kind: str, path: str, image_root: str, name: str) -> Annotati
     Args:
         kind: "coco" or "lvis". LVIS's images lie in the subfolder of `image_root` that the end of
             their `coco_url` names ("val2017/000000000139.jpg"), as in detectron2.
-        path: the JSON file.
-        image_root: the folder of the images.
-        name: of the data set.
     """
     records = read_records(kind, path)
     images, annotations = records.images, records.annotations

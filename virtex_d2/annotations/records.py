@@ -26,41 +26,27 @@ _SINGULAR = {"images": "image", "annotations": "annotation", "categories": "cate
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A field that is missing or of a wrong type.
+    """A field that is missing or of a wrong type."""
 
-    Attributes:
-        part: "images", "annotations" or "categories".
-        field: its key.
-        record: which, for people: "annotation 17", or by its place: "annotations[3]".
-        why: what was found, and what was expected.
-        item: the record, without the field.
-    """
-
-    part: str
-    field: str
-    record: str
-    why: str
-    item: dict[str, Any]
+    part: str  # "images", "annotations" or "categories"
+    field: str  # its key
+    record: str  # which, for people: "annotation 17", or by its place: "annotations[3]"
+    why: str  # what was found, and what was expected
+    item: dict[str, Any]  # the record, without the field
 
 
 @dataclass(frozen=True)
 class Records:
-    """The records of a file, normalised.
+    """The records of a file, normalised."""
 
-    Attributes:
-        images, annotations, categories: those that have what makes them one (`_ESSENTIAL`), with
-            `file_name` the path below the image folder. A field with a fault is not in them.
-        has_truth: whether the file has `annotations` at all; those for a test server have none.
-        rest: the file's other keys.
-        faults: in the order of the file.
-    """
-
+    # images, annotations, categories: those that have what makes them one (`_ESSENTIAL`), with
+    # `file_name` the path below the image folder. A field with a fault is not in them
     images: list[dict[str, Any]]
     annotations: list[dict[str, Any]]
     categories: list[dict[str, Any]]
-    has_truth: bool
-    rest: dict[str, Any]
-    faults: list[Fault]
+    has_truth: bool  # whether the file has `annotations` at all; those for a test server have none
+    rest: dict[str, Any]  # the file's other keys
+    faults: list[Fault]  # in the order of the file
 
 
 def shown(value: Any) -> str:
@@ -76,7 +62,6 @@ def read_records(kind: str, path: str) -> Records:
         kind: "coco" or "lvis". LVIS's images lie where the last two parts of their `coco_url` say
             (train2017/000000155379.jpg), as in detectron2: its splits are not COCO's, and v0.5's
             `file_name` is of COCO 2014. Without it, and in COCO's files, `file_name` says it.
-        path: the JSON file.
     """
     with no_collection():
         content = read_json(path)

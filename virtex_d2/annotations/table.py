@@ -10,14 +10,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of problem.
+    """A kind of problem."""
 
-    Attributes:
-        title: what the records have, for people.
-        serious: whether it fails a data set's check; the others are for the reader to judge.
-    """
-
-    title: str
+    title: str  # what the records have, for people
+    # whether it fails a data set's check; the others are for the reader to judge
     serious: bool = True
 
 
@@ -57,19 +53,12 @@ KINDS: dict[str, Kind] = {
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One record that is broken.
+    """One record that is broken."""
 
-    Attributes:
-        kind: of `KINDS`.
-        record: which, for people: "annotation 17", "image 5".
-        image: the file of its image; "" where the record belongs to none.
-        why: what was found, and what was expected.
-    """
-
-    kind: str
-    record: str
-    image: str
-    why: str
+    kind: str  # of `KINDS`
+    record: str  # which, for people: "annotation 17", "image 5"
+    image: str  # the file of its image; "" where the record belongs to none
+    why: str  # what was found, and what was expected
 
     def __str__(self) -> str:
         image = f" ({os.path.basename(self.image)})" if self.image else ""
@@ -78,54 +67,40 @@ class Problem:
 
 @dataclass(frozen=True)
 class AnnotationTable:
-    """A data set's annotations: N images, M objects, in the order of the file.
+    """A data set's annotations: N images, M objects, in the order of the file."""
 
-    Attributes:
-        name: of the data set, for people.
-        kind: "coco", "lvis" or "voc".
-        source: the annotation file, or VOC's list of images.
-        categories: names by category id; by the class's number from 0 in VOC.
-        image_ids: (N).
-        files: (N) paths of the images.
-        sizes: (N, 2) float, width and height in pixels as recorded; NaN where they are not.
-        records: (M) what an object is called in messages: "annotation 17".
-        image_of, category_of: (M) int, index of the object's image and of its category among
-            `categories`; -1 where the file has no such.
-        written: (M) boxes in the file's numbers, None where they are not four finite ones: COCO's
-            [x, y, width, height]; VOC's corners, from 0 and the last ones excluded.
-        boxes: (M, 4) float, [x, y, width, height] in pixels; NaN for None.
-        crowd: (M) bool, COCO's iscrowd.
-        difficult: (M) bool, VOC's difficult.
-        segmentations: (M) polygons, run-length dicts, or None; as they stand in the file.
-        keypoints: (M) COCO's lists of x, y and visibility, or None; empty where no object has any.
-        verified: by image index, the categories that the image was searched for (LVIS); without an
-            entry: all of them.
-        unlisted: VOC's classes that are none of `categories`, with the number of their objects.
-        assumed: fields that evaluators need, with the indices of the objects that lack them.
-        problems: what else reading found.
-        has_truth: whether there are annotations at all; files for a test server have none.
-    """
-
-    name: str
-    kind: str
-    source: str
-    categories: dict[Hashable, str]
-    image_ids: list[Hashable]
-    files: list[str]
+    name: str  # of the data set, for people
+    kind: str  # "coco", "lvis" or "voc"
+    source: str  # the annotation file, or VOC's list of images
+    categories: dict[Hashable, str]  # names by category id; by the class's number from 0 in VOC
+    image_ids: list[Hashable]  # (N)
+    files: list[str]  # (N) paths of the images
+    # (N, 2) float, width and height in pixels as recorded; NaN where they are not
     sizes: np.ndarray
-    records: list[str]
+    records: list[str]  # (M) what an object is called in messages: "annotation 17"
+    # image_of, category_of: (M) int, index of the object's image and of its category among
+    # `categories`; -1 where the file has no such
     image_of: np.ndarray
     category_of: np.ndarray
+    # (M) boxes in the file's numbers, None where they are not four finite ones: COCO's [x, y,
+    # width, height]; VOC's corners, from 0 and the last ones excluded
     written: list[list[float] | None]
-    crowd: np.ndarray
-    difficult: np.ndarray
-    segmentations: list[Any]
+    crowd: np.ndarray  # (M) bool, COCO's iscrowd
+    difficult: np.ndarray  # (M) bool, VOC's difficult
+    segmentations: list[Any]  # (M) polygons, run-length dicts, or None; as they stand in the file
+    # (M) COCO's lists of x, y and visibility, or None; empty where no object has any
     keypoints: list[list[float] | None] = field(default_factory=list)
+    # by image index, the categories that the image was searched for (LVIS); without an entry: all
+    # of them
     verified: dict[int, frozenset] = field(default_factory=dict)
+    # VOC's classes that are none of `categories`, with the number of their objects
     unlisted: dict[str, int] = field(default_factory=dict)
+    # fields that evaluators need, with the indices of the objects that lack them
     assumed: dict[str, list[int]] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)  # what else reading found
+    # whether there are annotations at all; files for a test server have none
     has_truth: bool = True
+    # (M, 4) float, [x, y, width, height] in pixels; NaN for None
     boxes: np.ndarray = field(init=False)
 
     def __post_init__(self):

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from virtex_d2.annotations.checks import box_problems, missing_images, missing_problems
+from virtex_d2.annotations.checks import box_problems, missing_problems
 from virtex_d2.annotations.masks import mask_faults
 from virtex_d2.annotations.records import shown
 from virtex_d2.annotations.table import KINDS, AnnotationTable, Problem
-from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.errors import InputError, some
+from virtex_d2.engine.images import missing_files
 
 logger = logging.getLogger(__name__)
 
@@ -19,20 +20,15 @@ _NAMED = 10  # records of a kind that an error names
 
 @dataclass(frozen=True)
 class Use:
-    """What a run does with a data set: it decides what the records must have.
+    """What a run does with a data set: it decides what the records must have."""
 
-    Attributes:
-        trains, tests: whether the run learns from it, and is evaluated on it.
-        masks: whether the detector has a mask head.
-        mask_format: INPUT.MASK_FORMAT, "polygon" or "bitmask" (which takes polygons and RLE).
-        max_bad_share: the fraction of the annotations whose box or mask may be unusable; they are
-            named in a warning.
-    """
-
+    # trains, tests: whether the run learns from it, and is evaluated on it
     trains: bool = True
     tests: bool = True
-    masks: bool = False
+    masks: bool = False  # whether the detector has a mask head
+    # INPUT.MASK_FORMAT, "polygon" or "bitmask" (which takes polygons and RLE)
     mask_format: str = "polygon"
+    # the fraction of the annotations whose box or mask may be unusable; they are named in a warning
     max_bad_share: float = 0.0
 
 
@@ -47,7 +43,7 @@ def require_usable(table: AnnotationTable, use: Use) -> None:
             f"{table.source}: VOC's XML files have boxes and no masks, which MODEL.MASK_ON True "
             "needs. Set MODEL.MASK_ON False."
         )
-    problems = [*table.problems, *missing_problems(table, missing_images(table))]
+    problems = [*table.problems, *missing_problems(table, missing_files(table.files))]
     for kinds, advice in _refused(table, use):
         _refuse(table, [problem for problem in problems if problem.kind in kinds], advice)
     advice = "Boxes are [x, y, width, height] in pixels: correct or remove them."
@@ -116,7 +112,7 @@ def _require_masks(table: AnnotationTable, use: Use) -> None:
     if runs and use.trains and use.mask_format == "polygon":
         raise InputError(
             f"{table.source}: {len(runs)} objects have a run-length mask, but INPUT.MASK_FORMAT is "
-            f"polygon: {_list(runs)}. Use INPUT.MASK_FORMAT bitmask."
+            f"polygon: {some(runs, _NAMED, '; ')}. Use INPUT.MASK_FORMAT bitmask."
         )
 
 
@@ -137,9 +133,6 @@ def _told(problems: Sequence[Problem]) -> str:
     groups: dict[str, list[str]] = {}
     for problem in problems:
         groups.setdefault(KINDS[problem.kind].title, []).append(str(problem))
-    return " ".join(f"{title} ({len(items)}): {_list(items)}." for title, items in groups.items())
-
-
-def _list(items: Sequence[str]) -> str:
-    more = f" and {len(items) - _NAMED} more" if len(items) > _NAMED else ""
-    return f"{'; '.join(items[:_NAMED])}{more}"
+    return " ".join(
+        f"{title} ({len(items)}): {some(items, _NAMED, '; ')}." for title, items in groups.items()
+    )

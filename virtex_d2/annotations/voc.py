@@ -30,9 +30,6 @@ def read_voc_folder(
     Corners are 1-based and inclusive in the files; boxes begin at 0, as in detectron2.
 
     Args:
-        folder: with Annotations, ImageSets and JPEGImages.
-        split: such as "trainval".
-        name: of the data set.
         classes: its class names. None: VOC's twenty if they are enough, else those found.
         chosen: whether objects of other classes are left out on purpose.
     """

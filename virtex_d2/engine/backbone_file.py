@@ -30,18 +30,14 @@ _ADVICE = "tools/pretrain_net.py and tools/convert_checkpoint.py write such file
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What was done to pixels before the network saw them.
+    """What was done to pixels before the network saw them."""
 
-    Attributes:
-        channel_order: "RGB" or "BGR".
-        mean, std: per channel in that order, on the scale 0 to 255.
-        stride_in_1x1: whether a bottleneck halves the resolution in its first 1x1 convolution
-            (MSRA's networks) or in the 3x3 one (torchvision's and all later ones).
-    """
-
-    channel_order: str
+    channel_order: str  # "RGB" or "BGR"
+    # mean, std: per channel in that order, on the scale 0 to 255
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    # whether a bottleneck halves the resolution in its first 1x1 convolution (MSRA's networks) or
+    # in the 3x3 one (torchvision's and all later ones)
     stride_in_1x1: bool
 
     def config(self) -> dict[str, object]:

@@ -25,6 +25,7 @@ from virtex_d2.engine.files import (
     not_written,
     save_with_checksum,
     stop_where_disk_is_full,
+    write_text,
 )
 from virtex_d2.engine.safe_load import StoredCheckpoint, read_checkpoint, read_stored, whole_content
 
@@ -100,9 +101,6 @@ class StateWriter:
 
     An error of the thread is raised by the next `check`, `wait` or `write`. The interpreter's end
     waits for the thread; `os._exit` and signals do not: before these, `wait`.
-
-    Args:
-        background: whether to write in a thread.
     """
 
     def __init__(self, background: bool = False):
@@ -169,14 +167,10 @@ class Retention:
 
     fvcore's `max_to_keep` knows the checkpoints of its own process only; here the folder is asked.
     What has another name (model_final, model_best, model_ema) is never removed.
-
-    Attributes:
-        last: how many; 0: all. With 1 there is none to fall back to when it is damaged.
-        every: in iterations; the first checkpoint after each so many stays. 0: none does.
     """
 
-    last: int = 0
-    every: int = 0
+    last: int = 0  # how many; 0: all. With 1 there is none to fall back to when it is damaged
+    every: int = 0  # in iterations; the first checkpoint after each so many stays. 0: none does
 
     def __post_init__(self) -> None:
         if self.last < 0 or self.every < 0:
@@ -393,19 +387,15 @@ class _AtomicMixin:
             release_freed_memory()
 
         self.writer.wait()
-        self._remove_leftovers()
-        self.logger.info("Saving checkpoint to %s", path)
-        self.writer.write(self.states(**more), action)
-
-    def _remove_leftovers(self) -> None:
         for pattern in _LEFTOVERS:  # of killed processes; in this one nothing is being written
             for leftover in Path(self.save_dir).glob(f"{TEMPORARY_PREFIX}{pattern}"):
                 leftover.unlink(missing_ok=True)
+        self.logger.info("Saving checkpoint to %s", path)
+        self.writer.write(self.states(**more), action)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Name the file of the same folder that a run goes on from."""
-        with atomic_path(Path(self.save_dir) / LAST_CHECKPOINT) as temporary:
-            temporary.write_text(last_filename_basename, encoding="utf-8")
+        write_text(Path(self.save_dir) / LAST_CHECKPOINT, last_filename_basename)
 
     def has_checkpoint(self) -> bool:
         """Whether there is something to resume in the folder."""
@@ -429,11 +419,6 @@ class _AtomicMixin:
                 f"{path}: expected a checkpoint, found no file there. Check MODEL.WEIGHTS, or, "
                 "when resuming, what last_checkpoint in the output folder names."
             ) from error
-
-    def get_all_checkpoint_files(self) -> list[str]:
-        """Every checkpoint in the folder, without files that a killed save left."""
-        files = super().get_all_checkpoint_files()
-        return [file for file in files if not Path(file).name.startswith(TEMPORARY_PREFIX)]
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         return read_checkpoint(filename)

@@ -127,7 +127,6 @@ def run_tool(description: str | None, main: Callable[[argparse.Namespace], None]
     """Parse the command line, start the processes that it asks for, and run `main` in each.
 
     Args:
-        description: for --help.
         main: given what was parsed. Its module should import nothing heavy at its top: --help and a
             mistyped flag need not wait for torch.
     """

@@ -31,21 +31,13 @@ docs/install.md has the details, and the way without internet."""
 
 @dataclass(frozen=True)
 class Bridge:
-    """One known break, and what mends it.
+    """One known break, and what mends it."""
 
-    Attributes:
-        name: how the log and the tests call it.
-        module: whose import is the moment to look; "" is at once.
-        reason: what breaks, for whom.
-        needed: whether it breaks here.
-        apply: mends it.
-    """
-
-    name: str
-    module: str
-    reason: str
-    needed: Callable[[], bool]
-    apply: Callable[[], None]
+    name: str  # how the log and the tests call it
+    module: str  # whose import is the moment to look; "" is at once
+    reason: str  # what breaks, for whom
+    needed: Callable[[], bool]  # whether it breaks here
+    apply: Callable[[], None]  # mends it
 
 
 BRIDGES: list[Bridge] = []

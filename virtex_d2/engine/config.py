@@ -37,8 +37,9 @@ def load_config(
     """
     cfg.defrost()
     result = cfg.clone()
-    if config_file:
-        _merge_file(result, config_file, including=())
+    for path, content in _files(config_file) if config_file else ():
+        if problems := list(_merge_mapping(result, result, content, prefix="")):
+            raise InputError(f"{path}: " + _listed(problems))
     _merge_opts(result, list(opts or []), opts_from)
     if expand:
         _expand(result, prefix="")
@@ -48,7 +49,24 @@ def load_config(
     return cfg
 
 
-def _merge_file(cfg: CfgNode, path: str, including: tuple[str, ...]) -> None:
+def read_config(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a YAML file with the files that it names in `_BASE_`, as nested dicts."""
+
+    def merge(target: dict, content: dict) -> None:
+        for key, value in content.items():
+            if isinstance(value, dict) and isinstance(target.get(key), dict):
+                merge(target[key], value)
+            else:
+                target[key] = value
+
+    merged: dict[str, Any] = {}
+    for _, content in _files(os.fspath(path)):
+        merge(merged, content)
+    return merged
+
+
+def _files(path: str, including: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield path and content of the files that a file names in `_BASE_`, then its own."""
     path = expanded(path, "--config-file")
     if os.path.realpath(path) in including:
         raise InputError(f"{path}: includes itself through {BASE_KEY}. Remove one of the two.")
@@ -56,10 +74,8 @@ def _merge_file(cfg: CfgNode, path: str, including: tuple[str, ...]) -> None:
     bases = content.pop(BASE_KEY, [])
     for base in [bases] if isinstance(bases, str) else bases:
         base = os.path.join(os.path.dirname(path), expanded(base, f"{path}: {BASE_KEY}"))
-        _merge_file(cfg, base, including=(*including, os.path.realpath(path)))
-    problems = list(_merge_mapping(cfg, cfg, content, prefix=""))
-    if problems:
-        raise InputError(f"{path}: " + _listed(problems))
+        yield from _files(base, (*including, os.path.realpath(path)))
+    yield path, content
 
 
 def _expand(value: Any, prefix: str) -> Any:

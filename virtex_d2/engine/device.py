@@ -32,8 +32,6 @@ def resolve_device(device: str, num_gpus: int | None = None, name: str = "MODEL.
     Where GPUs were asked for, or a scheduler has given them, "auto" means CUDA.
 
     Args:
-        device: of the config.
-        num_gpus: of the flag; None where it was not given.
         name: what said `device`, for messages.
     """
     asked = f"{name} {device}"

@@ -29,18 +29,10 @@ import torch.distributed as dist
 from detectron2.utils import comm
 from torch import multiprocessing, nn
 
-from virtex_d2.engine import signals
+from virtex_d2.engine import preflight, signals
 from virtex_d2.engine.errors import EXIT_CODE, InputError
 from virtex_d2.engine.lock import release_locks
 from virtex_d2.engine.parent import end_with_parent
-from virtex_d2.engine.preflight import (
-    check_collectives,
-    check_interfaces,
-    check_records,
-    code_version,
-    identity,
-    versions,
-)
 from virtex_d2.engine.stopping import EXIT_UNFINISHED
 from virtex_d2.engine.topology import (
     COLLECTIVE_TIMEOUT,
@@ -187,11 +179,7 @@ class _Rank:
         self._neighbours: list[int] = []  # ids of the machine's other processes
 
     def meet(self, patience: float) -> None:
-        """Wait until all have come; the first one names those that have not.
-
-        Args:
-            patience: seconds.
-        """
+        """Wait `patience` seconds for all to come; the first one names those that have not."""
         place, deadline = self._place, time.monotonic() + patience
         if not place.serves:
             _await_listener(place, deadline)
@@ -221,7 +209,7 @@ class _Rank:
         Then check that the processes fit together, and that they reach each other.
         """
         place, on_gpu = self._place, self._place.gpu is not None
-        check_interfaces(os.environ, on_gpu)
+        preflight.check_interfaces(os.environ, on_gpu)
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
             store=dist.PrefixStore("groups", self._store),
@@ -233,9 +221,9 @@ class _Rank:
         # detectron2 would make it when it first needs it, with torch's own timeout.
         comm._get_global_gloo_group = lambda: gloo
         dist.monitored_barrier(gloo, timedelta(seconds=patience), wait_all_ranks=True)
-        mine = identity(place)
+        mine = preflight.identity(place)
         others = comm.all_gather(mine, gloo)
-        check_records(others)
+        preflight.check_records(others)
         nodes: dict[int, list[int]] = {}
         for rank, other in enumerate(others):
             nodes.setdefault(other["node"], []).append(rank)
@@ -245,7 +233,7 @@ class _Rank:
                 comm._LOCAL_PROCESS_GROUP = group
         seen_by = [o["process"] for o in others if o["process"][0] == mine["process"][0] != ""]
         self._neighbours = [pid for _, pid in seen_by if pid != os.getpid()]
-        check_collectives(place.gpu)
+        preflight.check_collectives(place.gpu)
         over = "NCCL" if on_gpu else "gloo"
         _description[:] = [
             f"Processes: {len(others)} on {len(nodes)} machine{'s' * (len(nodes) > 1)} "
@@ -253,8 +241,8 @@ class _Rank:
             f"meeting at {place.address}:{place.port}.",
             *([place.note] if place.note else []),
             *(f"  {other['name']}: {other['device']}" for other in others),
-            f"Preflight: all-reduce right; code {code_version()} and "
-            f"{', '.join(f'{name} {version}' for name, version in versions().items())} everywhere.",
+            f"Preflight: all-reduce right; code {preflight.code_version()} and "
+            f"{', '.join(map(' '.join, preflight.versions().items()))} everywhere.",
         ]
 
     def fail(self, error: BaseException) -> NoReturn:

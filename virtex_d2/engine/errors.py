@@ -35,11 +35,17 @@ def report(error: InputError) -> None:
     print(f"error: {error}", file=sys.stderr, flush=True)
 
 
+def some(names: Iterable[str], shown: int = 10, separator: str = ", ") -> str:
+    """Join the first names, and count the others: "a, b and 3 more"."""
+    names = list(names)
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return separator.join(names[:shown]) + more
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """The end of an error message about an unknown name: " Did you mean 'X'?", or "".
 
     Args:
-        name: what was found, e.g. "SOLVER.BASE_LRR".
         candidates: what would have been valid. Case is ignored. A part of dotted keys counts as
             near when it is the last of one: "BASE_LR" suggests "SOLVER.BASE_LR". A dotted name is
             only near what differs in a few letters, or in the group alone: keys of another tool's

@@ -29,7 +29,7 @@ os.umask(_UMASK)
 
 
 @contextlib.contextmanager
-def atomic_path(dest: str | os.PathLike, overwrite: bool = True) -> Iterator[Path]:
+def atomic_path(dest: str | os.PathLike) -> Iterator[Path]:
     """Write a file so that `dest` is either the old file or the whole new one, also after a kill.
 
     Yields a path in the folder of `dest` (created where absent), with the same suffix, for the body
@@ -40,7 +40,6 @@ def atomic_path(dest: str | os.PathLike, overwrite: bool = True) -> Iterator[Pat
         FileNotFoundError: the body did not create the file.
     """
     dest = Path(dest)
-    _refuse_existing(dest, overwrite)
     dest.parent.mkdir(parents=True, exist_ok=True)
     token = uuid.uuid4().hex[:12]
     temporary = dest.with_name(f"{TEMPORARY_PREFIX}{dest.stem}-{token}{dest.suffix}")
@@ -48,7 +47,6 @@ def atomic_path(dest: str | os.PathLike, overwrite: bool = True) -> Iterator[Pat
         yield temporary
         os.chmod(temporary, 0o666 & ~_UMASK)  # some libraries write for their user alone
         _fsync(temporary)
-        _refuse_existing(dest, overwrite)
         os.replace(temporary, dest)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -56,9 +54,15 @@ def atomic_path(dest: str | os.PathLike, overwrite: bool = True) -> Iterator[Pat
     _fsync(dest.parent)  # the rename itself
 
 
-def _refuse_existing(dest: Path, overwrite: bool) -> None:
-    if not overwrite and dest.exists():
-        raise InputError(f"{dest}: exists already. Choose another name, or remove it first.")
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write UTF-8, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Write JSON to be read by people, too, atomically."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def _fsync(path: Path) -> None:
@@ -116,6 +120,20 @@ def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
         expected = {dict: "a JSON object", list: "a JSON list"}[kind]
         raise InputError(f"{path}: expected {expected}, found a {type(content).__name__}.")
     return content
+
+
+def json_lines(path: str | os.PathLike) -> list[dict]:
+    """Read the objects of JSON lines; half a line, of a run that was killed, counts for none.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    records = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
 
 
 def sha256(path: str | os.PathLike) -> str:
@@ -251,11 +269,6 @@ _WHAT_TO_DO = (
 )
 
 
-def free_bytes(folder: str | os.PathLike) -> int:
-    """What this user may still write to the file system of a folder."""
-    return shutil.disk_usage(folder).free
-
-
 def in_bytes(size: float) -> str:
     """A size for people: "1.2 GiB"."""
     for unit in ("bytes", "KiB", "MiB"):
@@ -276,11 +289,7 @@ def not_written(path: Path, error: OSError, needed: int) -> InputError:
 
 @contextlib.contextmanager
 def stop_where_disk_is_full(folder: str | os.PathLike) -> Iterator[None]:
-    """Turn a full or read-only file system, whatever file it hits, into an `InputError`.
-
-    Args:
-        folder: that the run writes to.
-    """
+    """Turn a full or read-only file system, whatever file it hits, into an `InputError`."""
     try:
         yield
     except OSError as error:
@@ -294,6 +303,6 @@ def stop_where_disk_is_full(folder: str | os.PathLike) -> Iterator[None]:
 
 def _free_in(folder: Path) -> str:
     try:
-        return f"; {in_bytes(free_bytes(folder))} are free in {folder}"
+        return f"; {in_bytes(shutil.disk_usage(folder).free)} are free in {folder}"
     except OSError:  # the folder itself is gone
         return ""

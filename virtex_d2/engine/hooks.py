@@ -9,9 +9,10 @@ import logging
 import math
 import os
 import resource
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ import torch
 from detectron2.engine import HookBase, TrainerBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import (
-    EventStorage,
     EventWriter,
     JSONWriter,
     TensorboardXWriter,
@@ -35,7 +35,7 @@ from virtex_d2.engine.checkpointer import (
 )
 from virtex_d2.engine.device import release_freed_memory
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.files import atomic_path, free_bytes, in_bytes
+from virtex_d2.engine.files import atomic_path, in_bytes, json_lines
 
 logger = logging.getLogger(__name__)
 
@@ -228,7 +228,6 @@ class BestCheckpoint(HookBase):
     Args:
         metric: a recorded value, "val/loss".
         keep: (iterations done) -> None, writes the model; called in every process.
-        highest: whether the highest value is the best, and not the lowest.
     """
 
     def __init__(self, metric: str, keep: Callable[[int], None], highest: bool = False):
@@ -279,7 +278,7 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
         if self.checkpointer.retention.last:
             needed -= old  # which give way to new ones
         folder.mkdir(parents=True, exist_ok=True)
-        free = free_bytes(folder)
+        free = shutil.disk_usage(folder).free
         if needed > free:
             logger.warning(
                 "OUTPUT_DIR %s has room for %s, and the %d checkpoints to come take some %s, %s "
@@ -334,7 +333,7 @@ class MetricsWriter(hooks.PeriodicWriter):
         self._writers += [JSONWriter(path), TensorboardXWriter(self._folder, purge_step=start)]
 
     def after_step(self) -> None:
-        if not was_evaluated(self.trainer.storage, self.trainer.iter):
+        if self.trainer.storage.latest().get(RECORD, (0.0, -1))[1] != self.trainer.iter:
             super().after_step()
             return
         for writer in self._writers:
@@ -390,44 +389,23 @@ def _peak_memory_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB on Linux
 
 
-def was_evaluated(storage: EventStorage, iteration: int) -> bool:
-    """Whether this process has recorded an evaluation of the iteration."""
-    return storage.latest().get(RECORD, (0.0, -1))[1] == iteration
-
-
 def is_on_record(folder: str, iteration: int) -> bool:
     """Whether OUTPUT_DIR's metrics.json has an evaluation of the iteration; asks the first process.
 
     To be called in all processes.
     """
     found = False
-    if comm.is_main_process():
-        found = any(
-            record.get("iteration") == iteration and RECORD in record
-            for record in _records(os.path.join(folder, "metrics.json"))
-        )
+    path = os.path.join(folder, "metrics.json")
+    if comm.is_main_process() and os.path.exists(path):
+        records = json_lines(path)
+        found = any(r.get("iteration") == iteration and RECORD in r for r in records)
     return comm.all_gather(found)[0]
-
-
-def _records(path: str) -> Iterator[dict]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = file.readlines()
-    except OSError:  # none was written, so none is there
-        return
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # half a line, of a run that was killed while it wrote
-        if isinstance(record, dict):
-            yield record
 
 
 def cut_records(path: str, start: int) -> None:
     """Take out of a metrics.json, which need not exist, the records from `start` on."""
     if not os.path.exists(path):
         return
-    kept = [record for record in _records(path) if record.get("iteration", -1) < start]
+    kept = [record for record in json_lines(path) if record.get("iteration", -1) < start]
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(record, sort_keys=True) + "\n" for record in kept)

@@ -11,7 +11,7 @@ import yaml
 from detectron2.utils import comm
 from yacs.config import CfgNode
 
-from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.errors import InputError, some
 from virtex_d2.engine.files import read_text
 
 logger = logging.getLogger(__name__)
@@ -94,9 +94,8 @@ def check_same(cfg: CfgNode) -> None:
     first, other = configs[0], configs[others[0]]
     told = [f"{key} is {b}, not {a}" for key, (a, b) in differences(first, other).items()]
     told += [f"{key} is in one of them only" for key in sorted(first.keys() ^ other.keys())]
-    more = f"; and {len(told) - 10} more" if len(told) > 10 else ""
     raise InputError(
-        f"config: rank {others[0]} has another one than rank 0: {'; '.join(told[:10])}{more}. Give "
+        f"config: rank {others[0]} has another one than rank 0: {some(told, 10, '; ')}. Give "
         "all processes the same command line, and config files that all machines share."
     )
 
@@ -105,7 +104,6 @@ def check_resumed(cfg: CfgNode, may_change: Collection[str] | None) -> None:
     """Compare a run that goes on with what OUTPUT_DIR/config.yaml says of it, and log what differs.
 
     Args:
-        cfg: with OUTPUT_DIR, and all resolved that is in the file.
         may_change: patterns of keys that may differ; None: any may.
     """
     path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")

@@ -7,7 +7,7 @@ evaluation, checks, pictures and probes see the same pixels.
 import logging
 import os
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import BinaryIO
 
 import numpy as np
@@ -142,6 +142,32 @@ def files_in(folder: str) -> list[str]:
                 yield prefix + entry.name
 
     return sorted(below(folder, "", frozenset()))
+
+
+def missing_files(files: Iterable[str]) -> list[int]:
+    """Find the files, by index, that are not there; "" is none.
+
+    One listing a folder, not one question a file: network file systems are slow to ask.
+    """
+    present: dict[str, set[str]] = {}
+    missing = []
+    for index, file in enumerate(files):
+        folder, name = os.path.split(file)
+        if folder not in present:
+            present[folder] = names_in(folder)
+        if file and name not in present[folder]:
+            missing.append(index)
+    return missing
+
+
+def names_in(folder: str) -> set[str]:
+    """List the names in a folder; none where there is no such folder."""
+    try:
+        return set(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null byte in it
+        return set()
+    except OSError as error:
+        raise InputError(f"{folder}: the folder cannot be read: {error.strerror}.") from error
 
 
 def images_in(folder: str, beside: Collection[str] = ()) -> list[str]:

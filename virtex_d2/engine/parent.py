@@ -20,7 +20,6 @@ def end_with_parent(number: signal.Signals, parent: int) -> None:
     Only Linux can do that; elsewhere nothing happens.
 
     Args:
-        number: the signal.
         parent: the id of the process that started this one. If it is gone already, this one ends
             at once, with code 1.
 

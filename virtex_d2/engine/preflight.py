@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 
-from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.errors import InputError, some
 from virtex_d2.engine.topology import Place
 
 # The project's own packages, where the tool has imported them.
@@ -64,9 +64,8 @@ def check_records(records: Sequence[dict[str, Any]]) -> None:
             if found.get(key) != expected.get(key)
         ]
         if differing:
-            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise InputError(
-                f"{record['name']} differs from {first['name']}: {', '.join(differing[:3])}{more}. "
+                f"{record['name']} differs from {first['name']}: {some(differing, 3)}. "
                 "Use one environment and one copy of the code for all; where a GPU is missing, see "
                 "nvidia-smi there, or use MODEL.DEVICE cpu."
             )
@@ -112,7 +111,6 @@ def check_interfaces(environment: Mapping[str, str], on_gpu: bool) -> None:
     """Compare the network interfaces that variables name with those of this machine.
 
     Args:
-        environment: such as os.environ.
         on_gpu: whether NCCL, which has a variable of its own, is used beside gloo.
     """
     there = [name for _, name in socket.if_nameindex()]
@@ -171,9 +169,8 @@ def check_shared(folder: str) -> None:
     if comm.is_main_process():
         path.unlink(missing_ok=True)
     if told := list(filter(None, told)):
-        more = f"; and {len(told) - 4} more" if len(told) > 4 else ""
         raise InputError(
-            f"OUTPUT_DIR {folder}: {'; '.join(told[:4])}{more}. It must be one folder on a file "
+            f"OUTPUT_DIR {folder}: {some(told, 4, '; ')}. It must be one folder on a file "
             "system that all machines share, and writable for all."
         )
 

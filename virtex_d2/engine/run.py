@@ -18,7 +18,7 @@ from virtex_d2.engine.checkpointer import has_checkpoint
 from virtex_d2.engine.device import resolve_device
 from virtex_d2.engine.distributed import abort, describe
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.files import atomic_path
+from virtex_d2.engine.files import write_text
 from virtex_d2.engine.identity import check_resumed, check_same
 from virtex_d2.engine.lock import lock_folder, release_locks
 from virtex_d2.engine.preflight import check_shared
@@ -34,7 +34,6 @@ TRACES = ("last_checkpoint", "metrics.json")
 def setup_run(
     cfg: CfgNode,
     args: argparse.Namespace,
-    check_output: bool = True,
     may_change: Collection[str] | None = None,
 ) -> CfgNode:
     """Prepare a run: lock the output folder, open the log, seed, resolve the device.
@@ -48,7 +47,6 @@ def setup_run(
     Args:
         cfg: with OUTPUT_DIR, SEED and MODEL.DEVICE. Changed in place, and returned.
         args: of `virtex_d2.engine.cli.argument_parser`.
-        check_output: whether to refuse an OUTPUT_DIR that holds another run.
         may_change: patterns of the keys that may differ from OUTPUT_DIR/config.yaml when the run
             goes on from a checkpoint. None: any, where something else looks at them.
     """
@@ -57,7 +55,7 @@ def setup_run(
     cfg.defrost()
     rank = comm.get_rank()
     check_same(cfg)
-    _prepare_output(cfg.OUTPUT_DIR, check=check_output and not (resume or eval_only))
+    _prepare_output(cfg.OUTPUT_DIR, check=not (resume or eval_only))
     for name in LOGGERS:
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name)
     logging.getLogger("detectron2.engine.train_loop").addFilter(_is_not_about_input)
@@ -106,8 +104,8 @@ _as_given: dict[str, str] = {}
 def write_config(cfg: CfgNode) -> None:
     """Write OUTPUT_DIR/config.yaml as `setup_run` was given it. In the first process alone."""
     if comm.is_main_process():
-        with atomic_path(os.path.join(cfg.OUTPUT_DIR, "config.yaml")) as temporary:
-            temporary.write_text(_as_given.get(cfg.OUTPUT_DIR, cfg.dump()), encoding="utf-8")
+        text = _as_given.get(cfg.OUTPUT_DIR, cfg.dump())
+        write_text(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), text)
 
 
 def _check_backend(device: str) -> None:

@@ -12,7 +12,7 @@ import os
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from virtex_d2.engine.bounded import BoundedFile, Budget, Damaged, Refused
-from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.errors import InputError, some
 from virtex_d2.engine.files import checksum_damage, read_safetensors, require_file
 from virtex_d2.engine.unpickling import (
     LEGACY_MAGIC,
@@ -54,25 +54,19 @@ _SAVE_ALONE = (
 
 @dataclass(frozen=True)
 class StoredCheckpoint:
-    """What is in a checkpoint file.
+    """What is in a checkpoint file."""
 
-    Attributes:
-        path: of the file.
-        format: "torch zip", "torch legacy", "safetensors" or "pickle".
-        content: dicts, lists, tuples, sets and scalars, as they are nested in the file (each value
-            with a copy of its own, where the file refers to one value twice), and as leaves CPU
-            tensors, each in its own memory without gaps, without gradient, in the dtype of the
-            file: bool, (u)int8 to (u)int64, float16, bfloat16, float32, float64, complex64 or
-            complex128. Arrays of numpy are tensors too, its scalars Python's. A dtype or device is
-            its name. A `Placeholder` stands where an object of another class was.
-        metadata: strings by name, of safetensors files; {} for others.
-        foreign: the names of the classes and functions whose results were replaced, sorted.
-    """
-
-    path: str
-    format: str
+    path: str  # of the file
+    format: str  # "torch zip", "torch legacy", "safetensors" or "pickle"
+    # dicts, lists, tuples, sets and scalars, as they are nested in the file (each value with a copy
+    # of its own, where the file refers to one value twice), and as leaves CPU tensors, each in its
+    # own memory without gaps, without gradient, in the dtype of the file: bool, (u)int8 to
+    # (u)int64, float16, bfloat16, float32, float64, complex64 or complex128. Arrays of numpy are
+    # tensors too, its scalars Python's. A dtype or device is its name. A `Placeholder` stands where
+    # an object of another class was
     content: Any
-    metadata: dict[str, str]
+    metadata: dict[str, str]  # strings by name, of safetensors files; {} for others
+    # the names of the classes and functions whose results were replaced, sorted
     foreign: tuple[str, ...]
 
 
@@ -86,7 +80,7 @@ def read_tensors(path: str | os.PathLike) -> StoredCheckpoint:
         )
     if not _has_tensor(stored.content):
         foreign = stored.foreign
-        inside = f", outside of objects of other classes ({_some(foreign)})" if foreign else ""
+        inside = f", outside of objects of other classes ({some(foreign, 5)})" if foreign else ""
         raise InputError(f"{path}: expected tensors, found none{inside}. {_SAVE_ALONE}")
     return stored
 
@@ -107,7 +101,8 @@ def whole_content(stored: StoredCheckpoint) -> dict[str, Any]:
     if foreign := set(stored.foreign) - dropped:
         raise InputError(
             f"{stored.path}: refused, because besides tensors it holds Python objects "
-            f"({_some(foreign)}), and building such objects could run any code. {_SAVE_ALONE}"
+            f"({some(sorted(foreign), 5)}), and building such objects could run any code. "
+            + _SAVE_ALONE
         )
     return stored.content
 
@@ -144,12 +139,6 @@ def read_stored(path: str | os.PathLike) -> StoredCheckpoint:
             f"({ascii(text)[1:-1]}). Copy or download it again."
         ) from error
     return StoredCheckpoint(path, kind, content, metadata, tuple(sorted(foreign)))
-
-
-def _some(names: Iterable[str], shown: int = 5) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
 
 
 def _has_tensor(value: Any) -> bool:
@@ -298,7 +287,6 @@ class _Builder:
     """Builds what a pickle describes.
 
     Args:
-        budget: shared with the pickle.
         foreign: takes the names of classes that stand in the content themselves.
         storage: gives a storage's bytes (uint8) by key; None where the file has none.
     """
@@ -412,7 +400,10 @@ class _Builder:
         key = storage if storage.data is not None else storage.key
         if key not in self.raw:
             self.budget.spend(_TENSOR)
-            raw = self.storage(key) if storage.data is None else _bytes_tensor(storage.data)
+            if storage.data is None:
+                raw = self.storage(key)
+            else:
+                raw = torch.from_numpy(np.frombuffer(storage.data, np.uint8).copy())
             if raw is None:
                 raise Damaged(f"no storage {ascii(key)[:80]} in the file")
             self.raw[key] = raw
@@ -450,10 +441,6 @@ class _Builder:
             return array.item()
         # order="C" also makes it contiguous; a copy, for `array` is of bytes that cannot change.
         return torch.from_numpy(array.astype(numpy_dtype.newbyteorder("="), order="C", copy=True))
-
-
-def _bytes_tensor(data: bytes) -> torch.Tensor:
-    return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
 
 
 def _checked_shape(shape: Any) -> tuple[tuple[int, ...], int]:

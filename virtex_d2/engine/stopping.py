@@ -15,7 +15,6 @@ the last update. So what it evaluates and keeps is what a run would have that ne
 """
 
 import contextlib
-import json
 import logging
 import multiprocessing
 import os
@@ -33,7 +32,7 @@ from detectron2.utils import comm
 
 from virtex_d2.engine import signals
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.files import atomic_path
+from virtex_d2.engine.files import write_json
 from virtex_d2.engine.hooks import MetricsWriter
 
 logger = logging.getLogger(__name__)
@@ -105,7 +104,6 @@ class Watch:
     """What this process knows of reasons to stop.
 
     Args:
-        folder: OUTPUT_DIR.
         budget: seconds that the process may run; None: without a limit. Where it is None and Slurm
             tells the end of the job, that is the limit.
     """
@@ -131,7 +129,7 @@ class Watch:
         return REASONS[1] if self._found else ""
 
     def obeyed(self) -> None:
-        """Take the file STOP away: it is for one stop, not for the run that is resumed."""
+        """Delete the STOP file: it is for one stop, not for the run that is resumed."""
         self._stop_file.unlink(missing_ok=True)
 
 
@@ -142,7 +140,6 @@ def watch(folder: str, budget: str | None = None) -> None:
     """From now on this process looks out for reasons to stop; before that it has none.
 
     Args:
-        folder: OUTPUT_DIR.
         budget: of `seconds_of`; None: what VIRTEX_TIME_BUDGET says.
     """
     global _watch
@@ -150,18 +147,6 @@ def watch(folder: str, budget: str | None = None) -> None:
     if budget is None:
         name, budget = "VIRTEX_TIME_BUDGET", os.environ.get("VIRTEX_TIME_BUDGET") or None
     _watch = Watch(folder, None if budget is None else seconds_of(budget, name))
-
-
-def stop_watching() -> None:
-    """No reason counts any more."""
-    global _watch
-    _watch = None
-
-
-def obeyed() -> None:
-    """What asked for the stop is not to stop the next run as well. In the first process."""
-    if _watch is not None:
-        _watch.obeyed()
 
 
 def check() -> None:
@@ -390,7 +375,7 @@ class StoppableTrainer(TrainerBase):
                 self.checkpointer.get_checkpoint_file() if saved else self.checkpointer.resumed_from
             )
             _write_marker(done, self.max_iter, reason, last)
-            obeyed()
+            _watch.obeyed()
             logger.warning(
                 "Stopped unfinished at iteration %d of %d (%s): --resume goes on from %s.",
                 *(done, self.max_iter, reason, last or "the beginning"),
@@ -418,5 +403,4 @@ def _write_marker(iteration: int, max_iter: int, reason: str, checkpoint: str) -
         "checkpoint": checkpoint,
         "time": time.time(),
     }
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    write_json(path, content)

@@ -35,34 +35,26 @@ class Machine:
 
 @dataclass(frozen=True)
 class Place:
-    """The place of this process in the run.
+    """The place of this process in the run."""
 
-    Attributes:
-        launcher: what has told it, in words for the log.
-        host, node: name and number of this machine. Where nothing tells the number, it is the rank
-            of the machine's first process.
-        rank, world_size, local_rank: of this process; where it starts others, of the first of them.
-        gpu: index of its CUDA device, or None on a CPU.
-        start: how many processes this one starts, instead of being one of the run's itself.
-        address, port: where all meet. Port 0 is any that is free, for processes of one machine.
-        serves: whether this process opens that meeting place.
-        attempt: tells the keys of this start from those of earlier ones in the same meeting place.
-        note: something that the user may want to know, or "".
-    """
-
-    launcher: str
+    launcher: str  # what has told it, in words for the log
+    # host, node: name and number of this machine. Where nothing tells the number, it is the rank of
+    # the machine's first process
     host: str
     node: int = 0
+    # rank, world_size, local_rank: of this process; where it starts others, of the first of them
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    gpu: int | None = None
-    start: int = 0
+    gpu: int | None = None  # index of its CUDA device, or None on a CPU
+    start: int = 0  # how many processes this one starts, instead of being one of the run's itself
+    # address, port: where all meet. Port 0 is any that is free, for processes of one machine
     address: str = "127.0.0.1"
     port: int = 0
-    serves: bool = False
+    serves: bool = False  # whether this process opens that meeting place
+    # tells the keys of this start from those of earlier ones in the same meeting place
     attempt: str = "0"
-    note: str = ""
+    note: str = ""  # something that the user may want to know, or ""
 
     @property
     def name(self) -> str:

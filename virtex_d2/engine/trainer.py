@@ -78,11 +78,8 @@ class Trainer(StoppableTrainer):
         """A checkpointer of OUTPUT_DIR, with the trainer's state among what it saves.
 
         Args:
-            kind: its class.
-            model: what it saves.
             identity: refuses a resumed run that is another one.
             background: whether it writes while training goes on.
-            retention: which checkpoints stay.
             **parts: what else has a state, and arguments of `kind`; None: none.
         """
         # first: it refuses before others are confused

@@ -58,15 +58,11 @@ class _Inert:
 
 @dataclass(frozen=True, eq=False)
 class Placeholder:
-    """Stands where an object of another class was, and takes all that a pickle does to one.
+    """Stands where an object of another class was, and takes all that a pickle does to one."""
 
-    Attributes:
-        name: of the class.
-        values: its attributes or items by name, as the pickle has them: unbuilt, and plain values
-            and containers only. May be cyclic.
-    """
-
-    name: str
+    name: str  # of the class
+    # its attributes or items by name, as the pickle has them: unbuilt, and plain values and
+    # containers only. May be cyclic
     values: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def note(self, items: Iterable[tuple[Any, Any]]) -> None:

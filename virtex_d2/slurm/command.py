@@ -29,23 +29,15 @@ _PYTHON = re.compile(r"python(3(\.\d+)?)?")
 
 @dataclass(frozen=True)
 class Command:
-    """What a job runs.
+    """What a job runs."""
 
-    Attributes:
-        program: a Python file, such as a tool, or any other program.
-        arguments: its own.
-        python: the interpreter that stood before a Python file; "" where that was only "python",
-            or nothing.
-        python_options: of that interpreter, such as -u.
-        is_own: whether the program is one of this project's tools.
-        unread: whether no shell has read the words: variables and ~ are for the job's to replace.
-    """
-
-    program: str
-    arguments: tuple[str, ...] = ()
+    program: str  # a Python file, such as a tool, or any other program
+    arguments: tuple[str, ...] = ()  # its own
+    # the interpreter that stood before a Python file; "" where that was only "python", or nothing
     python: str = ""
-    python_options: tuple[str, ...] = ()
-    is_own: bool = False
+    python_options: tuple[str, ...] = ()  # of that interpreter, such as -u
+    is_own: bool = False  # whether the program is one of this project's tools
+    # whether no shell has read the words: variables and ~ are for the job's to replace
     unread: bool = False
 
     @property
@@ -75,14 +67,7 @@ class Command:
 
 
 def read_command(words: Sequence[str], cwd: Path, root: Path, unread: bool = False) -> Command:
-    """Take a command line apart: "python tools/train_net.py ..." is "tools/train_net.py ...".
-
-    Args:
-        words: of the command line.
-        cwd: where it is run.
-        root: the project's folder.
-        unread: as `Command`'s.
-    """
+    """Take a command line apart: "python tools/train_net.py ..." is "tools/train_net.py ..."."""
     if not words:
         raise InputError("no command: expected -- tools/train_net.py ... after the options.")
     program = Path(words[0]).name
@@ -203,11 +188,6 @@ def check_configs(
     """Look for a tool's config files, and let a tool with --check look at all that it is given.
 
     A config file that an earlier stage writes, or a job that this one depends on, is not asked for.
-
-    Args:
-        command, options: of the job.
-        cwd: where it would run.
-        earlier: commands that have ended before.
     """
     if not command.is_own:
         return

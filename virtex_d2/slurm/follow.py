@@ -3,7 +3,7 @@
 import functools
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,30 +17,23 @@ ENDED = {
 _FIELD = re.compile(r"(?:^| )([A-Z][\w:/]*)=(.*?)(?= [A-Z][\w:/]*=|$)")
 _NO_SUCH_JOB = "Invalid job id"
 _print = functools.partial(print, flush=True)
+_LOOK, _ASK = 1.0, 5.0  # seconds between looks at the logs, and between questions to Slurm
 _TAIL = 20  # lines of a log that is there already
 
 
 @dataclass(frozen=True)
 class State:
-    """One job, or one of an array's.
+    """One job, or one of an array's."""
 
-    Attributes:
-        job_id: e.g. "12", "12_3", or "12_4-17" of an array's pending ones.
-        number: "3" of "12_3", "" where the job is no array's.
-        name: Slurm's word, e.g. RUNNING; FORGOTTEN where Slurm knows it no more.
-        reason: why it waits, or ""; of a forgotten job the last word of its own record.
-        nodes, time, restarts: where, how long of its limit, how often begun anew.
-        exit_code: of an ended job, "" of a live one.
-    """
-
-    job_id: str
-    number: str = ""
-    name: str = "FORGOTTEN"
-    reason: str = ""
+    job_id: str  # e.g. "12", "12_3", or "12_4-17" of an array's pending ones
+    number: str = ""  # "3" of "12_3", "" where the job is no array's
+    name: str = "FORGOTTEN"  # Slurm's word, e.g. RUNNING; FORGOTTEN where Slurm knows it no more
+    reason: str = ""  # why it waits, or ""; of a forgotten job the last word of its own record
+    # nodes, time, restarts: where, how long of its limit, how often begun anew
     nodes: str = ""
     time: str = ""
     restarts: str = ""
-    exit_code: str = ""
+    exit_code: str = ""  # of an ended job, "" of a live one
 
     @property
     def ended_well(self) -> bool:
@@ -157,58 +150,48 @@ class _Log:
         return lines
 
 
-def follow(
-    jobs: Sequence[Submitted],
-    tell: Callable[[str], None] = _print,
-    look: float = 1.0,
-    ask: float = 5.0,
-) -> bool:
-    """Tell the jobs' states when they change, and their logs' new lines, until all have ended.
+def follow(jobs: Sequence[Submitted]) -> bool:
+    """Print the jobs' states when they change, and their logs' new lines, until all have ended.
 
     A controller that does not answer is asked again; a requeued job is followed through its next
     start.
-
-    Args:
-        jobs: what to follow.
-        tell: gets every line.
-        look, ask: seconds between two looks at the logs, and between two questions to Slurm.
 
     Returns:
         Whether all ended well.
     """
     states: dict[str, State] = {}
     logs: dict[str, _Log] = {}
-    asked, complaint = -ask, ""
+    asked, complaint = -_ASK, ""
     while True:
-        if time.monotonic() - asked >= ask:
+        if time.monotonic() - asked >= _ASK:
             asked = time.monotonic()
             try:
                 current = {s.job_id: (job, s) for job in jobs for s in job_states(job)}
             except SlurmError as error:
                 current = {}
                 if str(error) != complaint:
-                    tell(f"-- Slurm does not answer, asking again: {error}")
+                    _print(f"-- Slurm does not answer, asking again: {error}")
                 complaint = str(error)
             for job_id, (job, state) in current.items():
                 logs.setdefault(job_id, _Log(job.path(state.number)))
                 if str(states.get(job_id, "")) != str(state):
                     if states:
-                        _tell_lines(logs, tell)  # what it said before its state changed
-                    tell(f"-- {job.name} {job_id}: {state}")
+                        _print_lines(logs)  # what it said before its state changed
+                    _print(f"-- {job.name} {job_id}: {state}")
             if current:
                 states = {job_id: state for job_id, (_, state) in current.items()}
-        if _tell_lines(logs, tell):
-            asked = -ask  # the script says that something has changed
+        if _print_lines(logs):
+            asked = -_ASK  # the script says that something has changed
         if states and all(state.name in ENDED for state in states.values()):
             return all(state.ended_well for state in states.values())
-        time.sleep(look)
+        time.sleep(_LOOK)
 
 
-def _tell_lines(logs: dict[str, _Log], tell: Callable[[str], None]) -> bool:
-    """Tell the new lines; returns whether one is of the batch script itself."""
+def _print_lines(logs: dict[str, _Log]) -> bool:
+    """Print the new lines; returns whether one is of the batch script itself."""
     several, of_script = len(logs) > 1, False
     for job_id, log in logs.items():
         for line in log.new_lines():
             of_script |= line.startswith(SCRIPT_SAYS)
-            tell(f"{job_id} | {line}" if several else line)
+            _print(f"{job_id} | {line}" if several else line)
     return of_script

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from virtex_d2.engine.cli import expanded
 from virtex_d2.engine.errors import InputError, exit_on_input_error
+from virtex_d2.slurm import submit
 from virtex_d2.slurm.command import read_command
 from virtex_d2.slurm.follow import follow, status_table
 from virtex_d2.slurm.options import (
@@ -30,13 +31,6 @@ from virtex_d2.slurm.options import (
     make_options,
     read_pipeline,
     read_site,
-)
-from virtex_d2.slurm.submit import (
-    SlurmError,
-    find_submitted,
-    new_folder,
-    stage_jobs,
-    submit_pipeline,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,7 +46,7 @@ def main() -> None:
     with exit_on_input_error():
         try:
             sys.exit(_run())
-        except SlurmError as error:
+        except submit.SlurmError as error:
             sys.exit(f"error: {error}")
         except KeyboardInterrupt:
             print("\nNo longer followed; the jobs go on.", file=sys.stderr)
@@ -71,7 +65,7 @@ def _run() -> int:
             raise InputError("a job's id or --status: not together with a new job.")
         jobs = _submit(args, command, layers, cwd, logs)
     elif args.status or args.follow:
-        jobs = find_submitted(logs, args.jobs)
+        jobs = submit.find_submitted(logs, args.jobs)
         if not args.jobs:
             jobs = jobs[-1:] if args.follow else jobs[-20:]
     else:
@@ -91,13 +85,13 @@ def _submit(args, command, layers, cwd: Path, logs: Path) -> list:
         options = make_options(*layers)
         stages = [Stage("", tuple(command), options, ())]
         name = options.name or read_command(command, cwd, ROOT).name
-    pairs = stage_jobs(stages, new_folder(logs, name), cwd, ROOT)
+    pairs = submit.stage_jobs(stages, submit.new_folder(logs, name), cwd, ROOT)
     if args.dry_run:
         for stage, job in pairs:
             after = f", after {', '.join(stage.after)}" if stage.after else ""
             print(f"# {job.folder}/job.sbatch{after}\n{job.text()}")
         return []
-    jobs = submit_pipeline(pairs)
+    jobs = submit.submit_pipeline(pairs)
     for job in jobs:
         print(f"job {job.job_id} {job.name}: {job.folder / job.log}")
     return jobs

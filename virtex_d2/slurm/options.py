@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from virtex_d2.engine.errors import InputError, nearest
+from virtex_d2.engine.files import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -41,7 +42,6 @@ LAUNCHERS = ("srun", "torchrun")
 _TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|-1|UNLIMITED|INFINITE", re.IGNORECASE)
 _TYPE = r"[^\s,:=]+"  # as in any gres.conf
 _GPUS = re.compile(rf"({_TYPE}:\d+|\d+|{_TYPE})(,({_TYPE}:\d+|\d+|{_TYPE}))*")
-_MEMORY = re.compile(r"\d+([KMGT]i?B?)?", re.IGNORECASE)
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
 _SAME = "nodes cpus-per-task time partition account qos constraint array dependency gpus-per-node"
@@ -133,11 +133,6 @@ class JobOptions:
             )
         if self.array:
             array_numbers(self.array)
-        if self.memory and not _MEMORY.fullmatch(self.memory):
-            raise InputError(
-                f"--memory: expected a size such as 64G or 500M, or 0 for all; found "
-                f"'{self.memory}'."
-            )
         for line in self.sbatch:
             self._check_sbatch(line)
         if self.launcher not in LAUNCHERS:
@@ -243,10 +238,8 @@ def read_site(path: Path | None) -> dict[str, Any]:
 def read_toml(path: Path) -> dict[str, Any]:
     """Raise InputError if no such file, or not TOML; the message has the line."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
-    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
+        return tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path}: expected a TOML file: {error}. Strings need quotes.") from error
 
 
@@ -256,7 +249,6 @@ def check_table(
     """Options out of a TOML table; a number may stand for that of GPUs.
 
     Args:
-        table: keys and values.
         where: its file and place, for messages.
         others: keys that may stand there, too, but that are not options: to name the nearest.
     """
@@ -328,18 +320,12 @@ def array_numbers(spec: str) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Stage:
-    """One job of a pipeline.
+    """One job of a pipeline."""
 
-    Attributes:
-        name: of the stage, its job and its folder.
-        command: the words of its command line.
-        options: what it asks of Slurm.
-        after: the stages that must have ended well before it starts; all stand before it.
-    """
-
-    name: str
-    command: tuple[str, ...]
-    options: JobOptions
+    name: str  # of the stage, its job and its folder
+    command: tuple[str, ...]  # the words of its command line
+    options: JobOptions  # what it asks of Slurm
+    # the stages that must have ended well before it starts; all stand before it
     after: tuple[str, ...]
 
 
@@ -347,7 +333,6 @@ def read_pipeline(path: Path, site: Mapping[str, Any], given: Mapping[str, Any])
     """The stages of a file, in its order.
 
     Args:
-        path: the TOML file.
         site: options that hold where the file says nothing.
         given: options of the command line, which hold for every stage whatever the file says.
     """

@@ -19,21 +19,13 @@ _STARTS_LINE = re.compile(r"--\w|[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*$")
 
 @dataclass(frozen=True)
 class Job:
-    """One sbatch script.
+    """One sbatch script."""
 
-    Attributes:
-        options: what it asks for.
-        command: what it runs.
-        folder: for the script, its logs and its records; absolute.
-        cwd: where the command is run; absolute.
-        root: the project's folder, from which its packages are imported.
-    """
-
-    options: JobOptions
-    command: Command
-    folder: Path
-    cwd: Path
-    root: Path
+    options: JobOptions  # what it asks for
+    command: Command  # what it runs
+    folder: Path  # for the script, its logs and its records; absolute
+    cwd: Path  # where the command is run; absolute
+    root: Path  # the project's folder, from which its packages are imported
 
     def __post_init__(self) -> None:
         check_command(self.command, self.options, self.cwd)

@@ -1,7 +1,6 @@
 """Writes a job's script into a folder of its own, hands it to sbatch, and notes what came of it."""
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -10,10 +9,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.files import atomic_path
+from virtex_d2.engine.files import read_json, write_json, write_text
 from virtex_d2.slurm.command import check_configs, read_command
 from virtex_d2.slurm.options import Stage
 from virtex_d2.slurm.script import Job
@@ -45,19 +43,12 @@ class NoAnswerError(SlurmError):
 
 @dataclass(frozen=True)
 class Submitted:
-    """A job that Slurm has accepted.
+    """A job that Slurm has accepted."""
 
-    Attributes:
-        job_id: Slurm's number of it; of an array, of the whole.
-        name: the job's name.
-        folder: with script, logs and records.
-        log: the log's file name; of an array, with %a for the number.
-    """
-
-    job_id: str
-    name: str
-    folder: Path
-    log: str
+    job_id: str  # Slurm's number of it; of an array, of the whole
+    name: str  # the job's name
+    folder: Path  # with script, logs and records
+    log: str  # the log's file name; of an array, with %a for the number
 
     def path(self, number: str = "") -> Path:
         """The log; `number` is of an array's job."""
@@ -107,8 +98,7 @@ def submit(job: Job, after: Sequence[str] = ()) -> Submitted:
     new = [folder for folder in (job.folder, *job.folder.parents) if not folder.exists()]
     try:
         job.folder.mkdir(parents=True)
-        with atomic_path(script) as temporary:
-            temporary.write_text(job.text(), encoding="utf-8")
+        write_text(script, job.text())
     except OSError as error:
         raise InputError(
             f"--logs {job.folder.parent}: cannot write there: {error.strerror}. Choose another."
@@ -132,9 +122,8 @@ def submit(job: Job, after: Sequence[str] = ()) -> Submitted:
         hint = f"\n{_NO_CLUSTER}" if _CONFIGURATION.search(str(error)) else ""
         raise InputError(f"sbatch refuses the job {job.name}:\n{error}{hint}") from error
     submitted = Submitted(numbers[-1], job.name, job.folder, job.log)
-    with atomic_path(job.folder / RECORD) as temporary:
-        record = {"job_id": submitted.job_id, "name": submitted.name, "log": submitted.log}
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record = {"job_id": submitted.job_id, "name": submitted.name, "log": submitted.log}
+    write_json(job.folder / RECORD, record)
     return submitted
 
 
@@ -180,7 +169,6 @@ def stage_jobs(
     Args:
         stages: in order. One without a name is a command line, whose words a shell has read.
         folder: of the pipeline; it is not made.
-        cwd, root: as `Job`.
     """
     jobs: list[tuple[Stage, Job]] = []
     for stage in stages:
@@ -221,8 +209,8 @@ def find_submitted(logs: Path, wanted: Sequence[str]) -> list[Submitted]:
 
 def _read(path: Path) -> Submitted:
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         # The folder may have been moved or copied meanwhile.
         return Submitted(str(int(record["job_id"])), record["name"], path.parent, record["log"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: no record of a job: {error}. Remove it.") from error

@@ -3,7 +3,6 @@
 One colour is one start, lines carry their own labels.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.files import json_lines
 
 INK, MUTED, RULE = "#202124", "#6B7075", "#DADCE0"
 
@@ -90,17 +90,9 @@ class Metrics:
 
 def _read_records(path: Path) -> list[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        records = [record for record in json_lines(path) if "iteration" in record]
     except OSError as error:
         raise InputError(f"{path}: cannot read the run's metrics: {error.strerror}.") from error
-    records = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # half a line, of a run that was killed while it wrote
-        if isinstance(record, dict) and "iteration" in record:
-            records.append(record)
     if not records:
         raise InputError(f"{path}: expected JSON lines with an iteration each, found none.")
     return records
@@ -133,10 +125,7 @@ def finish(
     """Begin the axes at zero, and label each line at its end, apart from its neighbours.
 
     Args:
-        axes: with the lines drawn.
         labels: (value at the end, text, colour); the value is put below a text of one line.
-        number: how to.
-        least_height: of the axis.
     """
     axes.set_xlabel("iteration")
     axes.margins(x=0.02)

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import virtex_d2
-from virtex_d2.engine.files import atomic_path
+from virtex_d2.engine.files import write_text
 from virtex_d2.studies.stages import cores
 
 # The distributions whose versions can change a result; detectron2 goes by either name.
@@ -36,14 +36,10 @@ def write_page(path: Path, title: str, body: str, css: str = "") -> None:
     """Write a page, atomically.
 
     Args:
-        path: of the HTML file.
         title: plain text.
         body: HTML, such as `render` gives.
-        css: rules in addition to those of all pages.
     """
-    html = render("page.html", title=title, body=Markup(body), css=Markup(css))
-    with atomic_path(path) as temporary:
-        temporary.write_text(html, encoding="utf-8")
+    write_text(path, render("page.html", title=title, body=Markup(body), css=Markup(css)))
 
 
 def render(template: str, **values: Any) -> Markup:

@@ -22,12 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from fvcore.common.config import CfgNode
-
 from virtex_d2.engine.cli import shell
+from virtex_d2.engine.config import read_config
 from virtex_d2.engine.errors import EXIT_CODE, InputError
-from virtex_d2.engine.files import atomic_path, read_json, sha256
+from virtex_d2.engine.files import read_json, sha256, write_json
 from virtex_d2.engine.identity import texts
 from virtex_d2.engine.lock import RunLock
 from virtex_d2.engine.parent import end_with_parent
@@ -77,31 +75,20 @@ def exit_on_stop() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Stage:
-    """One command.
+    """One command."""
 
-    Attributes:
-        name: a file name for its marker and log, e.g. "seed1-pretrain".
-        title: one line for people.
-        command: arguments after the interpreter, relative to the project's root.
-        folder: what it writes into, relative to the root or absolute.
-        configs: config files that it reads, relative to the root.
-        needs: the stages whose output it reads.
-        files: files of others that it reads, such as weights: another content is another stage.
-        again: the flag with which the tool goes on from, or replaces, what a stopped run has left.
-        label: a word for the progress line.
-        group: neighbours of the same group run at the same time; "" for a stage on its own.
-    """
-
-    name: str
-    title: str
-    command: tuple[str, ...]
-    folder: str
-    configs: tuple[str, ...] = ()
-    needs: tuple["Stage", ...] = field(default=(), repr=False)
+    name: str  # a file name for its marker and log, e.g. "seed1-pretrain"
+    title: str  # one line for people
+    command: tuple[str, ...]  # arguments after the interpreter, relative to the project's root
+    folder: str  # what it writes into, relative to the root or absolute
+    configs: tuple[str, ...] = ()  # config files that it reads, relative to the root
+    needs: tuple["Stage", ...] = field(default=(), repr=False)  # the stages whose output it reads
+    # files of others that it reads, such as weights: another content is another stage
     files: tuple[str, ...] = ()
+    # the flag with which the tool goes on from, or replaces, what a stopped run has left
     again: str = "--resume"
-    label: str = ""
-    group: str = ""
+    label: str = ""  # a word for the progress line
+    group: str = ""  # neighbours of the same group run at the same time; "" for a stage on its own
 
     def argv(self, root: Path, again: bool = False) -> list[str]:
         """Give what to execute in the project's root, the interpreter first."""
@@ -133,24 +120,6 @@ class Stage:
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Read a YAML config with what it includes by `_BASE_`, as nested dicts."""
-    try:
-        content = CfgNode.load_yaml_with_base(str(path))
-    except OSError as error:
-        raise InputError(
-            f"{error.filename or path}: cannot read this config file: {error.strerror}. Check the "
-            "path."
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not YAML: {error}") from error
-    except (TypeError, AssertionError):  # no mapping; a group of keys where a base has a value
-        content = None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected KEY: VALUE lines in it and in its _BASE_.")
-    return content
-
-
 def _content_hash(path: Path) -> str:
     try:
         status = path.stat()
@@ -169,7 +138,6 @@ def claim_output(output: Path, kind: str, settings: Mapping[str, Any]) -> None:
     """Make `output` the folder of this piece of work, or make sure that it is already.
 
     Args:
-        output: the folder.
         kind: what it is, for people and for the name of its record: "demo".
         settings: what may not change between two calls.
     """
@@ -196,7 +164,7 @@ def claim_output(output: Path, kind: str, settings: Mapping[str, Any]) -> None:
             "remove it."
         )
     else:
-        _write_record(record, settings)
+        write_json(record, settings)
 
 
 def _holds_something(output: Path) -> bool:
@@ -239,11 +207,6 @@ def checked_marker(stage: Stage, root: Path, output: Path) -> dict[str, Any]:
 
 def _marker(stage: Stage, output: Path) -> Path:
     return output / MARKERS / f"{stage.name}.json"
-
-
-def _write_record(path: Path, content: Mapping[str, Any]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _differences(stage: Stage, root: Path, marker: Mapping[str, Any]) -> Iterator[str]:
@@ -360,22 +323,15 @@ def elapsed(stages: Iterable[Stage], markers: Mapping[str, Mapping[str, Any]]) -
 
 @dataclass
 class _Run:
-    """A stage's process with its lock, its log, and its marker, which is kept up to date.
+    """A stage's process with its lock, its log, and its marker, which is kept up to date."""
 
-    Attributes:
-        stage: what to run.
-        marker: of an earlier run that was stopped, or empty; changed in place.
-        root, output: the project's folder, and that of markers and logs.
-        environment: of the process.
-        lost: where to tell that another process has taken the stage over.
-    """
-
-    stage: Stage
-    marker: dict[str, Any]
+    stage: Stage  # what to run
+    marker: dict[str, Any]  # of an earlier run that was stopped, or empty; changed in place
+    # root, output: the project's folder, and that of markers and logs
     root: Path
     output: Path
-    environment: Mapping[str, str]
-    lost: list[InputError]
+    environment: Mapping[str, str]  # of the process
+    lost: list[InputError]  # where to tell that another process has taken the stage over
 
     def start(self, slot: Mapping[str, str]) -> bool:
         """Start the process; nothing and False where another one has done the stage meanwhile."""
@@ -429,7 +385,7 @@ class _Run:
         return code
 
     def _record(self) -> None:
-        _write_record(_marker(self.stage, self.output), self.marker)
+        write_json(_marker(self.stage, self.output), self.marker)
 
     @property
     def ended(self) -> bool:

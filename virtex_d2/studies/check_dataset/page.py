@@ -6,6 +6,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from virtex_d2.annotations.checks import Checked
 from virtex_d2.annotations.masks import mask_kinds
 from virtex_d2.annotations.table import KINDS, AnnotationTable
-from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.errors import InputError, some
 from virtex_d2.engine.files import atomic_path
 
 NAMED = 5  # records of each kind that are named
@@ -26,7 +27,6 @@ def page(checked: Checked, refused: bool = False) -> str:
     """Counts, class histogram, and problems with the first records of each kind.
 
     Args:
-        checked: the data set.
         refused: whether training would not start, for a reason that is told elsewhere.
     """
     facts = summary(checked)
@@ -111,15 +111,9 @@ def _classes(table: AnnotationTable) -> list[dict[str, Any]]:
 
 
 def _rows(checked: Checked) -> list[dict[str, Any]]:
+    name = checked.table.name
     return [
-        {
-            "dataset": checked.table.name,
-            "kind": problem.kind,
-            "serious": KINDS[problem.kind].serious,
-            "record": problem.record,
-            "image": problem.image,
-            "why": problem.why,
-        }
+        {"dataset": name, "serious": KINDS[problem.kind].serious, **asdict(problem)}
         for problem in checked.problems
     ]
 
@@ -178,8 +172,7 @@ def _histogram(classes: Sequence[dict[str, Any]]) -> list[str]:
     if len(classes) > _COLUMNS:
         lines.append(f"    {_bins(classes)}")
     if unused:
-        more = f" and {len(unused) - _LISTED} more" if len(unused) > _LISTED else ""
-        lines.append(f"    without an instance: {', '.join(unused[:_LISTED])}{more}")
+        lines.append(f"    without an instance: {some(unused, _LISTED)}")
     return lines
 
 

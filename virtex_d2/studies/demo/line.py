@@ -19,29 +19,14 @@ from PIL import Image
 
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import read_json
+from virtex_d2.engine.identity import flat
+from virtex_d2.studies import curves, stages
 from virtex_d2.studies.compare import figures
 from virtex_d2.studies.compare.report import write_report
 from virtex_d2.studies.compare.runs import Cell, read_run
 from virtex_d2.studies.compare.tables import Block, text_table, verdicts
-from virtex_d2.studies.curves import (
-    MUTED,
-    STYLE,
-    WIDTH,
-    Metrics,
-    draw_seeds,
-    finish,
-    save,
-)
 from virtex_d2.studies.page import Picture
-from virtex_d2.studies.stages import (
-    Stage,
-    claim_output,
-    clock,
-    cores,
-    elapsed,
-    read_config,
-    run_stages,
-)
+from virtex_d2.studies.stages import Stage
 from virtex_d2.studies.viewer.drawing import grid
 
 PRETRAIN_CONFIG = "configs/pretrain/shapes_R_50.yaml"
@@ -68,18 +53,13 @@ _COUNTED_BELOW_1 = {"TEST.PRECISE_BN.NUM_ITER": 1}  # a longer run does not need
 
 @dataclass(frozen=True)
 class Training:
-    """A config's training at some scale.
+    """A config's training at some scale."""
 
-    Attributes:
-        config: its file.
-        iterations, images_per_batch: SOLVER.MAX_ITER and SOLVER.IMS_PER_BATCH.
-        overrides: ("KEY", "VALUE", ...) that give it this length.
-    """
-
-    config: str
+    config: str  # its file
+    # iterations, images_per_batch: SOLVER.MAX_ITER and SOLVER.IMS_PER_BATCH
     iterations: int
     images_per_batch: int
-    overrides: tuple[str, ...]
+    overrides: tuple[str, ...]  # ("KEY", "VALUE", ...) that give it this length
 
     def __str__(self) -> str:
         count, images = self.iterations, self.images_per_batch
@@ -88,20 +68,14 @@ class Training:
 
 @dataclass(frozen=True)
 class Plan:
-    """All stages in order, and where each result will lie.
+    """All stages in order, and where each result will lie."""
 
-    Attributes:
-        images: how many of each split.
-        pretrain, detect: the trainings.
-        seeds: of the repetitions.
-        folder: of the demo, as in `Stage.folder`.
-    """
-
-    images: Mapping[str, int]
+    images: Mapping[str, int]  # how many of each split
+    # pretrain, detect: the trainings
     pretrain: Training
     detect: Training
-    seeds: Sequence[int]
-    folder: str
+    seeds: Sequence[int]  # of the repetitions
+    folder: str  # of the demo, as in `Stage.folder`
 
     @property
     def world(self) -> str:
@@ -118,13 +92,13 @@ class Plan:
         splits = {
             split: world_stage(self.world, split, count) for split, count in self.images.items()
         }
-        stages = list(splits.values())
+        planned = list(splits.values())
         for seed in self.seeds:
             pretraining = self._pretraining(seed, (splits["captions"], splits["test"]))
             labelled = splits["train"], splits["test"]
             detectors = [self._detector(seed, start, labelled, pretraining) for start in STARTS]
-            stages += [pretraining, *detectors]
-        return stages
+            planned += [pretraining, *detectors]
+        return planned
 
     def run_folder(self, seed: int, run: str) -> str:
         """Name the OUTPUT_DIR of a run: "pretrain", or one of `STARTS` for a detector."""
@@ -221,14 +195,7 @@ def world_stage(world: str, split: str, count: int) -> Stage:
 
 
 def _training(root: Path, path: str, scale: float) -> Training:
-    config = read_config(root / path)
-
-    def get(dotted: str) -> Any:
-        node: Any = config
-        for name in dotted.split("."):
-            node = node.get(name) if isinstance(node, dict) else None
-        return node
-
+    get = dict(flat(stages.read_config(root / path))).get
     for key in ("SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH"):
         if not isinstance(get(key), int):
             raise InputError(
@@ -269,12 +236,13 @@ def run_demo(root: Path, output: Path, scale: float = 1.0, num_seeds: int = 1) -
     plan = make_plan(root, output, scale, num_seeds)
     if not (root / "tools").is_dir():
         raise InputError(f"{root}: expected the project's folder; it has no tools/.")
-    claim_output(output, "demo", {"scale": scale})
+    stages.claim_output(output, "demo", {"scale": scale})
     (output / "report.html").unlink(missing_ok=True)  # it would not speak of this run
     count = len(plan.stages)
-    print(f"{count} stages into {output}, on {cores()} cores. Commands run in {root}.", flush=True)
-    markers = run_stages(plan.stages, root, output)
-    time = clock(elapsed(plan.stages, markers))
+    cores = stages.cores()
+    print(f"{count} stages into {output}, on {cores} cores. Commands run in {root}.", flush=True)
+    markers = stages.run_stages(plan.stages, root, output)
+    time = stages.clock(stages.elapsed(plan.stages, markers))
 
     print("\nReport", flush=True)
     path, blocks = _report(plan, root, output, markers, time)
@@ -291,7 +259,7 @@ def _report(
     captions, pretraining = pictures / "captions.png", pictures / "pretraining.png"
     _draw_captions(captions, *(root / name for name in plan.files("captions", "captions")))
     runs = (root / plan.run_folder(seed, "pretrain") / "metrics.json" for seed in plan.seeds)
-    _draw_pretraining(pretraining, [Metrics(run, plan.pretrain.iterations) for run in runs])
+    _draw_pretraining(pretraining, [curves.Metrics(run, plan.pretrain.iterations) for run in runs])
     images = plan.images
     path, blocks = write_report(
         output,
@@ -304,7 +272,7 @@ def _report(
             for start, name in STARTS.items()
         ],
         commands={
-            f"{stage.title} ({clock(marker['seconds'])})": "OMP_NUM_THREADS="
+            f"{stage.title} ({stages.clock(marker['seconds'])})": "OMP_NUM_THREADS="
             f"{marker['threads']} {marker['command']}"
             for stage in plan.stages
             for marker in [markers[stage.name]]
@@ -356,27 +324,27 @@ def _draw_captions(path: Path, annotations: Path, images: Path, count: int = 4) 
     captions: dict[int, list[str]] = {}
     for item in coco["annotations"]:
         captions.setdefault(item["image_id"], []).append(f"“{item['caption']}”")
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+    with matplotlib.rc_context(curves.STYLE):
+        figure = Figure(figsize=(curves.WIDTH, 3.4), layout="constrained")
         for axes, record in zip(figure.subplots(1, count), coco["images"]):
             axes.set_axis_off()
             with Image.open(images / record["file_name"]) as image:
                 axes.imshow(image.convert("RGB"), interpolation="bicubic")
             texts = [textwrap.fill(text, 40) for text in captions.get(record["id"], [])[:2]]
             axes.text(0, -0.04, "\n".join(texts), transform=axes.transAxes, va="top", fontsize=7.5)
-        save(figure, path, photographs=True)
+        curves.save(figure, path, photographs=True)
 
 
-def _draw_pretraining(path: Path, runs: Sequence[Metrics]) -> None:
+def _draw_pretraining(path: Path, runs: Sequence[curves.Metrics]) -> None:
     """Draw the caption loss of each direction, of training and of held-out images."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    with matplotlib.rc_context(curves.STYLE):
+        figure = Figure(figsize=(curves.WIDTH, 3.6), layout="constrained")
         axes = figure.subplots()
         axes.set_title("Caption loss, nats a token")
         labels = []
         for direction, color in (("forward", "#0A5FA5"), ("backward", "#3FA7D6")):
             key = f"loss_captioning_{direction}"
-            end = draw_seeds(axes, [run.curve(key) for run in runs], color)
+            end = curves.draw_seeds(axes, [run.curve(key) for run in runs], color)
             held_out = [run.curve(f"val/{key}") for run in runs if run.curve(f"val/{key}")]
             for curve in held_out:
                 axes.plot(*zip(*curve.items()), "o", color=color, mfc="white", ms=5, zorder=4)
@@ -384,12 +352,12 @@ def _draw_pretraining(path: Path, runs: Sequence[Metrics]) -> None:
                 last = sum([*curve.values()][-1] for curve in held_out) / len(held_out)
                 labels.append((end, f"{direction} {end:.2f}\nheld out {last:.2f}", color))
         if entropy := [*runs[0].curve("val/unigram_entropy").values()]:
-            axes.axhline(entropy[-1], color=MUTED, lw=1, ls=(0, (5, 3)), zorder=1)
-            labels.append((entropy[-1], "word frequencies alone\n(unigram entropy)", MUTED))
-        finish(axes, labels)
+            axes.axhline(entropy[-1], color=curves.MUTED, lw=1, ls=(0, (5, 3)), zorder=1)
+            labels.append((entropy[-1], "word frequencies alone\n(unigram entropy)", curves.MUTED))
+        curves.finish(axes, labels)
         words = "iteration    (lines: training images, with augmentation; circles: held-out images)"
         axes.set_xlabel(words)
-        save(figure, path)
+        curves.save(figure, path)
 
 
 def _draw_overview(path: Path, block: Block, root: Path) -> None:
@@ -397,15 +365,15 @@ def _draw_overview(path: Path, block: Block, root: Path) -> None:
     _, rows = figures.prediction_panels(block, root, count=4)
     sheet = grid([panel for column in zip(*rows) for panel in column], columns=len(rows))
     metric = block.main[-1]
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 4.8))
+    with matplotlib.rc_context(curves.STYLE):
+        figure = Figure(figsize=(curves.WIDTH, 4.8))
         left, right = (
             figure.add_axes(box) for box in ((0.04, 0.1, 0.21, 0.84), (0.38, 0, 0.62, 1))
         )
         figures.draw_curve(left, block, metric, f"{metric.label} on held-out images")
         right.set_axis_off()
         right.imshow(sheet, interpolation="lanczos")
-        save(figure, path, photographs=True)
+        curves.save(figure, path, photographs=True)
     with Image.open(path) as image:  # with a palette it takes a quarter of the space
         small = image.convert("RGB").quantize(64, dither=Image.Dither.NONE)
     small.save(path, optimize=True)

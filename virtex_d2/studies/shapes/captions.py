@@ -58,24 +58,17 @@ _COUNTS = ("there {v} {n} {t}", "{n} {t}", "we count {n} {t}")
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object as it is seen.
+    """One object as it is seen."""
 
-    Attributes:
-        name, color, size, pattern: words from CLASSES, COLORS, SIZES and PATTERNS.
-        center: (x, y) in pixels.
-        mask: (H, W) bool, the visible pixels.
-        box: (x, y, width, height) around them, in pixels.
-        covers: indices of objects that it hides enough of to be seen, and to be said.
-    """
-
+    # name, color, size, pattern: words from CLASSES, COLORS, SIZES and PATTERNS
     name: str
     color: str
     size: str
     pattern: str
-    center: tuple[int, int]
-    mask: np.ndarray
-    box: tuple[int, int, int, int]
-    covers: tuple[int, ...]
+    center: tuple[int, int]  # (x, y) in pixels
+    mask: np.ndarray  # (H, W) bool, the visible pixels
+    box: tuple[int, int, int, int]  # (x, y, width, height) around them, in pixels
+    covers: tuple[int, ...]  # indices of objects that it hides enough of to be seen, and to be said
 
 
 def write_captions(

@@ -11,6 +11,7 @@ import math
 import operator
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 
 from virtex_d2.engine.errors import InputError
@@ -53,17 +54,11 @@ _LEAST_HIDDEN = 5
 
 @dataclass(frozen=True)
 class Scene:
-    """An image with what is in it.
+    """An image with what is in it."""
 
-    Attributes:
-        image: (H, W, 3) uint8, RGB.
-        objects: from the back to the front.
-        captions: five sentences that are true of it.
-    """
-
-    image: np.ndarray
-    objects: tuple[SceneObject, ...]
-    captions: tuple[str, ...]
+    image: np.ndarray  # (H, W, 3) uint8, RGB
+    objects: tuple[SceneObject, ...]  # from the back to the front
+    captions: tuple[str, ...]  # five sentences that are true of it
 
 
 def render(seed: int, index: int, size: int = 128, max_objects: int = MOST_OBJECTS) -> Scene:
@@ -125,8 +120,9 @@ def _place_objects(
         placed.append(item | {"area": area, "hidden": hidden})
     objects: list[SceneObject] = []
     for item in placed:
-        grown = _grown(item["mask"])
-        borders = [np.count_nonzero(grown & other.mask) for other in objects]
+        pixels = item["mask"].astype(np.uint8)
+        grown = cv2.dilate(pixels, cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3)))
+        borders = [np.count_nonzero(grown.astype(bool) & other.mask) for other in objects]
         touching = {i: border for i, border in enumerate(borders) if border}
         avoid = tuple(objects[i].color for i in touching)
         place = item["center"], item["radius"]
@@ -137,25 +133,9 @@ def _place_objects(
             if 100 * item["hidden"][i] >= _LEAST_HIDDEN * placed[i]["area"] and border >= size // 16
         )
         said = {key: item[key] for key in ("name", "size", "center", "mask")}
-        box = _box(item["mask"])
+        box = cv2.boundingRect(pixels)
         objects.append(SceneObject(**said, color=color, pattern=pattern, box=box, covers=covers))
     return tuple(objects)
-
-
-def _grown(mask: np.ndarray) -> np.ndarray:
-    """A mask with the pixels beside it, in four directions."""
-    grown = mask.copy()
-    grown[1:] |= mask[:-1]
-    grown[:-1] |= mask[1:]
-    grown[:, 1:] |= mask[:, :-1]
-    grown[:, :-1] |= mask[:, 1:]
-    return grown
-
-
-def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
-    x, y = int(columns[0]), int(rows[0])
-    return x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1
 
 
 def _generator(*key: str | int) -> np.random.RandomState:
@@ -250,10 +230,8 @@ def rasterize(
     """Make the mask of a shape: (size, size) bool, true where a pixel's centre is inside.
 
     Args:
-        name: one of CLASSES.
         center: (x, y) in pixels.
         radius: in pixels.
-        degrees: turn, clockwise.
         size: side of the image in pixels.
     """
     cos, sin = _COS[degrees % 360], _SIN[degrees % 360]

@@ -46,12 +46,8 @@ def write_dataset(
 
     Args:
         output: the world's folder; other splits in it stay as they are.
-        split: a name such as "train".
-        num_images: at least 1.
-        size: side of the images in pixels, 64 to 512.
         seed: of the world. Splits of one seed share their images: take another for each.
         formats: of FORMATS; COCO's files are always written.
-        max_objects: 1 to 6.
         overwrite: replace the split where it exists, in every format that it was written in.
     """
     formats = tuple(formats)

@@ -55,7 +55,6 @@ def draw_instances(
     *,
     side: int | None = None,
     boxes: bool = True,
-    masks: bool = True,
     labels: bool = True,
 ) -> np.ndarray:
     """Draw objects on an image.
@@ -71,7 +70,7 @@ def draw_instances(
         categories: names by category id, for the labels.
         side: the longer side of the result in pixels, so that labels of a small image can be read;
             None: as the image.
-        boxes, masks, labels: what to draw. An object without a mask has its box drawn anyway.
+        boxes, labels: whether to draw them. An object without a mask has its box drawn anyway.
 
     Returns:
         (h, w, 3) uint8 RGB.
@@ -87,7 +86,7 @@ def draw_instances(
         color = instance_color(item, numbers.get(item.category, len(numbers)))
         x0, y0, x1, y1 = (value * scale for value in item.box)
         placed.append((item, color, (x0, y0, x1, y1)))
-        masked = masks and bool(item.segmentation)
+        masked = bool(item.segmentation)
         if masked:
             mask = to_mask(item.segmentation, height, width).astype(np.float32)
             inside = cv2.resize(mask, size) > 0.5
@@ -126,8 +125,6 @@ def grid(panels: Sequence[tuple[str, np.ndarray]], columns: int, heading: str = 
 
     Args:
         panels: (title, (h, w, 3) uint8 RGB). Places are of the widest and the row's highest image.
-        columns: how many in a row.
-        heading: a line above all.
     """
     columns = max(1, min(columns, len(panels)))
     width = max(image.shape[1] for _, image in panels)

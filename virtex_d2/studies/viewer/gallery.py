@@ -20,24 +20,7 @@ from virtex_d2.annotations.table import AnnotationTable
 from virtex_d2.detection.sources import read_annotations, source_name
 from virtex_d2.engine.errors import InputError, nearest
 from virtex_d2.studies.page import write_page
-from virtex_d2.studies.viewer.drawing import (
-    COLORS,
-    DASHED,
-    LEGEND,
-    draw_instances,
-    grid,
-    read_pixels,
-    with_legend,
-)
-from virtex_d2.studies.viewer.matching import (
-    Instance,
-    Judged,
-    Match,
-    arrange,
-    count_classes,
-    judge,
-    masks_everywhere,
-)
+from virtex_d2.studies.viewer import drawing, matching
 from virtex_d2.studies.viewer.results import collect, predict, read_results
 
 PAGE = "index.html"
@@ -103,8 +86,6 @@ def show(table: AnnotationTable, args: argparse.Namespace, cfg: CfgNode | None =
     """Write pictures and a page, and print what came out.
 
     Args:
-        table: the truth.
-        args: of `parse_args`.
         cfg: of the detector that predicts where --weights is given.
 
     Returns:
@@ -120,8 +101,9 @@ def show(table: AnnotationTable, args: argparse.Namespace, cfg: CfgNode | None =
     sources, predictions = _predictions(table, args, cfg, images)
     by = args.by
     if by == "auto":
-        by = "segm" if masks_everywhere(table, predictions) else "bbox"
-    every = judge(table, predictions, threshold=args.iou, by=by, classes=classes, images=images)
+        by = "segm" if matching.masks_everywhere(table, predictions) else "bbox"
+    how = {"threshold": args.iou, "by": by, "classes": classes, "images": images}
+    every = matching.judge(table, predictions, **how)
     if not every:
         raise InputError("no image has an object or a prediction of these classes.")
     overlap = "masks" if by == "segm" else "boxes"
@@ -133,7 +115,7 @@ def show(table: AnnotationTable, args: argparse.Namespace, cfg: CfgNode | None =
         "order": args.sort,
         **({"classes": ", ".join(args.classes)} if args.classes else {}),
     }
-    shown = arrange(every, args.sort, args.seed)
+    shown = matching.arrange(every, args.sort, args.seed)
     left_out = _write_gallery(output, table, every, shown, args.num_images, facts)
     for name in predictions:
         results = [image.matches[name] for image in every]
@@ -153,11 +135,11 @@ def show(table: AnnotationTable, args: argparse.Namespace, cfg: CfgNode | None =
     return page
 
 
-def picture(table: AnnotationTable, judged: Judged) -> Image.Image:
+def picture(table: AnnotationTable, judged: matching.Judged) -> Image.Image:
     """Draw one image: its objects in the colours of their classes, then for each detector what is
     right, wrong and missed.
     """
-    image = read_pixels(table.files[judged.index])
+    image = drawing.read_pixels(table.files[judged.index])
     width, height = (int(value) for value in table.sizes[judged.index])
     if image.shape[:2] != (height, width):
         raise InputError(
@@ -169,19 +151,19 @@ def picture(table: AnnotationTable, judged: Judged) -> Image.Image:
     columns = 3 if len(judged.matches) % 3 == 2 else 2  # so that no row has a single one
     side = _ROW // columns
     title = f"truth: {count} object{'s' if count != 1 else ''}"
-    panels = [(title, draw_instances(image, judged.truth, names, side=side))]
+    panels = [(title, drawing.draw_instances(image, judged.truth, names, side=side))]
     for name, result in judged.matches.items():
         missed = [item for item in result.truth if item.verdict == "missed"]
         items = [*result.predictions, *missed]
         boxes = not any(item.segmentation for item in items)
-        drawn = draw_instances(image, items, names, side=side, boxes=boxes)
+        drawn = drawing.draw_instances(image, items, names, side=side, boxes=boxes)
         panels.append((f"{name}: {_told([result])}", drawn))
-    return grid(panels, columns)
+    return drawing.grid(panels, columns)
 
 
 def _predictions(
     table: AnnotationTable, args: argparse.Namespace, cfg: CfgNode | None, images: Sequence[int]
-) -> tuple[dict[str, str], dict[str, list[list[Instance]]]]:
+) -> tuple[dict[str, str], dict[str, list[list[matching.Instance]]]]:
     """The file of each detector, and its predictions for each image."""
     if args.weights:
         only = {table.image_ids[index] for index in images}
@@ -216,8 +198,8 @@ def _class_ids(table: AnnotationTable, names: Sequence[str]) -> set[Hashable] | 
 def _write_gallery(
     output: Path,
     table: AnnotationTable,
-    every: Sequence[Judged],
-    shown: Iterable[Judged],
+    every: Sequence[matching.Judged],
+    shown: Iterable[matching.Judged],
     count: int,
     facts: Mapping[str, str],
 ) -> list[str]:
@@ -241,7 +223,8 @@ def _write_gallery(
                 left_out.append(str(error))
                 continue
             stem = Path(table.files[judged.index]).stem
-            with_legend(drawn).save(temporary / "pictures" / f"{len(figures) + 1:03d}_{stem}.png")
+            name = f"{len(figures) + 1:03d}_{stem}.png"
+            drawing.with_legend(drawn).save(temporary / "pictures" / name)
             counts = "; ".join(f"{name}: {_told([r])}" for name, r in judged.matches.items())
             name = os.path.basename(table.files[judged.index])
             words = f"image {table.image_ids[judged.index]}, {name}. {counts}"
@@ -256,7 +239,7 @@ def _write_gallery(
         body = Environment(autoescape=True, trim_blocks=True).from_string(_BODY)
         values = {"facts": facts, "figures": figures, "judged": len(every), "title": title}
         values |= {"not_drawn": _not_drawn(left_out), "tables": _tables(table, every)}
-        style = {"colors": COLORS, "dashed": DASHED, "legend": LEGEND}
+        style = {"colors": drawing.COLORS, "dashed": drawing.DASHED, "legend": drawing.LEGEND}
         write_page(temporary / PAGE, title, body.render(values, **style), _CSS)
         os.replace(temporary, output)
     except OSError as error:
@@ -267,12 +250,12 @@ def _write_gallery(
 
 
 def _tables(
-    table: AnnotationTable, every: Sequence[Judged]
+    table: AnnotationTable, every: Sequence[matching.Judged]
 ) -> list[tuple[str, Counter, list[tuple[str, Counter]]]]:
     """For each detector its name, the counts of all images, and of each class, worst first."""
     tables = []
     for name in every[0].matches:
-        counts = count_classes(every, name)
+        counts = matching.count_classes(every, name)
         ranked = sorted(counts.items(), key=lambda pair: -(pair[1]["missed"] + pair[1]["wrong"]))
         classes = [(str(table.categories.get(key, f"category {key}")), c) for key, c in ranked]
         tables.append((name, sum(counts.values(), Counter()), classes))
@@ -287,7 +270,7 @@ def _not_drawn(reasons: Sequence[str]) -> list[str]:
     return lines
 
 
-def _told(results: Sequence[Match]) -> str:
+def _told(results: Sequence[matching.Match]) -> str:
     counts = {name: sum(r.count(name) for r in results) for name in ("right", "wrong", "missed")}
     return ", ".join(f"{count} {name}" for name, count in counts.items())
 

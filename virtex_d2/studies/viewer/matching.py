@@ -16,27 +16,19 @@ from virtex_d2.engine.errors import InputError
 
 @dataclass(frozen=True)
 class Instance:
-    """One object, true or predicted.
+    """One object, true or predicted."""
 
-    Attributes:
-        category: its category id.
-        box: (x0, y0, x1, y1) in pixels of the image.
-        segmentation: its mask in COCO's forms (polygons, run lengths); None: no mask.
-        score: 0 to 1 of a prediction; None of a true object.
-        ignore: of a true object, whether it counts neither as missed nor for a prediction: COCO's
-            crowds, VOC's difficult ones.
-        crowd: whether it is a region of many objects.
-        verdict: what became of it in matching: a true object is found, missed or ignored; a
-            prediction is right, wrong or ignored. "broken" is an annotation that fails its data
-            set's check; "" is before all that.
-    """
-
-    category: Hashable
-    box: tuple[float, float, float, float]
-    segmentation: Any = None
-    score: float | None = None
+    category: Hashable  # its category id
+    box: tuple[float, float, float, float]  # (x0, y0, x1, y1) in pixels of the image
+    segmentation: Any = None  # its mask in COCO's forms (polygons, run lengths); None: no mask
+    score: float | None = None  # 0 to 1 of a prediction; None of a true object
+    # of a true object, whether it counts neither as missed nor for a prediction: COCO's crowds,
+    # VOC's difficult ones
     ignore: bool = False
-    crowd: bool = False
+    crowd: bool = False  # whether it is a region of many objects
+    # what became of it in matching: a true object is found, missed or ignored; a prediction is
+    # right, wrong or ignored. "broken" is an annotation that fails its data set's check; "" is
+    # before all that
     verdict: str = ""
 
 
@@ -65,8 +57,6 @@ def objects(
     Objects of no class of the data set are left out, too, unless they are marked as broken.
 
     Args:
-        table: the data set.
-        rows: their indices.
         size: (height, width) of the image in pixels.
         broken: names of the records to mark as broken.
     """
@@ -93,15 +83,10 @@ def objects(
 
 @dataclass(frozen=True)
 class Match:
-    """What came of one image.
+    """What came of one image."""
 
-    Attributes:
-        truth: its objects: found, missed or ignored.
-        predictions: right, wrong or ignored; of descending score.
-    """
-
-    truth: tuple[Instance, ...]
-    predictions: tuple[Instance, ...]
+    truth: tuple[Instance, ...]  # its objects: found, missed or ignored
+    predictions: tuple[Instance, ...]  # right, wrong or ignored; of descending score
 
     def count(self, *verdicts: str) -> int:
         """Count the objects and predictions that have one of these verdicts."""
@@ -184,17 +169,11 @@ def _overlaps(
 
 @dataclass(frozen=True)
 class Judged:
-    """One image with its objects and the predictions of each detector.
+    """One image with its objects and the predictions of each detector."""
 
-    Attributes:
-        index: in the table.
-        truth: its objects.
-        matches: by detector.
-    """
-
-    index: int
-    truth: tuple[Instance, ...]
-    matches: Mapping[str, Match]
+    index: int  # in the table
+    truth: tuple[Instance, ...]  # its objects
+    matches: Mapping[str, Match]  # by detector
 
 
 def judge(
@@ -209,13 +188,10 @@ def judge(
     """Match the predictions of all images.
 
     Args:
-        table: the data set.
         predictions: of each detector, for each image.
         threshold: IoU from which a prediction is right.
-        by: "bbox" or "segm".
         classes: category ids; objects and predictions of others are left out, and images without
             any. None: all.
-        images: indices of the images; None: all.
     """
 
     def wanted(items: Sequence[Instance]) -> list[Instance]:

@@ -17,7 +17,7 @@ from virtex_d2.annotations.table import AnnotationTable, is_box, is_number
 from virtex_d2.checkpoint.source import Source, local_path
 from virtex_d2.detection.checkpointer import DetectorCheckpointer
 from virtex_d2.detection.trainer import DetectionTrainer
-from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.errors import InputError, some
 from virtex_d2.engine.files import read_json
 from virtex_d2.studies.viewer.matching import Instance
 
@@ -32,7 +32,6 @@ def read_results(path: str, table: AnnotationTable, threshold: float) -> list[li
     Args:
         path: a JSON list of {"image_id", "category_id", "bbox" [x, y, width, height], "score"} and,
             with masks, "segmentation".
-        table: the data set that was predicted on.
         threshold: predictions below this score are left out, after they were checked.
 
     Returns:
@@ -86,8 +85,6 @@ def predict(
 
     Args:
         cfg: with the preprocessing of the weights, MODEL.DEVICE and norms resolved.
-        dataset_name: registered.
-        weights: of the whole detector.
         only: ids of the images; None: all.
 
     Returns:
@@ -164,9 +161,8 @@ def _refuse_unknown(
 ) -> None:
     unknown = list(dict.fromkeys(one for one in ids if one not in known))
     if unknown:
-        named = ", ".join(map(repr, unknown[:_NAMED]))
-        more = f" and {len(unknown) - _NAMED} more" if len(unknown) > _NAMED else ""
         raise InputError(
             f"{source}: predictions for {len(unknown)} {many} that {table.source} lacks: {key} "
-            f"{named}{more}. They are of another data set: name the one that was predicted on."
+            f"{some(map(repr, unknown), _NAMED)}. They are of another data set: name the one that "
+            "was predicted on."
         )
