@@ -76,6 +76,18 @@ def write_exports(
         write_safetensors(path, tensors, {**metadata, **origin})
 
 
+def differences(wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> list[str]:
+    """What keeps the tensors of one state dict from being those of another, by name."""
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    problems += [f"{name} is not in the model" for name in found if name not in wanted]
+    problems += [
+        f"{name} has shape {tuple(found[name].shape)}, the model wants {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    return problems
+
+
 def load_weights(
     method: nn.Module, path: str, identity: Mapping[str, str] = {}, fresh: tuple[str, ...] = ()
 ) -> None:
@@ -93,13 +105,7 @@ def load_weights(
     state = {name: tensor for name, tensor in state.items() if not name.startswith(fresh)}
     whole = method.state_dict()
     own = {name: tensor for name, tensor in whole.items() if not name.startswith(fresh)}
-    problems = [f"{name} is missing" for name in own if name not in state]
-    problems += [f"{name} is not in the model" for name in state if name not in own]
-    problems += [
-        f"{name} has shape {tuple(state[name].shape)}, the model wants {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
+    problems = differences(own, state)
     if problems:
         raise InputError(
             f"MODEL.WEIGHTS {path} is not of this model (MODEL.OBJECTIVE "
