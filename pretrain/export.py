@@ -4,17 +4,19 @@ import hashlib
 import logging
 import os
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torchvision
 from detectron2.config import CfgNode
-from torch import nn
 
 from virtex_d2.engine.backbone_file import IMAGENET_RGB, backbone_metadata
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import write_safetensors
-from virtex_d2.engine.safe_load import read_checkpoint
+from virtex_d2.engine.safe_load import read_stored, whole_content
+
+if TYPE_CHECKING:
+    from pretrain.methods.method import Method
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +91,7 @@ def differences(wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Te
 
 
 def load_weights(
-    method: nn.Module, path: str, identity: Mapping[str, str] = {}, fresh: tuple[str, ...] = ()
+    method: "Method", path: str, identity: Mapping[str, str] = {}, fresh: tuple[str, ...] = ()
 ) -> None:
     """Load every tensor of a pretraining checkpoint (ours or VirTex's).
 
@@ -99,9 +101,11 @@ def load_weights(
         identity: what the outputs mean: `Samples.identity`.
         fresh: prefixes of tensors that stay as they are, in the checkpoint or not.
     """
-    checkpoint = read_checkpoint(path)
+    stored = read_stored(path)
+    checkpoint = whole_content(stored)
     state = checkpoint.get("model", checkpoint)
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    state = method.adapt(state, stored, fresh)
     state = {name: tensor for name, tensor in state.items() if not name.startswith(fresh)}
     whole = method.state_dict()
     own = {name: tensor for name, tensor in whole.items() if not name.startswith(fresh)}

@@ -1,7 +1,7 @@
 """What a checkpoint of IPT says of itself besides its tensors: its tasks, and what no shape tells.
 
-Ours say it: checkpoints of a run by the run's config, restorer.safetensors by its metadata. Released
-files say nothing.
+Ours say it: checkpoints of a run by the run's config, restorer.safetensors by its metadata. The
+released files say nothing.
 """
 
 import re

@@ -1,0 +1,50 @@
+"""Runs of a network so small that tests can train it: patches of 12 pixels, one layer."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pretrain.config import load_pretrain_config
+from pretrain.trainer import PretrainTrainer
+
+CONFIG = """\
+MODEL: {{OBJECTIVE: ipt, DEVICE: cpu}}
+DATA: {{FORMAT: images, TRAIN_IMAGES: {data}/train, VAL_IMAGES: {data}/val, NUM_WORKERS: 0}}
+IPT: {{FEATURES: 4, PATCH_SIZE: 12, LAYERS: 1, HEADS: 2}}
+SOLVER: {{OPTIMIZER: adamw, BASE_LR: 0.002, WEIGHT_DECAY: 0.0, IMS_PER_BATCH: 4, MAX_ITER: 6,
+         WARMUP_ITERS: 0, CLIP_GRAD_NORM: 0.0, CHECKPOINT_PERIOD: 3, AMP: {{ENABLED: False}},
+         LOOKAHEAD: {{ENABLED: False}}}}
+TEST: {{IMS_PER_BATCH: 2, EVAL_PERIOD: 3, BEST_METRIC: val/psnr, NUM_CAPTIONS: 2}}
+LOG_PERIOD: 1
+"""
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    """Smooth images; some smaller than the 48 pixels of x4, five to validate on."""
+    folder = tmp_path_factory.mktemp("restored")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 5)):
+        (folder / split).mkdir()
+        for i in range(count):
+            coarse = Image.fromarray(rng.integers(0, 256, (6, 7, 3), np.uint8))
+            size = (40, 30) if i == 2 else (70, 60)
+            coarse.resize(size, Image.Resampling.BICUBIC).save(folder / split / f"{i}.png")
+    return folder
+
+
+def tiny_config(folder: Path, images: Path, *more: str):
+    """A config whose run writes to `folder`; `more`: KEY, VALUE, ..."""
+    folder.mkdir(exist_ok=True)
+    file = folder.with_suffix(".yaml")
+    file.write_text(CONFIG.format(data=images))
+    return load_pretrain_config(str(file), ["OUTPUT_DIR", str(folder), *more])
+
+
+def train_here(folder: Path, images: Path, *more: str) -> PretrainTrainer:
+    trainer = PretrainTrainer(tiny_config(folder, images, *more))
+    trainer.resume_or_load(resume=True)
+    trainer.train()
+    return trainer
