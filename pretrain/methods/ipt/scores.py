@@ -77,7 +77,8 @@ def _levels(
     height, width = clean.shape[1:]
     if border < 0 or min(height, width) <= 2 * border:
         raise ValueError(f"nothing is left of {width}x{height} within a border of {border}")
-    pair = (image.double().clamp(0, _PEAK).round() for image in (restored, clean))
+    # of one layout, in which sums are rounded alike
+    pair = (image.double().contiguous().clamp(0, _PEAK).round() for image in (restored, clean))
     a, b = (image[:, border : height - border, border : width - border] for image in pair)
     return a, b
 
