@@ -2,10 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
-import pytest
-from PIL import Image
-
 from pretrain.config import load_pretrain_config
 from pretrain.trainer import PretrainTrainer
 
@@ -19,20 +15,6 @@ SOLVER: {{OPTIMIZER: adamw, BASE_LR: 0.002, WEIGHT_DECAY: 0.0, IMS_PER_BATCH: 4,
 TEST: {{IMS_PER_BATCH: 2, EVAL_PERIOD: 3, BEST_METRIC: val/psnr, NUM_CAPTIONS: 2}}
 LOG_PERIOD: 1
 """
-
-
-@pytest.fixture(scope="session")
-def images(tmp_path_factory) -> Path:
-    """Smooth images; some smaller than the 48 pixels of x4, five to validate on."""
-    folder = tmp_path_factory.mktemp("restored")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 8), ("val", 5)):
-        (folder / split).mkdir()
-        for i in range(count):
-            coarse = Image.fromarray(rng.integers(0, 256, (6, 7, 3), np.uint8))
-            size = (40, 30) if i == 2 else (70, 60)
-            coarse.resize(size, Image.Resampling.BICUBIC).save(folder / split / f"{i}.png")
-    return folder
 
 
 def tiny_config(folder: Path, images: Path, *more: str):

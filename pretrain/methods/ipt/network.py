@@ -337,7 +337,10 @@ def sizes_of(
         steps = [name for name in state if re.fullmatch(rf"tail\.{task}\.0\.\d+\.weight", name)]
         first = shape(f"tail.{task}.0.0.weight", 4)[0] // features if steps else 1
         scales.append(3 if first == 9 else 2 ** len(steps))
-    return Sizes(tuple(scales), features, side * TOKEN, layers, heads, positions, mlp)
+    try:
+        return Sizes(tuple(scales), features, side * TOKEN, layers, heads, positions, mlp)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def build_ipt(state: Mapping[str, torch.Tensor], sizes: Sizes, path: str) -> IPT:
