@@ -9,8 +9,8 @@ from pretrain.methods.ipt.files import read_restorer
 from pretrain.methods.ipt.network import IPT, Sizes
 from pretrain.methods.ipt.tasks import SIX_TASKS
 from tests.ipt import cases
-from tests.ipt.restorers import HEADS, tiny_network, write_restorer
-from tests.ipt.tiny import images, train_here  # noqa: F401  # a fixture
+from tests.ipt.restorers import HEADS, tiny_network, write_images, write_restorer
+from tests.ipt.tiny import train_here
 from virtex_d2.checkpoint.convert import inspect
 from virtex_d2.checkpoint.main import describe
 from virtex_d2.checkpoint.source import read_backbone
@@ -196,7 +196,9 @@ def test_inspection_names_an_ipt_and_detectors_refuse_it(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_runs_export_and_its_checkpoint_restore_alike(images, tmp_path):  # noqa: F811
+def test_a_runs_export_and_its_checkpoint_restore_alike(tmp_path):
+    size = (60, 50)
+    images = write_images(tmp_path / "images", train__a=size, train__b=size, val__a=size)
     train_here(tmp_path / "run", images)
     exported = read_restorer(str(tmp_path / "run"))
     checkpoint = read_restorer(str(tmp_path / "run" / "model_final.pth"))

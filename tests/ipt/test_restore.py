@@ -1,5 +1,6 @@
 """tools/restore_images.py: what it writes, what it scores, what it refuses, how it goes on."""
 
+import argparse
 import json
 import re
 import zlib
@@ -346,6 +347,29 @@ def test_a_network_that_makes_nan_writes_nothing(tool, tmp_path):
     assert code == 2
     assert "a.png: the network makes NaN or Inf of it, and nothing is written" in err
     assert not (tmp_path / "out").exists()
+
+
+# --- the benchmark, whose figures mean nothing at this size
+
+
+def test_both_rules_of_tiles_are_measured(six_tasks, tmp_path):
+    from benchmarks import restore as benchmark
+
+    parser = argparse.ArgumentParser()
+    benchmark.add_arguments(parser)
+    image = str(write_images(tmp_path / "in", a=(40, 30)) / "a.png")
+    found = benchmark.measure(
+        parser.parse_args(["--checkpoint", six_tasks, "--task", "x2", "--image", image])
+    )
+    assert {stride: row["tiles"] for stride, row in found["strides"].items()} == {12: 77, 36: 15}
+    for row in found["strides"].values():
+        expected = row["seconds"] / row["tiles"] * row["tiles_larger"]
+        assert row["seconds_larger"] == pytest.approx(expected)
+    rules = [_expected(_pixels(image), "x2", stride=stride) for stride in (12, 36)]
+    assert found["psnr_y_between"] == pytest.approx(score(*rules, 0).psnr_y)
+    assert "stride 36: 15 tiles in" in benchmark.report(found)
+    with pytest.raises(InputError, match="--image: needs a --checkpoint"):
+        benchmark.measure(parser.parse_args(["--image", image]))
 
 
 # --- layouts
