@@ -57,7 +57,7 @@ class Photo:
         if self.grey:
             shares = pixels.new_tensor(_GREY)
             pixels = torch.tensordot(shares, pixels, 1).expand(3, -1, -1)
-        pixels, alpha = pixels.clamp(0, 255).round(), self.alpha
+        pixels, alpha = pixels.clamp(0, 255).round_(), self.alpha
         if alpha is not None and alpha.shape != pixels.shape[1:]:
             size = pixels.shape[2], pixels.shape[1]
             alpha = np.asarray(Image.fromarray(alpha).resize(size, Image.Resampling.BICUBIC))
