@@ -52,12 +52,12 @@ class Restoration(Method):
     them, on the centre of each image; metrics are PSNR of the luma, "psnr" their mean over tasks.
     """
 
-    unused_parameters = True  # heads and tails of the tasks that a batch does not have
-
     def __init__(self, cfg: CfgNode, num_outputs: int):
         super().__init__(cfg, num_outputs)
         group = cfg.IPT
         self.tasks = _tasks(cfg)
+        # heads and tails of the tasks that a batch does not have
+        self.unused_parameters = len(self.tasks) > 1
         self.network = IPT(_sizes(cfg))
         self.losses = ("loss_l1", "loss_contrast") if group.CONTRAST_WEIGHT else ("loss_l1",)
         self.metrics = ("psnr", *(f"psnr_{task.name}" for task in self.tasks))
@@ -211,8 +211,8 @@ class Restoration(Method):
         new = self._new if fresh else []
         old = [number for number in range(len(self.tasks)) if number not in new]
         source = self._find_tasks(old, tasks_of(origin, theirs, path), theirs, path)
-        shared = ("sub_mean.", "add_mean.", "body.")
-        taken = {name: tensor for name, tensor in found.items() if name.startswith(shared)}
+        own = ("head.", "tail.")
+        taken = {name: tensor for name, tensor in found.items() if not name.startswith(own)}
         for number, theirs_number in source.items():
             for part in ("head", "tail"):
                 prefix = f"{part}.{theirs_number}."
