@@ -226,7 +226,8 @@ def test_a_stopped_run_goes_on_and_keeps_what_is_whole(six_tasks, tool, tmp_path
     code, _, err = tool(six_tasks, images, tmp_path / "out", *flags, "--keep")
     assert code == 0
     assert "noise30: 2 images to restore, 1 kept" in err
-    assert (tmp_path / "out" / "a.png").stat() == before
+    after = (tmp_path / "out" / "a.png").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     for name in _files(tmp_path / "whole"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -298,6 +299,10 @@ BAD_FOLDERS = {
     "output is reference": (["{in}", "{clean}", "--reference", "{clean}"], "of --reference"),
     "pictures within": (["{in}", "{out}", "--pictures", "{in}/p"], "--pictures .*lies in the fol"),
     "pictures are results": (["{in}", "{out}", "--pictures", "{out}"], "is OUT itself"),
+    "scores of others": (
+        ["{one}", "{scored}", "--reference", "{in}/a.png"],
+        "scores.json: exists already",
+    ),
     "output is a file": (["{in}", "{clean}/a.png"], "expected a folder or nothing there, found a"),
     "twins": (["{twins}", "{out}"], "a.jpg and a.png would be one image by their names"),
     "alone": (["{in}", "{out}", "--reference", "{twins}/b"], "no counterpart of 1 of 2 images.*b"),
@@ -325,8 +330,10 @@ def test_folders_that_do_not_fit_are_refused(row, six_tasks, tool, tmp_path):
     write_images(tmp_path / "tiny", a=(16, 9))
     write_images(tmp_path / "twins", a=(16, 12), b__a=(16, 12))
     Image.new("RGB", (9, 9)).save(tmp_path / "twins" / "a.jpg")
-    (tmp_path / "empty").mkdir()
-    names = ("in", "clean", "one", "tiny", "twins", "empty", "out")
+    for name in ("empty", "scored"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "scored" / "scores.json").write_text("{}")
+    names = ("in", "clean", "one", "tiny", "twins", "empty", "scored", "out")
     places = {name: tmp_path / name for name in names}
     before = _files(tmp_path)
     code, _, err = tool(

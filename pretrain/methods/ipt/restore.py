@@ -140,6 +140,8 @@ def _jobs(restorer: Restorer, plan: Plan) -> list[_Job]:
         clean = [image.path for image in found]
     elif plan.reference:
         clean = list(pair_up(found, plan.reference, plan.task, os.path.isdir(plan.images)))
+    if any(clean):
+        _refuse_existing(os.path.join(plan.output, SCORES), plan)
     jobs = []
     for image, truth in zip(found, clean):
         result = os.path.join(plan.output, f"{image.name}.png")
@@ -203,15 +205,19 @@ def _degradation(plan: Plan) -> Task:
     return task
 
 
-def _is_done(path: str, made: dict[str, object], plan: Plan) -> bool:
-    """Whether a file is there and is kept."""
-    if plan.overwrite or not os.path.lexists(path):
-        return False
-    if not plan.keep:
+def _refuse_existing(path: str, plan: Plan) -> None:
+    if os.path.lexists(path) and not (plan.keep or plan.overwrite):
         raise InputError(
             f"{path}: exists already. --keep keeps results of the same command and goes on, "
             "--overwrite replaces them; or choose another folder."
         )
+
+
+def _is_done(path: str, made: dict[str, object], plan: Plan) -> bool:
+    """Whether a file is there and is kept."""
+    if plan.overwrite or not os.path.lexists(path):
+        return False
+    _refuse_existing(path, plan)
     found = made_of(path)
     if found != made:
         other = [name for name in made if found is None or found.get(name) != made[name]]
