@@ -201,7 +201,8 @@ class EncoderLayer(nn.Module):
     def forward(self, z: torch.Tensor, where: torch.Tensor | None) -> torch.Tensor:
         """(N, T, D), and (T, D) added to queries and keys -> (N, T, D)."""
         value = self.norm1(z)
-        z = z + _attend(self.self_attn, _plus(value, where), _plus(value, where), value)
+        query = _plus(value, where)
+        z = z + _attend(self.self_attn, query, query, value)
         return z + self.linear2(self.linear1(self.norm2(z)).relu())
 
 
@@ -231,7 +232,8 @@ class DecoderLayer(nn.Module):
             wanted: (T, D) embedding of the task, added to the decoder's queries and keys.
         """
         value = self.norm1(z)
-        z = z + _attend(self.self_attn, _plus(value, wanted), _plus(value, wanted), value)
+        query = _plus(value, wanted)
+        z = z + _attend(self.self_attn, query, query, value)
         query = _plus(self.norm2(z), wanted)
         z = z + _attend(self.multihead_attn, query, _plus(memory, where), memory)
         return z + self.linear2(self.linear1(self.norm3(z)).relu())
