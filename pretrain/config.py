@@ -204,7 +204,11 @@ MAY_CHANGE = (
     "DATA.NUM_WORKERS",
     "DATA.MAX_SKIPPED_SHARE",
     "SOLVER.CHECKPOINT_*",
+    "IPT.RAIN_STREAKS",
 )
+
+# Words of MODEL.OBJECTIVE whose method brings keys of its own.
+WITH_KEYS = ("ipt",)
 
 
 def get_pretrain_cfg() -> CN:
@@ -213,7 +217,7 @@ def get_pretrain_cfg() -> CN:
 
 
 def load_pretrain_config(config_file: str | None, opts: Sequence[str], expand: bool = True) -> CN:
-    """Merge a file and KEY VALUE pairs into the defaults and those of anybody's method.
+    """Merge a file and KEY VALUE pairs into the defaults and those of the method.
 
     Args:
         config_file, opts, expand: as of `engine.config.load_config`.
@@ -224,7 +228,7 @@ def load_pretrain_config(config_file: str | None, opts: Sequence[str], expand: b
     named = [part for pair in pairs if pair[0] == "MODEL.OBJECTIVE" for part in pair]
     objective = load_config(seen, config_file, named, expand=False).MODEL.OBJECTIVE
     cfg = get_pretrain_cfg()
-    if ":" in objective:
+    if ":" in objective or objective in WITH_KEYS:
         from pretrain.methods.method import import_method  # which imports torch
 
         import_method(objective).add_config(cfg)

@@ -4,17 +4,19 @@ import hashlib
 import logging
 import os
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torchvision
 from detectron2.config import CfgNode
-from torch import nn
 
 from virtex_d2.engine.backbone_file import IMAGENET_RGB, backbone_metadata
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import write_safetensors
-from virtex_d2.engine.safe_load import read_checkpoint
+from virtex_d2.engine.safe_load import read_stored, whole_content
+
+if TYPE_CHECKING:
+    from pretrain.methods.method import Method
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +78,20 @@ def write_exports(
         write_safetensors(path, tensors, {**metadata, **origin})
 
 
+def differences(wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> list[str]:
+    """What keeps the tensors of one state dict from being those of another, by name."""
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    problems += [f"{name} is not in the model" for name in found if name not in wanted]
+    problems += [
+        f"{name} has shape {tuple(found[name].shape)}, the model wants {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    return problems
+
+
 def load_weights(
-    method: nn.Module, path: str, identity: Mapping[str, str] = {}, fresh: tuple[str, ...] = ()
+    method: "Method", path: str, identity: Mapping[str, str] = {}, fresh: tuple[str, ...] = ()
 ) -> None:
     """Load every tensor of a pretraining checkpoint (ours or VirTex's).
 
@@ -87,19 +101,15 @@ def load_weights(
         identity: what the outputs mean: `Samples.identity`.
         fresh: prefixes of tensors that stay as they are, in the checkpoint or not.
     """
-    checkpoint = read_checkpoint(path)
+    stored = read_stored(path)
+    checkpoint = whole_content(stored)
     state = checkpoint.get("model", checkpoint)
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    state = method.adapt(state, stored, fresh)
     state = {name: tensor for name, tensor in state.items() if not name.startswith(fresh)}
     whole = method.state_dict()
     own = {name: tensor for name, tensor in whole.items() if not name.startswith(fresh)}
-    problems = [f"{name} is missing" for name in own if name not in state]
-    problems += [f"{name} is not in the model" for name in state if name not in own]
-    problems += [
-        f"{name} has shape {tuple(state[name].shape)}, the model wants {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
+    problems = differences(own, state)
     if problems:
         raise InputError(
             f"MODEL.WEIGHTS {path} is not of this model (MODEL.OBJECTIVE "

@@ -7,6 +7,7 @@ python tools/benchmark.py loader --images coco/val2017 --captions captions_val20
 python tools/benchmark.py finetune --size 800 1056    the detector's step beside stock detectron2's
 python tools/benchmark.py caption --images 8 16       beam search beside recomputing every prefix
 python tools/benchmark.py checkpoint --folder output  how long a checkpoint keeps training waiting
+python tools/benchmark.py restore                     IPT's two rules of tiles: seconds, memory
 python tools/benchmark.py growth                      time and memory against sizes
 python tools/benchmark.py startup                     --help, and the time to the first iteration
 
@@ -29,6 +30,7 @@ BENCHMARKS = {
     "finetune": "benchmarks.finetune_step",
     "caption": "benchmarks.decode_captions",
     "checkpoint": "benchmarks.checkpoint_stall",
+    "restore": "benchmarks.restore",
     "growth": "benchmarks.growth",
     "startup": "benchmarks.startup",
 }

@@ -7,7 +7,8 @@ python tools/build_vocabulary.py --captions captions_train.json --images images/
 The file goes into DATA.TOKENIZER. The same captions and size give the same bytes.
 """
 
-from pretrain.methods.captioning.main import build_vocabulary, run
+from pretrain.methods.captioning.main import build_vocabulary
+from virtex_d2.engine.cli import run_program
 
 if __name__ == "__main__":
-    run(build_vocabulary, __doc__)
+    run_program(build_vocabulary, __doc__)

@@ -10,7 +10,8 @@ Exit codes: 0 all images are captioned; 1 some cannot be decoded (named on stand
 model or an argument cannot be used.
 """
 
-from pretrain.methods.captioning.main import caption_images, run
+from pretrain.methods.captioning.main import caption_images
+from virtex_d2.engine.cli import run_program
 
 if __name__ == "__main__":
-    run(caption_images, __doc__)
+    run_program(caption_images, __doc__)

@@ -9,7 +9,8 @@ requirements-captions.txt; METEOR, SPICE and COCO's own tokenizer need Java, and
 use the internet. What cannot be computed is named.
 """
 
-from pretrain.methods.captioning.main import evaluate_captions, run
+from pretrain.methods.captioning.main import evaluate_captions
+from virtex_d2.engine.cli import run_program
 
 if __name__ == "__main__":
-    run(evaluate_captions, __doc__)
+    run_program(evaluate_captions, __doc__)

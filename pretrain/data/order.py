@@ -31,6 +31,7 @@ class Stream(IntEnum):
     MIXTURE = 5
     SHARD_ORDER = 6
     BLOCK_ORDER = 7
+    RESTORATION_TASK = 9
 
 
 def generator(seed: int, stream: Stream, *place: int) -> np.random.Generator:

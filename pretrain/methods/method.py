@@ -21,9 +21,11 @@ from pretrain.data.records import CaptionRecord
 from pretrain.export import Exported, export_backbone
 from pretrain.transforms import normalize, upload
 from virtex_d2.engine.errors import InputError, nearest
+from virtex_d2.engine.safe_load import StoredCheckpoint
 
 _WORDS = "pretrain.methods.captioning.model"
 _LABELS = "pretrain.methods.classification.classifier"
+_IMAGES = "pretrain.methods.ipt.method"
 METHODS = {
     "bicaptioning": f"{_WORDS}:Captioning",
     "captioning": f"{_WORDS}:ForwardCaptioning",
@@ -31,6 +33,7 @@ METHODS = {
     "masked_lm": f"{_WORDS}:MaskedLanguageModel",
     "token_classification": f"{_WORDS}:TokenClassification",
     "multilabel_classification": f"{_LABELS}:MultilabelClassification",
+    "ipt": f"{_IMAGES}:Restoration",
 }
 
 Batch = dict[str, torch.Tensor]
@@ -105,6 +108,17 @@ class Method(nn.Module):
     def pictures(self, val: ValSet, count: int) -> list[tuple[str, np.ndarray]]:
         """Name and (3, H, W) uint8 of pictures for TensorBoard, of `count` validation images."""
         return []
+
+    def adapt(self, state: Batch, stored: StoredCheckpoint, fresh: tuple[str, ...]) -> Batch:
+        """What MODEL.WEIGHTS gives to this model, by its names: of a file with other names, or a
+        part of a larger model. Afterwards every tensor must fit.
+
+        Args:
+            state: the file's tensors by name.
+            stored: the whole file.
+            fresh: that of the class where a run starts from the file; () where it is evaluated.
+        """
+        return state
 
     def parameter_groups(self, cfg: CfgNode) -> list[dict]:
         """An optimizer's groups, each with a `name`; the rate of "cnn..." is logged on its own."""

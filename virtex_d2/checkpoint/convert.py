@@ -14,6 +14,7 @@ from torch import nn
 import virtex_d2
 from virtex_d2.checkpoint.layouts import DETECTRON2, SUFFIXES, TORCHVISION, translate
 from virtex_d2.checkpoint.probe import TOLERANCE, ProbeResult, probe
+from virtex_d2.checkpoint.restorers import find_ipt
 from virtex_d2.checkpoint.source import (
     Backbone,
     Source,
@@ -22,7 +23,7 @@ from virtex_d2.checkpoint.source import (
 )
 from virtex_d2.engine.backbone_file import IMAGENET_RGB, Preprocessing, write_backbone
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.files import atomic_path, write_safetensors
+from virtex_d2.engine.files import atomic_path, sha256, write_safetensors
 
 
 def convert(
@@ -121,9 +122,22 @@ def inspect(path: str, layout: str = "", copy: str = "", prefix: str = "") -> di
         "found" (every ResNet in it: place, prefix, layouts and copies), and of the one that would
         be taken: "layout", "copy", "architecture", "tensors", "preprocessing" (config keys, None
         where it is not known), "assumed" (those of the keys that the file does not say), "dropped",
-        "beside", "notes", "metadata", "sha256".
+        "beside", "notes", "metadata", "sha256". Of an IPT, in which there is no ResNet: "path",
+        "sha256", "layout", "architecture", "config" (see `restorers.find_ipt`), "found", "notes"
+        and "metadata".
     """
     source = Source(local_path(path))
+    if not source.resnets and (ipt := find_ipt(source.states)):
+        return {
+            "path": source.path,
+            "sha256": sha256(source.path),
+            "layout": "ipt",
+            "architecture": "IPT, which restores images",
+            "config": ipt,
+            "found": [],
+            "notes": ["there is no ResNet in it: tools/restore_images.py uses it"],
+            "metadata": source.stored.metadata,
+        }
     backbone = source.backbone(layout, copy, prefix)
     return {
         "path": backbone.path,

@@ -28,6 +28,7 @@ from virtex_d2.checkpoint.layouts import (
     unwrapped,
 )
 from virtex_d2.checkpoint.resnet import ResNet, recognise_resnet
+from virtex_d2.checkpoint.restorers import find_ipt
 from virtex_d2.checkpoint.statements import PIXELS, Statement, hear, weigh
 from virtex_d2.engine.backbone_file import (
     STRIDE,
@@ -511,6 +512,12 @@ def _say(resnets: list[Found], offered: Iterable[Found]) -> str:
 def _no_resnet(path: str, containers: Mapping[str, Mapping]) -> str:
     if not containers:
         return f"{path}: holds no tensors by name. MODEL.WEIGHTS takes a checkpoint with a ResNet."
+    if ipt := find_ipt(containers):
+        return (
+            f"{path}: no ResNet in it: it is an IPT, which restores images (tasks {ipt['scales']}; "
+            f"{ipt['layers']} layers). tools/restore_images.py uses it; MODEL.WEIGHTS takes the "
+            "layouts of docs/checkpoints.md."
+        )
     place, state = max(containers.items(), key=lambda item: len(item[1]))
     first = ", ".join(list(state)[:3])
     what = "It looks like a vision transformer; " if any("blocks." in n for n in state) else ""

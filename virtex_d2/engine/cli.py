@@ -4,6 +4,8 @@ import argparse
 import os
 import re
 import shlex
+import signal
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
@@ -136,6 +138,24 @@ def run_tool(description: str | None, main: Callable[[argparse.Namespace], None]
 
     with exit_on_input_error(), exit_at_once_if_unfinished():
         launch(main, arguments)
+
+
+def run_program(main: Callable[[str], int | None], description: str) -> NoReturn:
+    """Run a tool that starts no processes; a closed pipe and Ctrl-C end it without a word.
+
+    Args:
+        main: given `description`, for --help; its result is the exit code.
+        description: of the tool.
+    """
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head`
+    for stream in (sys.stdin, sys.stdout):  # names of files need not be text
+        stream.reconfigure(errors="surrogateescape")
+    try:
+        with exit_on_input_error():
+            code = main(description)
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    raise SystemExit(code)
 
 
 def quote(word: str) -> str:

@@ -7,7 +7,7 @@ evaluation, checks, pictures and probes see the same pixels.
 import logging
 import os
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import BinaryIO
 
 import numpy as np
@@ -55,11 +55,20 @@ def read_image(file: str | BinaryIO, smallest_side: int = 0) -> Image.Image:
         OSError: the file is missing, cut short, not an image, of more than twice
             `PIL.Image.MAX_IMAGE_PIXELS`, or of levels that are no brightness.
     """
+    return read_upright(file, _as_rgb, smallest_side)
+
+
+def read_upright(
+    file: str | BinaryIO,
+    decode: Callable[[Image.Image], Image.Image],
+    smallest_side: int = 0,
+) -> Image.Image:
+    """Decode an image by `decode`, which is given what Pillow has opened; else as `read_image`."""
     try:
         with Image.open(file) as image:
             if smallest_side:
                 image.draft("RGB", (smallest_side, smallest_side))
-            decoded = _as_rgb(image)
+            decoded = decode(image)
             # after decoding, because Pillow itself turns TIFFs upright while it decodes them
             turn = _UPRIGHT.get(_orientation(image))
     except UnidentifiedImageError as error:  # Pillow's words hold a memory address

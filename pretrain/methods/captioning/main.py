@@ -7,24 +7,9 @@ import argparse
 import dataclasses
 import json
 import os
-import signal
 import sys
-from collections.abc import Callable
 
-from virtex_d2.engine.errors import InputError, exit_on_input_error
-
-
-def run(main: Callable[[str], int | None], description: str) -> None:
-    """Run one of the mains as a tool: a closed pipe and Ctrl-C end it without a word."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head`
-    for stream in (sys.stdin, sys.stdout):  # names of files need not be text
-        stream.reconfigure(errors="surrogateescape")
-    try:
-        with exit_on_input_error():
-            code = main(description)
-    except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
-    raise SystemExit(code)
+from virtex_d2.engine.errors import InputError
 
 
 def _parser(description: str) -> argparse.ArgumentParser:

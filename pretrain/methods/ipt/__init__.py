@@ -1,0 +1,1 @@
+"""Learn to restore images: enlarged, without noise, without rain."""
