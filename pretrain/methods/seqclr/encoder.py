@@ -45,7 +45,8 @@ def check_encoder(cfg: CfgNode) -> None:
     size, context = tuple(cfg.DATA.WORD_SIZE), cfg.ENCODER.CONTEXT
     if len(size) != 2 or not all(isinstance(side, int) and side >= SMALLEST for side in size):
         raise InputError(
-            f"DATA.WORD_SIZE: expected height and width of at least {SMALLEST} pixels, found {size}."
+            f"DATA.WORD_SIZE: expected height and width, each of at least {SMALLEST} pixels, found "
+            f"{size}."
         )
     if context not in CONTEXTS:
         raise InputError(
