@@ -189,7 +189,7 @@ _C.TEST.NUM_CAPTIONS = 8
 _C.LOG_PERIOD = 20
 
 # Words of MODEL.OBJECTIVE whose methods add keys of their own; the others' are all above.
-WITH_OWN_KEYS = ("seqclr",)
+WITH_OWN_KEYS = ("seqclr", "word_recognition")
 
 # What may differ between a run's parts: where things are, and what is watched how often. All other
 # keys change the weights that the run ends with.
@@ -208,6 +208,7 @@ MAY_CHANGE = (
     "DATA.WORDS",
     "DATA.FORMAT",
     "DATA.VAL_*",
+    "EVAL.*",
     "DATA.TOKENIZER",
     "DATA.VOCAB_SIZE",
     "DATA.INDEX_DIR",

@@ -165,6 +165,7 @@ class PretrainTrainer(Trainer):
 
     def load_weights(self) -> None:
         """Start from MODEL.WEIGHTS, or at random."""
+        self.method.load_parts()
         if self.cfg.MODEL.WEIGHTS:
             self.method.load_start(self.cfg.MODEL.WEIGHTS, self.data.samples.identity())
 

@@ -32,6 +32,7 @@ METHODS = {
     "token_classification": f"{_WORDS}:TokenClassification",
     "multilabel_classification": f"{_LABELS}:MultilabelClassification",
     "seqclr": "pretrain.methods.seqclr.method:SeqCLR",
+    "word_recognition": "pretrain.methods.seqclr.recognizer:Recognizer",
 }
 
 Batch = dict[str, torch.Tensor]
@@ -79,6 +80,9 @@ class Method(nn.Module):
     ) -> Samples:
         """What is made of an image; `train` is None where it comes from pipes. Empty: not used."""
         return Samples(cfg)
+
+    def load_parts(self) -> None:
+        """Load what keys of the method's own name, such as an encoder, where a run begins."""
 
     def load_start(self, path: str, identity: Mapping[str, str]) -> None:
         """Load what MODEL.WEIGHTS names before the first iteration: all but `fresh` tensors.

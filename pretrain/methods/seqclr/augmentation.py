@@ -66,7 +66,7 @@ def add_augmentation_config(cfg: CfgNode) -> None:
     cfg.STYLE = True
 
 
-def check_augmentation(cfg: CfgNode) -> None:
+def check_augmentation(cfg: CfgNode, group: str) -> None:
     """Refuse values of the method's group `cfg` that cannot be."""
     limits = dict.fromkeys(CHANGES, 1.0) | {"BLUR": 10.0, "CROP_VERTICAL": 0.45}
     limits |= {"CONTRAST": 4.0, "CROP_HORIZONTAL": 0.45, "WARP": 0.1, "PERSPECTIVE": 0.1}
@@ -74,11 +74,11 @@ def check_augmentation(cfg: CfgNode) -> None:
         value = tuple(cfg.AUGMENT[name])
         if len(value) != 2 or not 0 <= value[0] <= value[1] <= limit:
             raise InputError(
-                f"SEQCLR.AUGMENT.{name}: expected a range within 0 and {limit:g}, found {value}."
+                f"{group}.AUGMENT.{name}: expected a range within 0 and {limit:g}, found {value}."
             )
     if not all(isinstance(number, int) for number in cfg.AUGMENT.NUMBER):
         raise InputError(
-            f"SEQCLR.AUGMENT.NUMBER: expected whole numbers, found {cfg.AUGMENT.NUMBER}."
+            f"{group}.AUGMENT.NUMBER: expected whole numbers, found {cfg.AUGMENT.NUMBER}."
         )
 
 

@@ -33,7 +33,7 @@ from pretrain.methods.seqclr.loss import (
     instances_of,
     nt_xent,
 )
-from pretrain.methods.seqclr.words import open_words
+from pretrain.methods.seqclr.words import open_words, word_pixels
 from pretrain.transforms import normalize, upload
 from virtex_d2.checkpoint.source import Source, local_path
 from virtex_d2.engine.errors import InputError, nearest
@@ -81,7 +81,7 @@ class SeqCLR(Method):
     @staticmethod
     def check(cfg: CfgNode) -> None:
         check_encoder(cfg)
-        check_augmentation(cfg.SEQCLR)
+        check_augmentation(cfg.SEQCLR, "SEQCLR")
         own, frames = cfg.SEQCLR, num_frames(cfg.DATA.WORD_SIZE[1])
         for key, known in (("MAPPING", MAPPINGS), ("PROJECTION", PROJECTIONS)):
             if own[key] not in known:
@@ -192,9 +192,8 @@ class TwoViews(Samples):
 
     def _sample(self, word: Image.Image, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         height, width = self.size
-        resized = word.resize((width, height), Image.Resampling.BICUBIC)
         sample = {
-            "image": torch.from_numpy(np.array(resized)).permute(2, 0, 1),
+            "image": word_pixels(word, self.size),
             "draws": torch.stack([self.draw(rng) for _ in range(2)]),
         }
         if self.draw.style:

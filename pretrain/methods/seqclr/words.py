@@ -9,9 +9,12 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
+import torch
 from detectron2.config import CfgNode
+from PIL import Image
 
 from pretrain.data.records import (
     CaptionRecord,
@@ -69,6 +72,14 @@ class WordSet:
     @property
     def num_labelled(self) -> int:
         return self.records.num_captions
+
+
+class JoinedSets(JoinedRecords):
+    """The words of several sets, one set after the other; `names` are the sets'."""
+
+    def __init__(self, sets: Sequence[WordSet]):
+        super().__init__([each.records for each in sets])
+        self.names = tuple(each.name for each in sets)
 
 
 # name of the image relative to its folder, label or ""
@@ -302,7 +313,7 @@ def open_words(
         choose: what becomes of each set, before fractions are taken.
 
     Returns:
-        `JoinedRecords`, whose parts are sets, or where there are weights `MixedRecords` of such;
+        `JoinedSets`, or where there are weights `MixedRecords` of such;
         None where the key is empty, and other keys name the data.
     """
     entries = word_entries(cfg, train)
@@ -321,18 +332,24 @@ def open_words(
                 each.num_labelled,
                 each.layout,
             )
-        records = [each.records for each in sets]
         if train:
-            records = [
-                take_fraction(r, cfg.DATA.FRACTION, 0, cfg.DATA.SUBSET_SEED) for r in records
+            sets = [
+                replace(
+                    each,
+                    records=take_fraction(
+                        each.records, cfg.DATA.FRACTION, seed=cfg.DATA.SUBSET_SEED
+                    ),
+                )
+                for each in sets
             ]
             if cfg.DATA.FRACTION < 1:
-                logger.info("%s: of these, %d words (DATA.FRACTION).", path, sum(map(len, records)))
-        parts.append(records)
+                taken = sum(len(each.records) for each in sets)
+                logger.info("%s: of these, %d words (DATA.FRACTION).", path, taken)
+        parts.append(sets)
         weights.append(weight)
     if None in weights:
-        return JoinedRecords([records for part in parts for records in part])
-    return MixedRecords([JoinedRecords(part) for part in parts], weights)
+        return JoinedSets([each for sets in parts for each in sets])
+    return MixedRecords(list(map(JoinedSets, parts)), weights)
 
 
 def word_entries(cfg: CfgNode, train: bool) -> list[tuple[float | None, str, str]]:
@@ -370,3 +387,10 @@ def word_sets(records: Sequence[CaptionRecord]) -> Iterator[Records]:
         yield records
     for part in getattr(records, "parts", ()):
         yield from word_sets(part)
+
+
+def word_pixels(word: Image.Image, size: tuple[int, int]) -> torch.Tensor:
+    """An RGB image -> (3, H, W) uint8 of `size`, bicubic, whatever its aspect ratio."""
+    height, width = size
+    resized = word.resize((width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
