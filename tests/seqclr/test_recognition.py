@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pretrain.config import load_pretrain_config
+from pretrain.methods.method import find_method
 from pretrain.methods.seqclr.decoders import (
     Alphabet,
     AttentionDecoder,
@@ -441,6 +443,23 @@ def test_a_run_goes_on_with_its_letters(run, world):
 )
 def test_values_that_cannot_be(world, tmp_path, key, value, said):
     refused(world, tmp_path, [key, said], key, value)
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs/recognition").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_configs_build_what_their_names_say(path):
+    cfg = load_pretrain_config(str(path), [])
+    _, decoder, backbone = path.stem.split("_", 2)
+    with torch.device("meta"):
+        model = find_method(cfg)(cfg, len(cfg.DECODER.ALPHABET))
+    assert isinstance(model.decoder, {"ctc": CTCDecoder, "attention": AttentionDecoder}[decoder])
+    assert cfg.MODEL.VISUAL.NAME == backbone.replace("R_", "resnet")
+    assert model.frozen
+    assert cfg.DECODER.ALPHABET.isalnum() or cfg.EVAL.CHARSET == ""
 
 
 # Reading
