@@ -38,6 +38,7 @@ setup(
     ],
     extras_require={
         "captions": requirements("requirements-captions.txt"),
+        "words": requirements("requirements-words.txt"),
         "dev": requirements("requirements-dev.txt"),
     },
     classifiers=[

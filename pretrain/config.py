@@ -94,6 +94,12 @@ _C.DATA.TRAIN_LABELS = ""
 _C.DATA.VAL_LABELS = ""
 # Where indices of tar shards are kept. Empty: OUTPUT_DIR.
 _C.DATA.INDEX_DIR = ""
+# Word images, for methods that read them: paths of sets (told by their content: docs/seqclr.md), or
+# [path, images' folder or list of a split]; behind a weight each, as [3, path], they are mixed.
+_C.DATA.WORDS = []
+_C.DATA.VAL_WORDS = []
+# Height and width that a word is scaled to, in pixels, whatever its aspect ratio.
+_C.DATA.WORD_SIZE = (32, 100)
 # The share of each source's training images to use, and how many captions of each (0: all). Subsets
 # of one SUBSET_SEED are nested, whatever SEED is.
 _C.DATA.FRACTION = 1.0
@@ -130,7 +136,7 @@ _C.DATA.NUM_WORKERS = 4
 _C.DATA.MAX_SKIPPED_SHARE = 0.01
 
 _C.SOLVER = CN()
-# "sgd" or "adamw".
+# "sgd", "adamw" or "adadelta" (whose usual rate is 1).
 _C.SOLVER.OPTIMIZER = "sgd"
 # Peak learning rate of everything but the CNN, and of the CNN.
 _C.SOLVER.BASE_LR = 1e-3
@@ -182,6 +188,9 @@ _C.TEST.NUM_CAPTIONS = 8
 # Iterations between log lines.
 _C.LOG_PERIOD = 20
 
+# Words of MODEL.OBJECTIVE whose methods add keys of their own; the others' are all above.
+WITH_OWN_KEYS = ("seqclr", "word_recognition", "ipt")
+
 # What may differ between a run's parts: where things are, and what is watched how often. All other
 # keys change the weights that the run ends with.
 MAY_CHANGE = (
@@ -196,8 +205,10 @@ MAY_CHANGE = (
     "DATA.TRAIN_IMAGES",
     "DATA.TRAIN_LABELS",
     "DATA.TRAIN_SOURCES",
+    "DATA.WORDS",
     "DATA.FORMAT",
     "DATA.VAL_*",
+    "EVAL.*",
     "DATA.TOKENIZER",
     "DATA.VOCAB_SIZE",
     "DATA.INDEX_DIR",
@@ -206,9 +217,6 @@ MAY_CHANGE = (
     "SOLVER.CHECKPOINT_*",
     "IPT.RAIN_STREAKS",
 )
-
-# Words of MODEL.OBJECTIVE whose method brings keys of its own.
-WITH_KEYS = ("ipt",)
 
 
 def get_pretrain_cfg() -> CN:
@@ -228,7 +236,7 @@ def load_pretrain_config(config_file: str | None, opts: Sequence[str], expand: b
     named = [part for pair in pairs if pair[0] == "MODEL.OBJECTIVE" for part in pair]
     objective = load_config(seen, config_file, named, expand=False).MODEL.OBJECTIVE
     cfg = get_pretrain_cfg()
-    if ":" in objective or objective in WITH_KEYS:
+    if ":" in objective or objective in WITH_OWN_KEYS:
         from pretrain.methods.method import import_method  # which imports torch
 
         import_method(objective).add_config(cfg)

@@ -54,6 +54,13 @@ class Picture(Protocol):
             OSError: the image cannot be decoded.
         """
 
+    def whole(self) -> Image.Image:
+        """All of it, RGB.
+
+        Raises:
+            OSError: the image cannot be decoded.
+        """
+
 
 class DecodedPicture:
     """A picture that is in memory: an RGB image."""
@@ -64,6 +71,9 @@ class DecodedPicture:
 
     def crop(self, box: Box, side: int, flip: bool = False) -> np.ndarray:
         return _square(np.array(self._image.crop(box)), side, flip)
+
+    def whole(self) -> Image.Image:
+        return self._image
 
 
 class NotPlainError(Exception):
@@ -155,7 +165,10 @@ class Jpeg:
         try:
             return _square(self.pixels(box, side), side, flip)
         except NotPlainError:  # cut short, or damaged: Pillow says which, and decodes the latter
-            return DecodedPicture(read_image(io.BytesIO(self._data))).crop(box, side, flip)
+            return DecodedPicture(self.whole()).crop(box, side, flip)
+
+    def whole(self) -> Image.Image:
+        return read_image(io.BytesIO(self._data))
 
     def pixels(self, box: Box, side: int) -> np.ndarray:
         """Decode a part of the image, at full or reduced size.

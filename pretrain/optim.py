@@ -9,7 +9,7 @@ from torch import nn
 
 from virtex_d2.engine.errors import InputError, nearest
 
-OPTIMIZERS = ("sgd", "adamw")
+OPTIMIZERS = ("sgd", "adamw", "adadelta")
 
 
 def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
@@ -39,7 +39,9 @@ def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
 
 
 def build_optimizer(cfg: CfgNode, groups: list[dict]) -> torch.optim.Optimizer:
-    """SGD with momentum or AdamW over groups such as `parameter_groups` makes."""
+    """SGD with momentum, AdamW or Adadelta (Zeiler, arXiv 1212.5701; rho 0.95) over groups such as
+    `parameter_groups` makes.
+    """
     name, base_lr = cfg.SOLVER.OPTIMIZER, cfg.SOLVER.BASE_LR
     # One pass over the memory for all of an update. Not under a loss scaler: a fused step is called
     # for updates that it skips, too, and Lookahead would count them.
@@ -50,6 +52,8 @@ def build_optimizer(cfg: CfgNode, groups: list[dict]) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=base_lr, momentum=cfg.SOLVER.MOMENTUM, fused=fused)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=base_lr, betas=tuple(cfg.SOLVER.BETAS), fused=fused)
+    if name == "adadelta":  # epsilon as usual where words are read: torch's 1e-6 starts faster
+        return torch.optim.Adadelta(groups, lr=base_lr, rho=0.95, eps=1e-8)
     raise InputError(
         f"SOLVER.OPTIMIZER: {name!r} is not one of {', '.join(OPTIMIZERS)}."
         + nearest(name, OPTIMIZERS)

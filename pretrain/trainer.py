@@ -59,7 +59,7 @@ class PretrainTrainer(Trainer):
         build = find_method(cfg)
         if cfg.MODEL.VISUAL.COMPILE and with_training_data:
             require_compiler(self.device)
-        self.data = open_data(cfg, build.build_samples, with_training_data)
+        self.data = open_data(cfg, build.build_samples, with_training_data, build.own_records)
         self.skipped_files: list[str] = []  # of the last batch
         self._exported: tuple[str, ...] = ()  # names; in the first process
         torch.manual_seed(cfg.SEED)
@@ -125,7 +125,10 @@ class PretrainTrainer(Trainer):
             ]
         built.append(StopHook())  # what stands behind it is what a resumed run makes up for
         if self.data.val is None and cfg.TEST.BEST_METRIC:
-            raise InputError("TEST.BEST_METRIC needs validation: DATA.VAL_CAPTIONS is empty.")
+            raise InputError(
+                "TEST.BEST_METRIC needs validation: neither DATA.VAL_CAPTIONS nor DATA.VAL_WORDS "
+                "names data."
+            )
         if self.data.val is not None:
             # before the checkpoint: what it says about validations is then complete
             built.append(Evaluation(cfg.TEST.EVAL_PERIOD, lambda: {"val": self.evaluate()}, None))
@@ -162,8 +165,9 @@ class PretrainTrainer(Trainer):
 
     def load_weights(self) -> None:
         """Start from MODEL.WEIGHTS, or at random."""
+        self.method.load_parts()
         if self.cfg.MODEL.WEIGHTS:
-            self._load(self.cfg.MODEL.WEIGHTS, self.method.fresh)
+            self.method.load_start(self.cfg.MODEL.WEIGHTS, self.data.samples.identity())
 
     def load_for_evaluation(self) -> None:
         """Load MODEL.WEIGHTS, else OUTPUT_DIR's last checkpoint; never random weights."""
@@ -174,10 +178,7 @@ class PretrainTrainer(Trainer):
                 f"There is nothing to evaluate: {self.cfg.OUTPUT_DIR} holds no checkpoint and "
                 "MODEL.WEIGHTS is empty."
             )
-        self._load(path, ())
-
-    def _load(self, path: str, fresh: tuple[str, ...]) -> None:
-        load_weights(self.method, path, self.data.samples.identity(), fresh)
+        load_weights(self.method, path, self.data.samples.identity())
 
     def train(self) -> bool:
         """Train from `start_iter` to SOLVER.MAX_ITER; return False where that was done before."""
@@ -203,7 +204,10 @@ class PretrainTrainer(Trainer):
     def evaluate(self) -> dict[str, float]:
         """Validate and log it; returns what `pretrain.validation.validate` does."""
         if self.data.val is None:
-            raise InputError("DATA.VAL_CAPTIONS is empty: there is nothing to evaluate on.")
+            raise InputError(
+                "There is nothing to evaluate on: neither DATA.VAL_CAPTIONS nor DATA.VAL_WORDS "
+                "names data."
+            )
         results = validate(self.method, self._measure, self.data, self.cfg)
         if comm.is_main_process():
             logger.info(

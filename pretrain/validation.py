@@ -75,8 +75,9 @@ def validate(
     if not any(totals.values()):
         raise InputError(
             f"{cfg.DATA.VAL_CAPTIONS or 'DATA.VAL_IMAGES'}: none of its images in "
-            f"{cfg.DATA.VAL_IMAGES} can be decoded and has something to predict ({skipped} of "
-            f"{len(data.val.records)} cannot be decoded). Replace them."
+            f"{cfg.DATA.VAL_IMAGES or data.val.records[0].file_name} can be decoded and has "
+            f"something to predict ({skipped} of {len(data.val.records)} cannot be decoded). "
+            "Replace them."
         )
     means = {
         name: sum(part[0].get(name, 0.0) for part in gathered) / total

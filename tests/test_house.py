@@ -26,7 +26,9 @@ MAY_IMPORT = {
         *("pretrain.data", "pretrain.methods"),
     },
     "pretrain.data": {"pretrain", "virtex_d2", "virtex_d2.engine"},
-    "pretrain.methods": {"pretrain", "pretrain.data", "virtex_d2", "virtex_d2.engine"},
+    "pretrain.methods": {
+        *("pretrain", "pretrain.data", "virtex_d2", "virtex_d2.engine", "virtex_d2.checkpoint")
+    },
 }
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

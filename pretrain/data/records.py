@@ -12,7 +12,8 @@ import json
 import os
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -32,6 +33,18 @@ class Span:
     offset: int
     size: int
 
+    def open(self) -> io.BytesIO:
+        with open(self.path, "rb") as shard:
+            shard.seek(self.offset)
+            return io.BytesIO(shard.read(self.size))
+
+
+class Stored(Protocol):
+    """What holds an image that is no file of its own."""
+
+    def open(self) -> io.BytesIO:
+        """Return an encoded image, or raise OSError."""
+
 
 @dataclass(frozen=True, slots=True)
 class CaptionRecord:
@@ -41,22 +54,20 @@ class CaptionRecord:
     image_id: int | str
     file_name: str  # absolute path of the image, or `shard.tar/key.jpg`
     captions: tuple[str, ...]  # none of them blank; of images alone there are none
-    # where a shard's image lies, or its bytes; None for a file of its own
-    content: Span | bytes | None = None
+    # what opens an image that lies in another file, or its bytes; None for a file of its own
+    content: Stored | bytes | None = None
 
     def image_file(self) -> str | io.BytesIO:
         """Return what the image can be decoded from: its path, or its bytes.
 
         Raises:
-            OSError: the shard cannot be read.
+            OSError: what holds it cannot be read.
         """
         if self.content is None:
             return self.file_name
         if isinstance(self.content, bytes):
             return io.BytesIO(self.content)
-        with open(self.content.path, "rb") as shard:
-            shard.seek(self.content.offset)
-            return io.BytesIO(shard.read(self.content.size))
+        return self.content.open()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -143,8 +154,12 @@ class Records(Sequence[CaptionRecord]):
             json.loads(image_id) if isinstance(image_id, str) else int(image_id),
             os.path.join(root, self.names[index]),
             tuple(self.captions[i] for i in range(first, end)),
-            None if self.spans is None else Span(root, *self.spans[index].tolist()),
+            self.content(root, index),
         )
+
+    def content(self, root: str, index: int) -> Stored | None:
+        """What opens an image that is no file of its own."""
+        return None if self.spans is None else Span(root, *self.spans[index].tolist())
 
     def select(self, images: np.ndarray, captions: np.ndarray) -> "Records":
         """Keep some images with some of their captions.
@@ -158,28 +173,26 @@ class Records(Sequence[CaptionRecord]):
         counts = np.diff(self.firsts)
         captions = captions & np.repeat(kept, counts)
         numbers = np.diff(offsets(captions)[self.firsts])[images]
-        return Records(
-            self.ids.take(images),
-            self.names.take(images),
-            self.captions.take(np.flatnonzero(captions)),
-            offsets(numbers),
-            self.roots,
-            None if self.root_of is None else self.root_of[images],
-            None if self.spans is None else self.spans[images],
+        return replace(
+            self,
+            ids=self.ids.take(images),
+            names=self.names.take(images),
+            captions=self.captions.take(np.flatnonzero(captions)),
+            firsts=offsets(numbers),
+            root_of=None if self.root_of is None else self.root_of[images],
+            spans=None if self.spans is None else self.spans[images],
         )
 
 
-class MixedRecords(Sequence[CaptionRecord]):
+class JoinedRecords(Sequence[CaptionRecord]):
     """The records of all sources, one source after the other.
 
     Args:
         parts: at least one source, none of them empty.
-        weights: positive, one for each source; `pretrain.data.order` draws by them.
     """
 
-    def __init__(self, parts: Sequence[Sequence[CaptionRecord]], weights: Sequence[float]):
+    def __init__(self, parts: Sequence[Sequence[CaptionRecord]]):
         self.parts = parts
-        self.weights = tuple(weights)
         self._firsts = offsets([len(part) for part in parts]).tolist()
 
     def __len__(self) -> int:
@@ -188,8 +201,25 @@ class MixedRecords(Sequence[CaptionRecord]):
     def __getitem__(self, index: int) -> CaptionRecord:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        part = bisect.bisect_right(self._firsts, index) - 1
+        part = self.part_of(index)
         return self.parts[part][index - self._firsts[part]]
+
+    def part_of(self, index: int) -> int:
+        """The number of the source that a record is of."""
+        return bisect.bisect_right(self._firsts, index) - 1
+
+
+class MixedRecords(JoinedRecords):
+    """Sources that training visits by weights.
+
+    Args:
+        parts: as above.
+        weights: positive, one for each source; `pretrain.data.order` draws by them.
+    """
+
+    def __init__(self, parts: Sequence[Sequence[CaptionRecord]], weights: Sequence[float]):
+        super().__init__(parts)
+        self.weights = tuple(weights)
 
 
 def take_fraction(

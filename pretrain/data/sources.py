@@ -63,16 +63,22 @@ def open_data(
     cfg: CfgNode,
     build_samples: Callable[[CfgNode, Sequence | None, Sequence], loader.Samples],
     with_training_data: bool = True,
+    own_records: Callable[[CfgNode, bool], Sequence[CaptionRecord] | None] = lambda *_: None,
 ) -> Data:
     """Open what the config names.
 
     Args:
-        build_samples: of `pretrain.methods.method.Method`.
+        build_samples, own_records: of `pretrain.methods.method.Method`.
         with_training_data: False to evaluate only; then no training data is opened.
     """
-    plan = stream_plan(cfg) if with_training_data else None
-    train = None if plan else training_records(cfg) if with_training_data else []
-    val = validation_records(cfg) if has_validation(cfg) or not with_training_data else []
+    plan = None
+    train = own_records(cfg, True) if with_training_data else []
+    if train is None:
+        plan = stream_plan(cfg)
+        train = None if plan else training_records(cfg)
+    val = own_records(cfg, False)
+    if val is None:
+        val = validation_records(cfg) if has_validation(cfg) or not with_training_data else []
     samples = build_samples(cfg, train, val)
     return Data(
         samples,

@@ -18,7 +18,7 @@ from pretrain import optim
 from pretrain.backbone import VisualBackbone
 from pretrain.data.loader import Samples, ValSet
 from pretrain.data.records import CaptionRecord
-from pretrain.export import Exported, export_backbone
+from pretrain.export import Exported, export_backbone, load_weights
 from pretrain.transforms import normalize, upload
 from virtex_d2.engine.errors import InputError, nearest
 from virtex_d2.engine.safe_load import StoredCheckpoint
@@ -34,6 +34,8 @@ METHODS = {
     "token_classification": f"{_WORDS}:TokenClassification",
     "multilabel_classification": f"{_LABELS}:MultilabelClassification",
     "ipt": f"{_IMAGES}:Restoration",
+    "seqclr": "pretrain.methods.seqclr.method:SeqCLR",
+    "word_recognition": "pretrain.methods.seqclr.recognizer:Recognizer",
 }
 
 Batch = dict[str, torch.Tensor]
@@ -69,11 +71,30 @@ class Method(nn.Module):
         """Refuse what cannot be, before data is opened."""
 
     @classmethod
+    def own_records(cls, cfg: CfgNode, train: bool) -> Sequence[CaptionRecord] | None:
+        """Records of training (or of validation) in formats of the method's own; None where the
+        config names those of `pretrain.data`. Empty: there is no validation.
+        """
+        return None
+
+    @classmethod
     def build_samples(
         cls, cfg: CfgNode, train: Sequence[CaptionRecord] | None, val: Sequence[CaptionRecord]
     ) -> Samples:
         """What is made of an image; `train` is None where it comes from pipes. Empty: not used."""
         return Samples(cfg)
+
+    def load_parts(self) -> None:
+        """Load what keys of the method's own name, such as an encoder, where a run begins."""
+
+    def load_start(self, path: str, identity: Mapping[str, str]) -> None:
+        """Load what MODEL.WEIGHTS names before the first iteration: all but `fresh` tensors.
+
+        Args:
+            path: the checkpoint.
+            identity: what the outputs mean: `Samples.identity`.
+        """
+        load_weights(self, path, identity, self.fresh)
 
     def prepare(self, batch: dict) -> Batch:
         """Bring a loader's batch to the device, and make of its bytes what the network sees."""

@@ -124,6 +124,7 @@ def environment(tmp_path_factory):
         "pyproject.toml",
         "requirements.txt",
         "requirements-captions.txt",
+        "requirements-words.txt",
         "requirements-dev.txt",
     ):
         shutil.copy(ROOT / name, environment.project)

@@ -24,6 +24,7 @@ from virtex_d2.checkpoint.probe import exact_float32
 from virtex_d2.checkpoint.transfer import apply_preprocessing, load_backbone, open_weights
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import read_safetensors, write_safetensors
+from virtex_d2.engine.frozen import fingerprint, require_untouched
 from virtex_d2.studies.probes.data import CentralCrop, LabelledImages, central_batches, refusal
 
 logger = logging.getLogger(__name__)
@@ -148,33 +149,6 @@ def build_network(cfg: CfgNode) -> tuple[PooledResNet, dict[str, Any]]:
         about |= {key: getattr(report, key) for key in ("sha256", "layout", "copy", "architecture")}
         about["notes"] = list(report.notes)
     return network.to(cfg.MODEL.DEVICE).eval(), {**about, "tensors_sha256": fingerprint(network)}
-
-
-def fingerprint(module: nn.Module) -> str:
-    """Hash every parameter and buffer (SHA-256): name, type, shape and bytes.
-
-    A third of a second for a ResNet-50. Running statistics are buffers, so that a network that was
-    merely run in training mode has another one.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def require_untouched(network: nn.Module, before: str) -> None:
-    """Fail where a network that was to be frozen has changed.
-
-    Raises:
-        RuntimeError: its `fingerprint` is not `before`; what was computed with it is worth nothing.
-    """
-    if fingerprint(network) != before:
-        raise RuntimeError(
-            "the frozen backbone has changed: weights or norm statistics differ from those that "
-            "were loaded. This is a mistake in the program; the result is withheld."
-        )
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,13 @@ from fvcore.common.param_scheduler import (
 
 from virtex_d2.engine.checkpointer import AtomicCheckpointer, Retention
 from virtex_d2.engine.distributed import wrap_ddp
+from virtex_d2.engine.frozen import fingerprint, require_untouched
 from virtex_d2.engine.hooks import Evaluation
 from virtex_d2.engine.identity import RunIdentity
 from virtex_d2.engine.loop import UpdateLoop, share_of
 from virtex_d2.engine.stopping import StopHook
 from virtex_d2.engine.trainer import Trainer
-from virtex_d2.studies.probes.features import Classifier, fingerprint, require_untouched
+from virtex_d2.studies.probes.features import Classifier
 
 logger = logging.getLogger(__name__)
 
