@@ -23,7 +23,8 @@ _C.MODEL = CN()
 _C.MODEL.DEVICE = "auto"
 # What the network learns: a word of `pretrain.methods.method.METHODS`, or "package.module:Class".
 _C.MODEL.OBJECTIVE = "bicaptioning"
-# A pretraining checkpoint whose weights to start from or to evaluate; "" is random initialisation.
+# What to start from: a pretraining checkpoint, or a ResNet of any layout in docs/checkpoints.md; ""
+# is random initialisation. With --eval-only a pretraining checkpoint.
 _C.MODEL.WEIGHTS = ""
 
 _C.MODEL.VISUAL = CN()
@@ -31,6 +32,10 @@ _C.MODEL.VISUAL = CN()
 _C.MODEL.VISUAL.NAME = "resnet50"
 # The last norm scale of each residual block starts at 0 (Goyal et al., arXiv 1706.02677).
 _C.MODEL.VISUAL.ZERO_INIT_RESIDUAL = True
+# Where it does not: what it starts at, above 0. detectron2's random ResNets have 1.
+_C.MODEL.VISUAL.RESIDUAL_SCALE = 1.0
+# "BN" normalises by the images of a process (of a pass), "SyncBN" by those of all processes.
+_C.MODEL.VISUAL.NORM = "BN"
 # NHWC memory layout: faster convolutions on CPUs and tensor cores, same results up to rounding.
 _C.MODEL.VISUAL.CHANNELS_LAST = True
 # Compute whole blocks again in the backward pass instead of keeping them ("blocks"); "" is nothing.
@@ -68,6 +73,15 @@ _C.MODEL.MASKED_LM = CN()
 _C.MODEL.MASKED_LM.SHARE = 0.15
 _C.MODEL.MASKED_LM.MASK_PROB = 0.85
 _C.MODEL.MASKED_LM.RANDOM_PROB = 0.1
+
+# Which ResNet of the file MODEL.WEIGHTS is meant, as for detectors (docs/checkpoints.md); where one
+# is said, it is taken alone. PREPROCESSING: "check" refuses a network that was trained with other
+# pixels than pretraining's, "config" believes that it was not.
+_C.VIRTEX = CN()
+_C.VIRTEX.PREPROCESSING = "check"
+_C.VIRTEX.LAYOUT = ""
+_C.VIRTEX.COPY = ""
+_C.VIRTEX.PREFIX = ""
 
 _C.DATA = CN()
 # Annotation format: a name in `pretrain.data.FORMATS`; docs/pretraining-data.md has examples.
@@ -135,6 +149,8 @@ _C.SOLVER.OPTIMIZER = "sgd"
 # Peak learning rate of everything but the CNN, and of the CNN.
 _C.SOLVER.BASE_LR = 1e-3
 _C.SOLVER.CNN_LR = 0.2
+# The last norm scales of the residual blocks are trained at so many times the CNN's rate.
+_C.SOLVER.SCALE_LR_FACTOR = 1.0
 _C.SOLVER.MOMENTUM = 0.9
 _C.SOLVER.BETAS = (0.9, 0.98)
 _C.SOLVER.WEIGHT_DECAY = 1e-4
@@ -142,6 +158,12 @@ _C.SOLVER.WEIGHT_DECAY = 1e-4
 _C.SOLVER.NO_DECAY = r".*textual\.(embedding|transformer).*(norm.*|bias)"
 # Total images per iteration, over all processes.
 _C.SOLVER.IMS_PER_BATCH = 256
+# The images of an update come in so many passes, whose gradients are summed: as much less memory.
+# Norms see those of a pass, as they see those of a process of as many more.
+_C.SOLVER.ACCUMULATE = 1
+# The number of processes that batch, learning rates and schedule are meant for: with another one
+# they are scaled (docs/training.md). 0: they are as given.
+_C.SOLVER.REFERENCE_WORLD_SIZE = 0
 _C.SOLVER.MAX_ITER = 500000
 _C.SOLVER.WARMUP_ITERS = 10000
 # Maximum gradient norm over all parameters; 0 is no clipping.
@@ -192,6 +214,7 @@ MAY_CHANGE = (
     "MODEL.DEVICE",
     "MODEL.WEIGHTS",
     "MODEL.VISUAL.RECOMPUTE",
+    "VIRTEX.*",
     "DATA.TRAIN_CAPTIONS",
     "DATA.TRAIN_IMAGES",
     "DATA.TRAIN_LABELS",
@@ -204,6 +227,7 @@ MAY_CHANGE = (
     "DATA.NUM_WORKERS",
     "DATA.MAX_SKIPPED_SHARE",
     "SOLVER.CHECKPOINT_*",
+    "SOLVER.ACCUMULATE",
 )
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from virtex_d2.engine.backbone_file import IMAGENET_RGB, backbone_metadata
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import write_safetensors
-from virtex_d2.engine.safe_load import read_checkpoint
+from virtex_d2.engine.safe_load import StoredCheckpoint, whole_content
 
 logger = logging.getLogger(__name__)
 
@@ -77,17 +77,20 @@ def write_exports(
 
 
 def load_weights(
-    method: nn.Module, path: str, identity: Mapping[str, str] = {}, fresh: tuple[str, ...] = ()
+    method: nn.Module,
+    stored: StoredCheckpoint,
+    identity: Mapping[str, str] = {},
+    fresh: tuple[str, ...] = (),
 ) -> None:
     """Load every tensor of a pretraining checkpoint (ours or VirTex's).
 
     Args:
         method: the model.
-        path: the checkpoint.
+        stored: the file.
         identity: what the outputs mean: `Samples.identity`.
         fresh: prefixes of tensors that stay as they are, in the checkpoint or not.
     """
-    checkpoint = read_checkpoint(path)
+    path, checkpoint = stored.path, whole_content(stored)
     state = checkpoint.get("model", checkpoint)
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     state = {name: tensor for name, tensor in state.items() if not name.startswith(fresh)}
@@ -105,7 +108,8 @@ def load_weights(
             f"MODEL.WEIGHTS {path} is not of this model (MODEL.OBJECTIVE "
             f"{type(method).__name__}): {len(problems)} tensors differ: "
             f"{'; '.join(problems[:5])}. Nothing was loaded. MODEL.VISUAL.NAME, MODEL.TEXTUAL.* "
-            "and the tokenizer must be those of the checkpoint."
+            "and the tokenizer must be those of the checkpoint. VIRTEX.PREFIX visual.cnn. starts "
+            "from its ResNet alone."
         )
     # another vocabulary of the same size fits every tensor, and means other words by each
     trained_with = checkpoint.get("run", {}).get("data", {})

@@ -10,13 +10,16 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 
-from pretrain.backbone import require_compiler
+from pretrain.backbone import last_scales, require_compiler
 from pretrain.config import MAY_CHANGE
+from pretrain.data.loader import split_batch
 from pretrain.data.sources import open_data
 from pretrain.export import load_weights, write_exports
 from pretrain.methods.method import find_method
 from pretrain.optim import Lookahead, build_lr_scheduler, build_optimizer
+from pretrain.start import load_start
 from pretrain.validation import check_metric, validate
+from virtex_d2.checkpoint.resnet import doubt_of_scale
 from virtex_d2.engine.checkpointer import AtomicCheckpointer, Retention
 from virtex_d2.engine.device import AMP_DTYPES, check_amp
 from virtex_d2.engine.distributed import wrap_ddp
@@ -31,7 +34,9 @@ from virtex_d2.engine.hooks import (
     StreamCursors,
 )
 from virtex_d2.engine.identity import RunIdentity, texts
-from virtex_d2.engine.loop import UpdateLoop, share_of
+from virtex_d2.engine.loop import UpdateLoop
+from virtex_d2.engine.safe_load import read_stored
+from virtex_d2.engine.scaling import described, origin, scale_to_processes
 from virtex_d2.engine.stopping import StopHook
 from virtex_d2.engine.trainer import Trainer
 
@@ -51,12 +56,19 @@ class PretrainTrainer(Trainer):
     """
 
     def __init__(self, cfg: CfgNode, with_training_data: bool = True):
-        solver, ahead = cfg.SOLVER, cfg.SOLVER.LOOKAHEAD
-        periods = cfg.LOG_PERIOD, solver.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD
+        scaled = _resolve_sizes(cfg)
+        solver, ahead = scaled.SOLVER, scaled.SOLVER.LOOKAHEAD
+        periods = cfg.LOG_PERIOD, solver.CHECKPOINT_PERIOD, scaled.TEST.EVAL_PERIOD
         super().__init__(cfg, solver.MAX_ITER, periods)
+        self.cfg = cfg = scaled  # and the run goes on with the one that was given
         self.device = torch.device(cfg.MODEL.DEVICE)
-        _check_sizes(cfg)
         build = find_method(cfg)
+        if solver.ACCUMULATE > 1 and not build.in_passes:
+            raise InputError(
+                f"SOLVER.ACCUMULATE {solver.ACCUMULATE}: MODEL.OBJECTIVE {cfg.MODEL.OBJECTIVE} "
+                "sees a batch whole, whose instances it may compare (`Method.in_passes`). Set it "
+                "to 1; MODEL.VISUAL.RECOMPUTE blocks saves memory without splitting a batch."
+            )
         if cfg.MODEL.VISUAL.COMPILE and with_training_data:
             require_compiler(self.device)
         self.data = open_data(cfg, build.build_samples, with_training_data)
@@ -73,6 +85,8 @@ class PretrainTrainer(Trainer):
             self._batches,
             seed=cfg.SEED,
             prepare=self.method.prepare,
+            passes=solver.ACCUMULATE,
+            split=split_batch,
             dtype=self._dtype,
             scaler=torch.amp.GradScaler(self.device.type, enabled=self._dtype == torch.float16),
             max_norm=solver.CLIP_GRAD_NORM or None,
@@ -80,6 +94,9 @@ class PretrainTrainer(Trainer):
             folder=cfg.OUTPUT_DIR,
             advice="lower SOLVER.CNN_LR or SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS, or "
             "compute in float32 (SOLVER.AMP.ENABLED False)",
+        )
+        self.lookahead = (
+            Lookahead(self.optimizer, ahead.STEPS, ahead.ALPHA) if ahead.ENABLED else None
         )
         self.checkpointer = self.build_checkpointer(
             AtomicCheckpointer,
@@ -93,9 +110,7 @@ class PretrainTrainer(Trainer):
             optimizer=self.optimizer,
             scheduler=self.scheduler,
             scaler=self.loop.grad_scaler,
-            lookahead=Lookahead(self.optimizer, ahead.STEPS, ahead.ALPHA)
-            if ahead.ENABLED
-            else None,
+            lookahead=self.lookahead,
         )
         self.register_hooks(self._build_hooks())
         parts = {
@@ -162,8 +177,11 @@ class PretrainTrainer(Trainer):
 
     def load_weights(self) -> None:
         """Start from MODEL.WEIGHTS, or at random."""
-        if self.cfg.MODEL.WEIGHTS:
-            self._load(self.cfg.MODEL.WEIGHTS, self.method.fresh)
+        if not self.cfg.MODEL.WEIGHTS:
+            return
+        load_start(self.method, self.cfg, self.data.samples.identity(), self.method.fresh)
+        if self.lookahead is not None:
+            self.lookahead.restart()  # or the first step would lead half way back
 
     def load_for_evaluation(self) -> None:
         """Load MODEL.WEIGHTS, else OUTPUT_DIR's last checkpoint; never random weights."""
@@ -174,10 +192,7 @@ class PretrainTrainer(Trainer):
                 f"There is nothing to evaluate: {self.cfg.OUTPUT_DIR} holds no checkpoint and "
                 "MODEL.WEIGHTS is empty."
             )
-        self._load(path, ())
-
-    def _load(self, path: str, fresh: tuple[str, ...]) -> None:
-        load_weights(self.method, path, self.data.samples.identity(), fresh)
+        load_weights(self.method, read_stored(path), self.data.samples.identity())
 
     def train(self) -> bool:
         """Train from `start_iter` to SOLVER.MAX_ITER; return False where that was done before."""
@@ -188,6 +203,11 @@ class PretrainTrainer(Trainer):
         for name in self._exported:
             path = os.path.join(self.cfg.OUTPUT_DIR, f"{name}.safetensors")
             logger.info("The %s is in %s.", name, path)
+        if "backbone" in self._exported and (scales := last_scales(self.method)):
+            scale = float(torch.cat([s.detach() for s in scales]).abs().median())
+            logger.info("Its residual blocks' last norms have scales of %.3g (median).", scale)
+            if doubt := doubt_of_scale(scale):
+                logger.warning("The backbone: %s.", doubt)
         return trained
 
     def _batches(self, first: int) -> Iterator[dict]:
@@ -212,11 +232,28 @@ class PretrainTrainer(Trainer):
         return results
 
 
-def _check_sizes(cfg: CfgNode) -> None:
+def _resolve_sizes(cfg: CfgNode) -> CfgNode:
+    """The config for the processes that there are (`engine.scaling`), and a line in the log."""
     check_amp(cfg)
-    share_of(cfg.SOLVER.IMS_PER_BATCH)
-    if cfg.SOLVER.MAX_ITER < 1 or cfg.SOLVER.WARMUP_ITERS >= cfg.SOLVER.MAX_ITER:
+    solver = cfg.SOLVER
+    if solver.REFERENCE_WORLD_SIZE and solver.OPTIMIZER != "sgd":
         raise InputError(
-            f"SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER} must be positive and larger than "
-            f"SOLVER.WARMUP_ITERS {cfg.SOLVER.WARMUP_ITERS}: shorten the warm-up with the run."
+            f"SOLVER.REFERENCE_WORLD_SIZE {solver.REFERENCE_WORLD_SIZE}: rates that grow with the "
+            f"batch are a rule for sgd, and SOLVER.OPTIMIZER is {solver.OPTIMIZER}. Set it to 0: "
+            "SOLVER.ACCUMULATE keeps batch and rates on fewer processes."
         )
+    scaled = scale_to_processes(cfg, solver.ACCUMULATE, "SOLVER.ACCUMULATE", ("CNN_LR",))
+    solver = scaled.SOLVER
+    if solver.MAX_ITER < 1 or solver.WARMUP_ITERS >= solver.MAX_ITER:
+        raise InputError(
+            f"SOLVER.MAX_ITER {solver.MAX_ITER} must be positive and larger than "
+            f"SOLVER.WARMUP_ITERS {solver.WARMUP_ITERS}: shorten the warm-up with the run."
+        )
+    logger.info(
+        "An iteration is one update from %s; learning rate %g, of the CNN %g, warm-up %d, %d "
+        "iterations%s.",
+        described(scaled, solver.ACCUMULATE),
+        *(solver.BASE_LR, solver.CNN_LR, solver.WARMUP_ITERS, solver.MAX_ITER),
+        origin(scaled, cfg, rates=("CNN_LR",)),
+    )
+    return scaled

@@ -15,7 +15,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from pretrain import optim
-from pretrain.backbone import VisualBackbone
+from pretrain.backbone import VisualBackbone, find_norm
 from pretrain.data.loader import Samples, ValSet
 from pretrain.data.records import CaptionRecord
 from pretrain.export import Exported, export_backbone
@@ -39,17 +39,21 @@ Batch = dict[str, torch.Tensor]
 class Method(nn.Module):
     """One way to pretrain a network. Must have `losses`, `__init__` and `forward`; may have more.
 
-    An update sees one batch whole: what compares a batch's instances may rely on that.
+    An update sees one batch whole, unless `in_passes`: what compares a batch's instances may rely
+    on that.
 
     Attributes:
         losses: names that `forward` gives, "loss_..."; their sum is minimised, each is validated.
         metrics: further numbers of `measure`, of which the highest is the best: "psnr".
+        in_passes: whether SOLVER.ACCUMULATE may split a batch: only where each loss is a mean over
+            images, or their words or labels, that are not compared with each other.
         unused_parameters: whether a step may leave some without a gradient: heads in turn.
         fresh: prefixes of tensors that MODEL.WEIGHTS does not give: new heads on a trained network.
     """
 
     losses: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()
+    in_passes: bool = False
     unused_parameters: bool = False
     fresh: tuple[str, ...] = ()
 
@@ -164,10 +168,17 @@ def build_method(cfg: CfgNode, num_outputs: int = 0) -> Method:
 def build_visual(cfg: CfgNode) -> VisualBackbone:
     """The ResNet that MODEL.VISUAL describes; named `visual` in a method, it can be exported."""
     visual = cfg.MODEL.VISUAL
+    if visual.COMPILE and visual.NORM != "BN":
+        raise InputError(
+            f"MODEL.VISUAL.COMPILE True with MODEL.VISUAL.NORM {visual.NORM}: expected BN; a norm "
+            "that waits for other processes is not compiled."
+        )
     return VisualBackbone(
         visual.NAME,
         visual.ZERO_INIT_RESIDUAL,
         visual.CHANNELS_LAST,
         visual.RECOMPUTE,
         visual.COMPILE,
+        visual.RESIDUAL_SCALE,
+        find_norm(visual.NORM, cfg.MODEL.DEVICE),
     )
