@@ -194,12 +194,25 @@ _C.TEST = CN()
 # Iterations between validations; 0 validates at the end only.
 _C.TEST.EVAL_PERIOD = 2000
 _C.TEST.IMS_PER_BATCH = 256
-# A validation result, e.g. "val/loss": the checkpoint at which it was lowest (a method's metric:
-# highest) is kept as model_best.pth and backbone_best.safetensors. Empty: the last alone counts.
+# A validation result, e.g. "val/loss": the checkpoint at which it was lowest (a method's metric and
+# "probe/mAP": highest) is kept as model_best.pth and backbone_best.safetensors. Empty: the last
+# alone counts.
 _C.TEST.BEST_METRIC = ""
 # Validation images that are drawn into TensorBoard at each validation, if the method draws any:
 # captioners do, with greedy captions.
 _C.TEST.NUM_CAPTIONS = 8
+# A VOC folder: linear SVMs on the backbone's features of its images, as tools/linear_probe.py has
+# them (docs/probes.md), each PERIOD iterations (0: at the end only). Empty: none.
+_C.TEST.PROBE = CN()
+_C.TEST.PROBE.ROOT = ""
+_C.TEST.PROBE.TRAIN = "trainval"
+_C.TEST.PROBE.TEST = "test"
+# The classes to judge. Empty: VOC's twenty.
+_C.TEST.PROBE.CLASSES = []
+_C.TEST.PROBE.PERIOD = 0
+# Pixels: the shorter side is scaled to RESIZE, then the central CROP x CROP is taken.
+_C.TEST.PROBE.RESIZE = 256
+_C.TEST.PROBE.CROP = 224
 
 # Iterations between log lines.
 _C.LOG_PERIOD = 20

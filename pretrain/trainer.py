@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,12 +35,16 @@ from virtex_d2.engine.hooks import (
 )
 from virtex_d2.engine.identity import RunIdentity, texts
 from virtex_d2.engine.loop import UpdateLoop
+from virtex_d2.engine.randomness import own_randomness
 from virtex_d2.engine.safe_load import read_stored
 from virtex_d2.engine.scaling import described, origin, scale_to_processes
 from virtex_d2.engine.stopping import StopHook
 from virtex_d2.engine.trainer import Trainer
 
 logger = logging.getLogger(__name__)
+
+Probe = Callable[[Mapping[str, torch.Tensor], Mapping[str, str]], dict[str, float]]
+PROBED = ("probe/mAP", "probe/mAP11")  # what TEST.PROBE records
 
 
 class PretrainTrainer(Trainer):
@@ -53,9 +57,16 @@ class PretrainTrainer(Trainer):
     Args:
         cfg: of `pretrain.config.load_pretrain_config`, with MODEL.DEVICE resolved.
         with_training_data: False to evaluate only; then no training data is opened.
+        build_probe: cfg -> (tensors, metadata) of `export_backbone` -> numbers by name, the highest
+            the best; called in all processes. For TEST.PROBE: the tool brings it.
     """
 
-    def __init__(self, cfg: CfgNode, with_training_data: bool = True):
+    def __init__(
+        self,
+        cfg: CfgNode,
+        with_training_data: bool = True,
+        build_probe: Callable[[CfgNode], Probe] | None = None,
+    ):
         scaled = _resolve_sizes(cfg)
         solver, ahead = scaled.SOLVER, scaled.SOLVER.LOOKAHEAD
         periods = cfg.LOG_PERIOD, solver.CHECKPOINT_PERIOD, scaled.TEST.EVAL_PERIOD
@@ -112,6 +123,9 @@ class PretrainTrainer(Trainer):
             scaler=self.loop.grad_scaler,
             lookahead=self.lookahead,
         )
+        self._probe = None
+        if with_training_data and cfg.TEST.PROBE.ROOT:
+            self._probe = self._built_probe(build_probe)
         self.register_hooks(self._build_hooks())
         parts = {
             name: sum(p.numel() for p in module.parameters()) / 1e6
@@ -139,18 +153,25 @@ class PretrainTrainer(Trainer):
                 StreamCursors(stream, cfg.SOLVER.CHECKPOINT_PERIOD),
             ]
         built.append(StopHook())  # what stands behind it is what a resumed run makes up for
-        if self.data.val is None and cfg.TEST.BEST_METRIC:
-            raise InputError("TEST.BEST_METRIC needs validation: DATA.VAL_CAPTIONS is empty.")
+        metric, probed = cfg.TEST.BEST_METRIC, PROBED if self._probe else ()
+        if self.data.val is None and metric and not (probed and metric.startswith("probe/")):
+            raise InputError(
+                "TEST.BEST_METRIC needs validation, and DATA.VAL_CAPTIONS is empty; or TEST.PROBE "
+                f"({', '.join(PROBED)})."
+            )
+        # before the checkpoint: what it says about evaluations is then complete
         if self.data.val is not None:
-            # before the checkpoint: what it says about validations is then complete
             built.append(Evaluation(cfg.TEST.EVAL_PERIOD, lambda: {"val": self.evaluate()}, None))
-            if metric := cfg.TEST.BEST_METRIC:
-                check_metric(metric, self.method)
-                highest = metric.removeprefix("val/") in self.method.metrics
-                built.append(BestCheckpoint(metric, self._keep_best, highest))
-            if comm.is_main_process() and (count := cfg.TEST.NUM_CAPTIONS) > 0:
-                draw = lambda: self.method.pictures(self.data.val, count)  # noqa: E731
-                built.append(Pictures(cfg.TEST.EVAL_PERIOD, draw))
+        if self._probe:
+            built.append(Evaluation(cfg.TEST.PROBE.PERIOD, self._run_probe, None))
+        if metric:
+            check_metric(metric, self.method, probed)
+            highest = metric.removeprefix("val/") in (*self.method.metrics, *probed)
+            built.append(BestCheckpoint(metric, self._keep_best, highest))
+        drawn = cfg.TEST.NUM_CAPTIONS if self.data.val is not None else 0
+        if comm.is_main_process() and drawn > 0:
+            draw = lambda: self.method.pictures(self.data.val, drawn)  # noqa: E731
+            built.append(Pictures(cfg.TEST.EVAL_PERIOD, draw))
         # in this order: a run that goes on from the checkpoint does not validate again
         built += self.writer_hooks(images, cfg.LOG_PERIOD)
         return built + self.checkpoint_hooks(cfg.SOLVER.CHECKPOINT_PERIOD)
@@ -160,6 +181,25 @@ class PretrainTrainer(Trainer):
         super().before_checkpoint()
         if self.data.stream is not None:
             self.data.stream.gather(self.iter + 1)
+
+    def _built_probe(self, build_probe: Callable[[CfgNode], Probe] | None) -> Probe:
+        if build_probe is None:
+            raise InputError("TEST.PROBE: only tools/pretrain_net.py has it. Leave ROOT empty.")
+        if "backbone" not in self.method.export(self.method.state_dict(), self.cfg):
+            raise InputError(
+                f"TEST.PROBE: MODEL.OBJECTIVE {self.cfg.MODEL.OBJECTIVE} exports no backbone "
+                "that could be judged. Leave ROOT empty."
+            )
+        return build_probe(self.cfg)
+
+    def _run_probe(self) -> dict[str, dict[str, float]]:
+        """Judge the present backbone; the run goes on as if it had not been judged."""
+        tensors, metadata = self.method.export(self.method.state_dict(), self.cfg)["backbone"]
+        with own_randomness(self.cfg.SEED, self.iter, comm.get_rank()):
+            results = self._probe(tensors, metadata)
+        told = "  ".join(f"{name}: {value:.4g}" for name, value in results.items())
+        logger.info("Probe after %d iterations: %s", self.iter + 1, told)
+        return {"probe": results}
 
     def _export(self, checkpoint: Mapping[str, Any], suffix: str = "") -> None:
         exports = self.method.export(checkpoint["model"], self.cfg)

@@ -175,6 +175,23 @@ def test_a_loss_over_the_instances_of_all_processes_has_the_gradient_of_one(tmp_
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+def test_passes_are_as_many_processes_and_synchronised_norms_make_processes_one(
+    images, tmp_path, run_python
+):
+    train = images / "train"
+    done = run_python("tests/methods/in_passes.py", train, tmp_path, cwd=ROOT, timeout=600)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_method_that_may_compare_instances_refuses_passes(images, tmp_path):
+    config = write_config(tmp_path, images, "taking_turns")
+    for passes, message in (("2", "sees a batch whole.*in_passes"), ("3", "possible are 1, 2, 4")):
+        with pytest.raises(InputError, match=message):
+            more = ["OUTPUT_DIR", str(tmp_path), "SOLVER.ACCUMULATE", passes]
+            PretrainTrainer(load_pretrain_config(str(config), more))
+
+
 def test_a_methods_keys_are_known_and_its_new_head_may_start_anew(images, tmp_path):
     config = write_config(tmp_path, images, "reconstruction", "RECONSTRUCTION: {WIDTH: 4}\n")
     derived = tmp_path / "derived.yaml"

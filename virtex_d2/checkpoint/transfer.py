@@ -20,6 +20,7 @@ from virtex_d2.checkpoint.layouts import DETECTRON2, TORCHVISION, is_counter, tr
 from virtex_d2.checkpoint.probe import TOLERANCE, ProbeResult, probe
 from virtex_d2.checkpoint.resnet import doubt_of_scale
 from virtex_d2.checkpoint.source import Backbone, Source, local_path
+from virtex_d2.checkpoint.starts import is_random
 from virtex_d2.checkpoint.statements import PIXELS, same
 from virtex_d2.engine.backbone_file import IMAGENET_RGB, Preprocessing
 from virtex_d2.engine.checkpointer import has_checkpoint, last_whole_checkpoint
@@ -90,7 +91,7 @@ def open_weights(cfg: CfgNode, resume: bool = False) -> Source | None:
     if resume and has_checkpoint(cfg.OUTPUT_DIR):
         # There is no log yet; where it is not the last one, that is told when it is loaded.
         return Source(last_whole_checkpoint(cfg.OUTPUT_DIR, tell=False))
-    return Source(local_path(cfg.MODEL.WEIGHTS)) if cfg.MODEL.WEIGHTS else None
+    return None if is_random(cfg.MODEL.WEIGHTS) else Source(local_path(cfg.MODEL.WEIGHTS))
 
 
 def apply_preprocessing(cfg: CfgNode, source: Source | None) -> list[str]:

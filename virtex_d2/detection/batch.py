@@ -2,10 +2,11 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.engine import hooks
 from detectron2.utils import comm
 from torch import nn
 
@@ -17,6 +18,7 @@ from virtex_d2.engine.scaling import described, origin, scale_to_processes
 logger = logging.getLogger(__name__)
 
 FULL_MODEL = "full_model"
+_BACKBONE = "backbone"  # name of its optimizer groups
 CLIP_TYPES = ("value", "norm", FULL_MODEL)
 
 
@@ -49,7 +51,13 @@ def resolve_batch(cfg: CfgNode) -> CfgNode:
 
 
 def check_training(cfg: CfgNode) -> None:
-    """Check the keys about precision, clipping, averaging and evaluation."""
+    """Check the keys about rates, precision, clipping, averaging and evaluation."""
+    factor = cfg.SOLVER.BACKBONE_LR_FACTOR
+    if not (math.isfinite(factor) and factor > 0):
+        raise InputError(
+            f"SOLVER.BACKBONE_LR_FACTOR is {factor}; expected a number above 0, such as 0.1 "
+            "(MODEL.BACKBONE.FREEZE_AT 5 trains nothing of it)."
+        )
     if cfg.SOLVER.AMP.ENABLED:
         check_amp(cfg)
     if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
@@ -108,6 +116,44 @@ def build_loop(
         advice="lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS, or compute in float32 "
         "(SOLVER.AMP.ENABLED False)",
     )
+
+
+def split_groups(optimizer: torch.optim.Optimizer, chosen: Collection[int], factor: float) -> int:
+    """Give the backbone's parameters groups of their own, at `factor` times the rate.
+
+    Args:
+        optimizer: that has made no update yet, and has no schedule.
+        chosen: ids of its parameters.
+
+    Returns:
+        How many of them the optimizer trains.
+    """
+    groups, count = [], 0
+    for group in optimizer.param_groups:
+        mine = [p for p in group["params"] if id(p) in chosen]
+        rest = [p for p in group["params"] if id(p) not in chosen]
+        count += len(mine)
+        if rest:
+            groups.append({**group, "params": rest})
+        if mine:
+            groups.append({**group, "params": mine, "lr": group["lr"] * factor, "name": _BACKBONE})
+    optimizer.param_groups[:] = groups
+    return count
+
+
+class LRScheduler(hooks.LRScheduler):
+    """detectron2's, of the groups of `split_groups`: `lr` is not the backbone's, `lr_backbone` is.
+
+    It has the same name, by which checkpoints keep the schedule.
+    """
+
+    def after_step(self) -> None:
+        rates = {
+            "lr_backbone" if group.get("name") == _BACKBONE else "lr": group["lr"]
+            for group in self.trainer.optimizer.param_groups
+        }
+        self.trainer.storage.put_scalars(smoothing_hint=False, **rates)
+        self.scheduler.step()
 
 
 def clips_full_model(cfg: CfgNode) -> bool:

@@ -41,6 +41,9 @@ logger = logging.getLogger(__name__)
 # Recorded with each evaluation's results: how long it took. Tells that they are complete.
 RECORD = "eval_seconds"
 
+# Learning rates that a run may record, in the order of the log.
+RATES = ("lr", "lr_cnn", "lr_scales", "lr_backbone")
+
 
 def is_due(trainer: TrainerBase, period: int, iteration: int | None = None) -> bool:
     """Whether an iteration, by default this one, is the last one, or ends a period (0: none)."""
@@ -371,7 +374,7 @@ class ProgressPrinter(EventWriter):
             f"{name}: {histories[name].median(self._WINDOW):.4g}"
             for name in sorted(losses, key=lambda name: name != "total_loss")  # it is first
         ]
-        rates = [name for name in ("lr", "lr_cnn", "lr_scales") if name in histories]
+        rates = [name for name in RATES if name in histories]
         parts += [f"{name}: {histories[name].latest():.3g}" for name in rates]
         if "time" in histories:
             seconds = histories["time"].median(self._WINDOW)
