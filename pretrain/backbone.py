@@ -3,13 +3,17 @@
 import contextlib
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 
 import torch
 import torchvision
+from detectron2.layers import NaiveSyncBatchNorm
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import ResNet
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from virtex_d2.engine.errors import InputError, nearest
 
@@ -32,10 +36,13 @@ class VisualBackbone(nn.Module):
     checkpoints (arXiv 2006.06666, section 3.1).
 
     Args:
+        zero_init_residual: whether `last_scales` start at 0.
         recompute: "blocks" keeps only the blocks' inputs for the backward pass, which computes the
             rest again, to the same numbers (Chen et al., arXiv 1604.06174); "" keeps all.
         compiled: whether training runs what torch.compile makes of it, for images of one shape.
             Evaluation, whose batches have many, does not.
+        residual_scale: what `last_scales` start at if not at 0.
+        norm: builds a norm of so many channels.
     """
 
     def __init__(
@@ -45,6 +52,8 @@ class VisualBackbone(nn.Module):
         channels_last: bool = True,
         recompute: str = "",
         compiled: bool = False,
+        residual_scale: float = 1.0,
+        norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ):
         super().__init__()
         if name not in ARCHITECTURES:
@@ -66,10 +75,23 @@ class VisualBackbone(nn.Module):
                 f'MODEL.VISUAL.RECOMPUTE "{recompute}" with MODEL.VISUAL.COMPILE True: expected '
                 "one of them; a compiler decides itself what it computes again."
             )
+        if not (math.isfinite(residual_scale) and residual_scale > 0):
+            raise InputError(
+                f"MODEL.VISUAL.RESIDUAL_SCALE is {residual_scale}; expected a number above 0 (0 is "
+                "MODEL.VISUAL.ZERO_INIT_RESIDUAL True)."
+            )
+        if zero_init_residual and residual_scale != 1:
+            raise InputError(
+                f"MODEL.VISUAL.RESIDUAL_SCALE {residual_scale:g} with ZERO_INIT_RESIDUAL True: the "
+                "scales cannot start at both. Set MODEL.VISUAL.ZERO_INIT_RESIDUAL False."
+            )
         self.name = name
         self.cnn = getattr(torchvision.models, name)(
-            weights=None, zero_init_residual=zero_init_residual
+            weights=None, zero_init_residual=zero_init_residual, norm_layer=norm
         )
+        if residual_scale != 1:
+            for scale in last_scales(self.cnn):
+                nn.init.constant_(scale, residual_scale)
         self.feature_size: int = self.cnn.fc.in_features
         self.cnn.fc = nn.Identity()  # leaves no key in the state dict
         self.channels_last = channels_last
@@ -90,6 +112,39 @@ class VisualBackbone(nn.Module):
         return features(self.cnn, image)
 
 
+class CpuSyncBN(NaiveSyncBatchNorm):
+    """detectron2's SyncBN for CPUs (torch's needs GPUs), which sums in float32 at least.
+
+    Its running variance is that of the batch, not the estimate that torch's norms keep.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) -> the same, normalised by the images of all processes in training."""
+        # squares of bfloat16 less the square of their mean would be noise
+        wide = x.float() if x.dtype.itemsize < 4 else x
+        return super().forward(wide).to(x.dtype)
+
+
+def find_norm(name: str, device: str) -> Callable[[int], nn.Module]:
+    """What builds the norms of MODEL.VISUAL.NORM on MODEL.DEVICE; all name their tensors alike."""
+    if name not in ("BN", "SyncBN"):
+        raise InputError(f"MODEL.VISUAL.NORM: expected BN or SyncBN, found {name!r}.")
+    if name == "BN":
+        return nn.BatchNorm2d
+    return CpuSyncBN if device == "cpu" else nn.SyncBatchNorm
+
+
+def last_scales(module: nn.Module) -> list[nn.Parameter]:
+    """The scale of the last norm of each of torchvision's residual blocks in a module."""
+    scales = []
+    for block in module.modules():
+        if isinstance(block, Bottleneck):
+            scales.append(block.bn3.weight)
+        elif isinstance(block, BasicBlock):
+            scales.append(block.bn2.weight)
+    return scales
+
+
 def features(cnn: ResNet, image: torch.Tensor) -> torch.Tensor:
     """(N, 3, H, W) float -> the last feature map, (N, C, H / 32, W / 32)."""
     return cnn.layer4(cnn.layer3(cnn.layer2(cnn.layer1(_stem(cnn, image)))))
@@ -108,13 +163,13 @@ def _recomputed_features(cnn: ResNet, image: torch.Tensor) -> torch.Tensor:
     """Compute `features`, keeping the inputs of the stem and of each block alone."""
     x = _checkpointed(functools.partial(_stem, cnn), [cnn.bn1], image)
     for block in itertools.chain(cnn.layer1, cnn.layer2, cnn.layer3, cnn.layer4):
-        norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+        norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
         x = _checkpointed(block, norms, x)
     return x
 
 
 def _checkpointed(
-    function: Callable[[torch.Tensor], torch.Tensor], norms: list[nn.BatchNorm2d], x: torch.Tensor
+    function: Callable[[torch.Tensor], torch.Tensor], norms: list[_BatchNorm], x: torch.Tensor
 ) -> torch.Tensor:
     return checkpoint(
         function,
@@ -126,7 +181,7 @@ def _checkpointed(
 
 
 @contextlib.contextmanager
-def _counted_already(norms: list[nn.BatchNorm2d]) -> Iterator[None]:
+def _counted_already(norms: list[_BatchNorm]) -> Iterator[None]:
     """Let copies of the running statistics take this batch, which they have had."""
     kept = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers()]
     for norm, name, buffer in kept:

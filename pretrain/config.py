@@ -23,7 +23,8 @@ _C.MODEL = CN()
 _C.MODEL.DEVICE = "auto"
 # What the network learns: a word of `pretrain.methods.method.METHODS`, or "package.module:Class".
 _C.MODEL.OBJECTIVE = "bicaptioning"
-# A pretraining checkpoint whose weights to start from or to evaluate; "" is random initialisation.
+# What to start from: a pretraining checkpoint, or a ResNet of any layout in docs/checkpoints.md; ""
+# is random initialisation. With --eval-only a pretraining checkpoint.
 _C.MODEL.WEIGHTS = ""
 
 _C.MODEL.VISUAL = CN()
@@ -31,6 +32,10 @@ _C.MODEL.VISUAL = CN()
 _C.MODEL.VISUAL.NAME = "resnet50"
 # The last norm scale of each residual block starts at 0 (Goyal et al., arXiv 1706.02677).
 _C.MODEL.VISUAL.ZERO_INIT_RESIDUAL = True
+# Where it does not: what it starts at, above 0. detectron2's random ResNets have 1.
+_C.MODEL.VISUAL.RESIDUAL_SCALE = 1.0
+# "BN" normalises by the images of a process (of a pass), "SyncBN" by those of all processes.
+_C.MODEL.VISUAL.NORM = "BN"
 # NHWC memory layout: faster convolutions on CPUs and tensor cores, same results up to rounding.
 _C.MODEL.VISUAL.CHANNELS_LAST = True
 # Compute whole blocks again in the backward pass instead of keeping them ("blocks"); "" is nothing.
@@ -68,6 +73,15 @@ _C.MODEL.MASKED_LM = CN()
 _C.MODEL.MASKED_LM.SHARE = 0.15
 _C.MODEL.MASKED_LM.MASK_PROB = 0.85
 _C.MODEL.MASKED_LM.RANDOM_PROB = 0.1
+
+# Which ResNet of the file MODEL.WEIGHTS is meant, as for detectors (docs/checkpoints.md); where one
+# is said, it is taken alone. PREPROCESSING: "check" refuses a network that was trained with other
+# pixels than pretraining's, "config" believes that it was not.
+_C.VIRTEX = CN()
+_C.VIRTEX.PREPROCESSING = "check"
+_C.VIRTEX.LAYOUT = ""
+_C.VIRTEX.COPY = ""
+_C.VIRTEX.PREFIX = ""
 
 _C.DATA = CN()
 # Annotation format: a name in `pretrain.data.FORMATS`; docs/pretraining-data.md has examples.
@@ -141,6 +155,8 @@ _C.SOLVER.OPTIMIZER = "sgd"
 # Peak learning rate of everything but the CNN, and of the CNN.
 _C.SOLVER.BASE_LR = 1e-3
 _C.SOLVER.CNN_LR = 0.2
+# The last norm scales of the residual blocks are trained at so many times the CNN's rate.
+_C.SOLVER.SCALE_LR_FACTOR = 1.0
 _C.SOLVER.MOMENTUM = 0.9
 _C.SOLVER.BETAS = (0.9, 0.98)
 _C.SOLVER.WEIGHT_DECAY = 1e-4
@@ -148,6 +164,12 @@ _C.SOLVER.WEIGHT_DECAY = 1e-4
 _C.SOLVER.NO_DECAY = r".*textual\.(embedding|transformer).*(norm.*|bias)"
 # Total images per iteration, over all processes.
 _C.SOLVER.IMS_PER_BATCH = 256
+# The images of an update come in so many passes, whose gradients are summed: as much less memory.
+# Norms see those of a pass, as they see those of a process of as many more.
+_C.SOLVER.ACCUMULATE = 1
+# The number of processes that batch, learning rates and schedule are meant for: with another one
+# they are scaled (docs/training.md). 0: they are as given.
+_C.SOLVER.REFERENCE_WORLD_SIZE = 0
 _C.SOLVER.MAX_ITER = 500000
 _C.SOLVER.WARMUP_ITERS = 10000
 # Maximum gradient norm over all parameters; 0 is no clipping.
@@ -178,12 +200,25 @@ _C.TEST = CN()
 # Iterations between validations; 0 validates at the end only.
 _C.TEST.EVAL_PERIOD = 2000
 _C.TEST.IMS_PER_BATCH = 256
-# A validation result, e.g. "val/loss": the checkpoint at which it was lowest (a method's metric:
-# highest) is kept as model_best.pth and backbone_best.safetensors. Empty: the last alone counts.
+# A validation result, e.g. "val/loss": the checkpoint at which it was lowest (a method's metric and
+# "probe/mAP": highest) is kept as model_best.pth and backbone_best.safetensors. Empty: the last
+# alone counts.
 _C.TEST.BEST_METRIC = ""
 # Validation images that are drawn into TensorBoard at each validation, if the method draws any:
 # captioners do, with greedy captions.
 _C.TEST.NUM_CAPTIONS = 8
+# A VOC folder: linear SVMs on the backbone's features of its images, as tools/linear_probe.py has
+# them (docs/probes.md), each PERIOD iterations (0: at the end only). Empty: none.
+_C.TEST.PROBE = CN()
+_C.TEST.PROBE.ROOT = ""
+_C.TEST.PROBE.TRAIN = "trainval"
+_C.TEST.PROBE.TEST = "test"
+# The classes to judge. Empty: VOC's twenty.
+_C.TEST.PROBE.CLASSES = []
+_C.TEST.PROBE.PERIOD = 0
+# Pixels: the shorter side is scaled to RESIZE, then the central CROP x CROP is taken.
+_C.TEST.PROBE.RESIZE = 256
+_C.TEST.PROBE.CROP = 224
 
 # Iterations between log lines.
 _C.LOG_PERIOD = 20
@@ -201,6 +236,7 @@ MAY_CHANGE = (
     "MODEL.DEVICE",
     "MODEL.WEIGHTS",
     "MODEL.VISUAL.RECOMPUTE",
+    "VIRTEX.*",
     "DATA.TRAIN_CAPTIONS",
     "DATA.TRAIN_IMAGES",
     "DATA.TRAIN_LABELS",
@@ -216,6 +252,7 @@ MAY_CHANGE = (
     "DATA.MAX_SKIPPED_SHARE",
     "SOLVER.CHECKPOINT_*",
     "IPT.RAIN_STREAKS",
+    "SOLVER.ACCUMULATE",
 )
 
 

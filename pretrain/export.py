@@ -4,19 +4,17 @@ import hashlib
 import logging
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torchvision
 from detectron2.config import CfgNode
+from torch import nn
 
 from virtex_d2.engine.backbone_file import IMAGENET_RGB, backbone_metadata
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import write_safetensors
-from virtex_d2.engine.safe_load import read_stored, whole_content
-
-if TYPE_CHECKING:
-    from pretrain.methods.method import Method
+from virtex_d2.engine.safe_load import StoredCheckpoint, whole_content
 
 logger = logging.getLogger(__name__)
 
@@ -91,18 +89,20 @@ def differences(wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Te
 
 
 def load_weights(
-    method: "Method", path: str, identity: Mapping[str, str] = {}, fresh: tuple[str, ...] = ()
+    method: nn.Module,
+    stored: StoredCheckpoint,
+    identity: Mapping[str, str] = {},
+    fresh: tuple[str, ...] = (),
 ) -> None:
     """Load every tensor of a pretraining checkpoint (ours or VirTex's).
 
     Args:
-        method: the model.
-        path: the checkpoint.
+        method: a `pretrain.methods.method.Method`.
+        stored: the file.
         identity: what the outputs mean: `Samples.identity`.
         fresh: prefixes of tensors that stay as they are, in the checkpoint or not.
     """
-    stored = read_stored(path)
-    checkpoint = whole_content(stored)
+    path, checkpoint = stored.path, whole_content(stored)
     state = checkpoint.get("model", checkpoint)
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     state = method.adapt(state, stored, fresh)
@@ -115,7 +115,8 @@ def load_weights(
             f"MODEL.WEIGHTS {path} is not of this model (MODEL.OBJECTIVE "
             f"{type(method).__name__}): {len(problems)} tensors differ: "
             f"{'; '.join(problems[:5])}. Nothing was loaded. MODEL.VISUAL.NAME, MODEL.TEXTUAL.* "
-            "and the tokenizer must be those of the checkpoint."
+            "and the tokenizer must be those of the checkpoint. VIRTEX.PREFIX visual.cnn. starts "
+            "from its ResNet alone."
         )
     # another vocabulary of the same size fits every tensor, and means other words by each
     trained_with = checkpoint.get("run", {}).get("data", {})

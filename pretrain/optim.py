@@ -7,30 +7,38 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
+from pretrain.backbone import last_scales
 from virtex_d2.engine.errors import InputError, nearest
 
 OPTIMIZERS = ("sgd", "adamw", "adadelta")
 
 
 def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
-    """Groups by learning rate (CNN or not) and weight decay (or none), each parameter once.
+    """Groups by learning rate and weight decay (or none), each parameter once.
 
-    A group carries `name`: "cnn", "cnn_no_decay", "rest" or "rest_no_decay".
+    A group carries `name`: "cnn", "cnn_no_decay", "rest" or "rest_no_decay"; with
+    SOLVER.SCALE_LR_FACTOR also "scales" or "scales_no_decay", of `backbone.last_scales`.
     """
     groups: dict[str, dict] = {}
+    factor = cfg.SOLVER.SCALE_LR_FACTOR
+    scales = {id(scale) for scale in last_scales(model)} if factor != 1 else set()
+    rates = {"cnn": cfg.SOLVER.CNN_LR, "rest": cfg.SOLVER.BASE_LR}
+    rates["scales"] = cfg.SOLVER.CNN_LR * factor
     no_decay = re.compile(cfg.SOLVER.NO_DECAY) if cfg.SOLVER.NO_DECAY else None
     for name, parameter in model.named_parameters():  # shared parameters come once
         if not parameter.requires_grad:
             continue
-        is_cnn = "visual.cnn." in name
+        kind = "cnn" if "visual.cnn." in name else "rest"
+        if kind == "cnn" and id(parameter) in scales:
+            kind = "scales"
         is_decayed = no_decay is None or not no_decay.match(name)
-        key = ("cnn" if is_cnn else "rest") + ("" if is_decayed else "_no_decay")
+        key = kind + ("" if is_decayed else "_no_decay")
         group = groups.setdefault(
             key,
             {
                 "name": key,
                 "params": [],
-                "lr": cfg.SOLVER.CNN_LR if is_cnn else cfg.SOLVER.BASE_LR,
+                "lr": rates[kind],
                 "weight_decay": cfg.SOLVER.WEIGHT_DECAY if is_decayed else 0.0,
             },
         )
@@ -43,6 +51,15 @@ def build_optimizer(cfg: CfgNode, groups: list[dict]) -> torch.optim.Optimizer:
     `parameter_groups` makes.
     """
     name, base_lr = cfg.SOLVER.OPTIMIZER, cfg.SOLVER.BASE_LR
+    factor = cfg.SOLVER.SCALE_LR_FACTOR
+    if not (math.isfinite(factor) and factor > 0):
+        raise InputError(f"SOLVER.SCALE_LR_FACTOR is {factor}; expected a number above 0.")
+    if factor != 1 and not any(group["name"].startswith("scales") for group in groups):
+        raise InputError(
+            f"SOLVER.SCALE_LR_FACTOR {factor:g}: MODEL.OBJECTIVE {cfg.MODEL.OBJECTIVE} has no "
+            "group of its residual blocks' last scales (`visual.cnn.`, `optim.parameter_groups`). "
+            "Leave it at 1."
+        )
     # One pass over the memory for all of an update. Not under a loss scaler: a fused step is called
     # for updates that it skips, too, and Lookahead would count them.
     fused = not (cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "float16")
@@ -95,10 +112,14 @@ class Lookahead:
             )
         self.steps = steps
         self.alpha = alpha
-        self.updates = 0
         self._fast = [p for group in optimizer.param_groups for p in group["params"]]
-        self._slow = [p.detach().clone() for p in self._fast]
+        self.restart()
         optimizer.register_step_post_hook(lambda *_: self._after_update())
+
+    def restart(self) -> None:
+        """Begin at the present weights: where others have been loaded since."""
+        self.updates = 0
+        self._slow = [p.detach().clone() for p in self._fast]
 
     @torch.no_grad()
     def _after_update(self) -> None:

@@ -1,7 +1,7 @@
 """Validation: means over every sample of all processes, beside what a blind model would reach."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 import torch.distributed as dist
@@ -16,9 +16,16 @@ from virtex_d2.engine.stopping import abandonable
 logger = logging.getLogger(__name__)
 
 
-def check_metric(metric: str, method: Method) -> None:
-    """Raise InputError if TEST.BEST_METRIC is none of what the method's validation records."""
+def check_metric(metric: str, method: Method, others: Collection[str] = ()) -> None:
+    """Raise InputError if TEST.BEST_METRIC is none of what is recorded.
+
+    Args:
+        metric: its value.
+        method: whose losses and metrics are validated.
+        others: what is recorded besides.
+    """
     possible = [f"val/{name}" for name in ("loss", *method.losses, *method.metrics)]
+    possible += others
     if metric not in possible:
         raise InputError(
             f"TEST.BEST_METRIC: {metric!r} is none of what is validated: {', '.join(possible)}."

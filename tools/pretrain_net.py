@@ -9,8 +9,11 @@ import virtex_d2.engine.listening  # noqa: F401 - first: main's imports take sec
 
 # isort: split
 
+from functools import partial
+
 from pretrain.main import main
 from virtex_d2.engine.cli import run_tool
+from virtex_d2.studies.probes.during import build_probe
 
 if __name__ == "__main__":
-    run_tool(__doc__, main)
+    run_tool(__doc__, partial(main, build_probe=build_probe))

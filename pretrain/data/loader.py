@@ -13,6 +13,7 @@ import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -261,6 +262,32 @@ def _together(values: list, padding: int | None, pin: bool) -> torch.Tensor | li
     if padding is not None:
         return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding)
     return stack_images(values, pin) if is_image(values[0]) else torch.stack(values)
+
+
+_OF_ALL = ("skipped_files", "skipped_reasons", "num_skipped")
+
+
+def split_batch(batch: Mapping[str, Any], passes: int) -> list[dict]:
+    """A batch of N samples -> batches of N / passes, which share what is of no single sample.
+
+    The first has every passes-th sample from the first one on, as the first of as many processes
+    would have.
+
+    Args:
+        batch: of `collate`, and single numbers.
+        passes: a divisor of N.
+
+    Raises:
+        ValueError: a tensor or a list has other than N rows.
+    """
+    size = len(batch["position"])
+    rows = [k for k, v in batch.items() if isinstance(v, torch.Tensor | list) and k not in _OF_ALL]
+    for key in rows:
+        if len(batch[key]) != size:
+            raise ValueError(f"{key} of the batch has {len(batch[key])} rows, not {size}")
+    return [
+        {**batch, **{key: batch[key][number::passes] for key in rows}} for number in range(passes)
+    ]
 
 
 def is_image(value: object) -> bool:

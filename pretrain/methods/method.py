@@ -15,10 +15,11 @@ from detectron2.utils import comm
 from torch import nn
 
 from pretrain import optim
-from pretrain.backbone import VisualBackbone
+from pretrain.backbone import VisualBackbone, find_norm
 from pretrain.data.loader import Samples, ValSet
 from pretrain.data.records import CaptionRecord
-from pretrain.export import Exported, export_backbone, load_weights
+from pretrain.export import Exported, export_backbone
+from pretrain.start import load_start
 from pretrain.transforms import normalize, upload
 from virtex_d2.engine.errors import InputError, nearest
 from virtex_d2.engine.safe_load import StoredCheckpoint
@@ -44,17 +45,21 @@ Batch = dict[str, torch.Tensor]
 class Method(nn.Module):
     """One way to pretrain a network. Must have `losses`, `__init__` and `forward`; may have more.
 
-    An update sees one batch whole: what compares a batch's instances may rely on that.
+    An update sees one batch whole, unless `in_passes`: what compares a batch's instances may rely
+    on that.
 
     Attributes:
         losses: names that `forward` gives, "loss_..."; their sum is minimised, each is validated.
         metrics: further numbers of `measure`, of which the highest is the best: "psnr".
+        in_passes: whether SOLVER.ACCUMULATE may split a batch: only where each loss is a mean over
+            images, or their words or labels, that are not compared with each other.
         unused_parameters: whether a step may leave some without a gradient: heads in turn.
         fresh: prefixes of tensors that MODEL.WEIGHTS does not give: new heads on a trained network.
     """
 
     losses: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()
+    in_passes: bool = False
     unused_parameters: bool = False
     fresh: tuple[str, ...] = ()
 
@@ -84,17 +89,14 @@ class Method(nn.Module):
         """What is made of an image; `train` is None where it comes from pipes. Empty: not used."""
         return Samples(cfg)
 
-    def load_parts(self) -> None:
-        """Load what keys of the method's own name, such as an encoder, where a run begins."""
-
-    def load_start(self, path: str, identity: Mapping[str, str]) -> None:
-        """Load what MODEL.WEIGHTS names before the first iteration: all but `fresh` tensors.
+    def load_start(self, cfg: CfgNode, identity: Mapping[str, str]) -> None:
+        """Load what a run begins with: MODEL.WEIGHTS, if any (`pretrain.start`).
 
         Args:
-            path: the checkpoint.
             identity: what the outputs mean: `Samples.identity`.
         """
-        load_weights(self, path, identity, self.fresh)
+        if cfg.MODEL.WEIGHTS:
+            load_start(self, cfg, identity, self.fresh)
 
     def prepare(self, batch: dict) -> Batch:
         """Bring a loader's batch to the device, and make of its bytes what the network sees."""
@@ -199,10 +201,17 @@ def build_method(cfg: CfgNode, num_outputs: int = 0) -> Method:
 def build_visual(cfg: CfgNode) -> VisualBackbone:
     """The ResNet that MODEL.VISUAL describes; named `visual` in a method, it can be exported."""
     visual = cfg.MODEL.VISUAL
+    if visual.COMPILE and visual.NORM != "BN":
+        raise InputError(
+            f"MODEL.VISUAL.COMPILE True with MODEL.VISUAL.NORM {visual.NORM}: expected BN; a norm "
+            "that waits for other processes is not compiled."
+        )
     return VisualBackbone(
         visual.NAME,
         visual.ZERO_INIT_RESIDUAL,
         visual.CHANNELS_LAST,
         visual.RECOMPUTE,
         visual.COMPILE,
+        visual.RESIDUAL_SCALE,
+        find_norm(visual.NORM, cfg.MODEL.DEVICE),
     )

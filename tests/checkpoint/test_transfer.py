@@ -1,6 +1,7 @@
 """Backbone file -> detector."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -35,6 +36,11 @@ def test_every_backbone_tensor_is_set_and_comes_back_bit_for_bit(
         report = load_backbone(model, Source(path), cfg)
     assert len(report.loaded) == TENSORS[architecture]
     assert report.dropped == ()
+    last = {50: "conv3", 18: "conv2"}[cfg.MODEL.RESNETS.DEPTH]
+    state = model.state_dict()
+    scales = [t for n, t in state.items() if re.search(rf"res\d\.\d+\.{last}\.norm\.weight", n)]
+    assert len(scales) == {50: 16, 18: 8}[cfg.MODEL.RESNETS.DEPTH]
+    assert report.last_norm_scale == float(torch.cat(scales).abs().median())
     assert f"{len(report.loaded)} of {len(report.loaded)} backbone tensors set" in caplog.text
 
     original, back = load_file(path), backbone_in(model)

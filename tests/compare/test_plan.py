@@ -1,5 +1,7 @@
 """Which runs a comparison has, and what it refuses before any of them begins."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,6 +40,17 @@ def test_fractions_have_names_of_their_own(thousandth):
     assert percent(thousandth / 1000) != percent(other / 1000)
 
 
+def test_both_random_starts_are_runs_without_a_file():
+    plan = make_plan(["a.yaml"], parse_inits(["random_zero_scales", "random"]), [1])
+    assert [(init.name, init.weights) for init in plan.inits] == [
+        ("random", ""),
+        ("random_zero_scales", "random_zero_scales"),
+    ]
+    for stage, weights in zip(plan.stages(Path("/"), Path("/out")), ("", "random_zero_scales")):
+        assert stage.command[stage.command.index("MODEL.WEIGHTS") + 1] == weights
+        assert stage.files == ()
+
+
 def test_a_seed_in_a_checkpoints_path_is_replaced():
     plan = make_plan(
         ["a.yaml"], parse_inits(["random", "x=run{seed}/backbone.safetensors"]), [1], seeds=(3, 5)
@@ -59,8 +72,9 @@ def test_the_baseline_is_random_wherever_it_stands_and_comes_first():
         (["random", "random"], "two of the name 'random'"),
         (["random", "virtex"], r"--init virtex=output/pretrain/backbone\.safetensors\.$"),
         (["random", "R-50.pth"], r"--init R-50=R-50\.pth\.$"),
-        (["random", "virtex="], "expected random or NAME=CHECKPOINT"),
-        (["random", "a/b=c"], "expected random or NAME=CHECKPOINT"),
+        (["random", "virtex="], "expected random, random_zero_scales or NAME=CHECKPOINT"),
+        (["random", "a/b=c"], "expected random, random_zero_scales or NAME=CHECKPOINT"),
+        (["random", "x=random_zero_scales"], "no checkpoint; write --init random_zero_scales"),
         (["x=a", "random=b"], "random has no checkpoint"),
         (["x=a", "x=b"], "two of the name 'x'"),
     ],

@@ -151,3 +151,79 @@ def test_a_detector_trains_in_mixed_precision_on_a_gpu(dtype, detection_cfg):
     assert all(part.isfinite().all() for part in change)
     assert ("grad_scale" in metrics) == (dtype == "float16")
     assert metrics["total_loss"] > 0
+
+
+def test_random_starts_differ_in_the_last_norms_scales_alone(cfg, caplog):
+    states = {}
+    for start in ("", "random", "random_zero_scales"):
+        cfg.MODEL.WEIGHTS = start
+        seed_all_rng(3)
+        trainer = DetectionTrainer(cfg)
+        with caplog.at_level(logging.INFO):
+            trainer.resume_or_load(resume=False)
+        states[start] = trainer.model.state_dict()
+    assert "random_zero_scales: random weights, scales of the residual blocks' last" in caplog.text
+    ones, zeros = states["random"], states["random_zero_scales"]
+    assert all(torch.equal(tensor, ones[name]) for name, tensor in states[""].items())
+    differ = [name for name in ones if not torch.equal(ones[name], zeros[name])]
+    expected = [
+        f"res{stage}.{block}.conv2.norm.weight" for stage in range(2, 6) for block in (0, 1)
+    ]
+    assert differ == [f"backbone.bottom_up.{name}" for name in expected]
+    assert all((ones[name] == 1).all() and not zeros[name].any() for name in differ)
+
+    cfg.MODEL.BACKBONE.FREEZE_AT = 2
+    with pytest.raises(InputError, match="frozen norms, whose scales would stay 0"):
+        DetectionTrainer(cfg).resume_or_load(resume=False)
+
+
+@pytest.mark.slow
+@pytest.mark.slow
+def test_the_backbone_is_trained_at_a_rate_of_its_own_and_so_again_when_resumed(cfg):
+    cfg.SOLVER.BASE_LR, cfg.SOLVER.BACKBONE_LR_FACTOR, cfg.SOLVER.MAX_ITER = 0.002, 0.1, 2
+    cfg.VIRTEX.LOG_PERIOD = cfg.SOLVER.CHECKPOINT_PERIOD = 1
+    trainer = DetectionTrainer(cfg)
+    optimizer = trainer.optimizer
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates.keys() == set(names.values()), "each once"
+    for name, rate in rates.items():
+        # detectron2's own FPN lies in `backbone` too, and is none of the pretrained network
+        assert rate == pytest.approx(0.0002 if ".bottom_up." in name else 0.002), name
+    plain = cfg.clone()
+    plain.SOLVER.BACKBONE_LR_FACTOR = 1.0
+    decay = lambda opt: {  # noqa: E731
+        names.get(id(p), i): group["weight_decay"]
+        for group in opt.param_groups
+        for i, p in enumerate(group["params"])
+    }
+    stock = DetectionTrainer.build_optimizer(plain, trainer.model)
+    assert decay(optimizer) == decay(stock)
+
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    text = Path(cfg.OUTPUT_DIR, "metrics.json").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [(line["lr"], line["lr_backbone"]) for line in lines] == [
+        (pytest.approx(0.002), pytest.approx(0.0002))
+    ] * 2
+    Path(cfg.OUTPUT_DIR, "last_checkpoint").write_text("model_0000000.pth")
+    final = torch.load(Path(cfg.OUTPUT_DIR, "model_final.pth"), weights_only=True)["model"]
+    resumed = DetectionTrainer(cfg)
+    resumed.resume_or_load(resume=True)
+    assert resumed.start_iter == 1
+    resumed.train()
+    assert all(torch.equal(tensor, final[n]) for n, tensor in resumed.model.state_dict().items())
+
+
+@pytest.mark.parametrize("factor", [0.0, -0.1, float("nan"), float("inf")])
+def test_a_backbone_rate_that_is_none_is_refused(cfg, factor):
+    cfg.SOLVER.BACKBONE_LR_FACTOR = factor
+    with pytest.raises(InputError, match="BACKBONE_LR_FACTOR is .*FREEZE_AT 5"):
+        DetectionTrainer(cfg)
+
+
+def test_a_backbone_rate_for_a_frozen_backbone_is_refused(cfg):
+    cfg.SOLVER.BACKBONE_LR_FACTOR, cfg.MODEL.BACKBONE.FREEZE_AT = 0.1, 5
+    with pytest.raises(InputError, match="nothing of the backbone is trained"):
+        DetectionTrainer(cfg)

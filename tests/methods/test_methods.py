@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from pretrain.config import load_pretrain_config
@@ -129,6 +130,33 @@ def test_it_trains_and_resumes_to_the_bit_and_exports(
         assert kept["iteration"] == best[1], "the highest PSNR is the best"
 
 
+def test_a_run_from_a_resnet_of_torchvisions_layout_begins_there_and_resumes_to_the_bit(
+    images, tmp_path
+):
+    weights = tmp_path / "resnet18.pth"
+    torch.manual_seed(3)
+    given = torchvision.models.resnet18().state_dict()
+    torch.save(given, weights)
+    config = write_config(tmp_path, images, "reconstruction")
+    more = ("MODEL.WEIGHTS", str(weights))
+    cfg = load_pretrain_config(str(config), ["OUTPUT_DIR", str(tmp_path / "run"), *more])
+    trainer = PretrainTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    # the slow weights, too: else Lookahead's first step leads half way back
+    slow = dict(zip((id(p) for p in trainer.lookahead._fast), trainer.lookahead._slow))
+    cnn = trainer.method.visual.cnn
+    assert all(torch.equal(tensor, given[name]) for name, tensor in cnn.state_dict().items())
+    assert all(torch.equal(slow[id(p)], given[name]) for name, p in cnn.named_parameters())
+
+    whole = tmp_path / "whole"
+    train_here(config, whole, *more)
+    weights.unlink()
+    train_here(config, as_if_stopped(whole, tmp_path / "resumed"), *more)
+    one, other = tensors(final(whole)), tensors(final(tmp_path / "resumed"))
+    assert one.keys() == other.keys()
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
 def test_a_metric_is_a_mean_by_weight_over_batches(images, tmp_path):
     """Batches of two, two and one image."""
     trainer = train_here(write_config(tmp_path, images, "taking_turns"), tmp_path / "run")
@@ -145,6 +173,23 @@ def test_a_metric_is_a_mean_by_weight_over_batches(images, tmp_path):
 def test_a_loss_over_the_instances_of_all_processes_has_the_gradient_of_one(tmp_path, run_python):
     done = run_python("tests/methods/gathered.py", tmp_path, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_passes_are_as_many_processes_and_synchronised_norms_make_processes_one(
+    images, tmp_path, run_python
+):
+    train = images / "train"
+    done = run_python("tests/methods/in_passes.py", train, tmp_path, cwd=ROOT, timeout=600)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_method_that_may_compare_instances_refuses_passes(images, tmp_path):
+    config = write_config(tmp_path, images, "taking_turns")
+    for passes, message in (("2", "sees a batch whole.*in_passes"), ("3", "possible are 1, 2, 4")):
+        with pytest.raises(InputError, match=message):
+            more = ["OUTPUT_DIR", str(tmp_path), "SOLVER.ACCUMULATE", passes]
+            PretrainTrainer(load_pretrain_config(str(config), more))
 
 
 def test_a_methods_keys_are_known_and_its_new_head_may_start_anew(images, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.backbone import VisualBackbone
+from pretrain.backbone import VisualBackbone, find_norm, last_scales
 from tests.pretrain.test_trainer import options, write_captioned_images
 from virtex_d2.engine.errors import InputError
 
@@ -159,3 +159,44 @@ def test_a_machine_without_a_compiler_is_told_before_the_run(tmp_path, run_pytho
 def test_recomputing_and_compiling_exclude_each_other():
     with pytest.raises(InputError, match="RECOMPUTE.*COMPILE"):
         VisualBackbone("resnet18", recompute="blocks", compiled=True)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize(
+    ("zero", "scale", "expected"), [(True, 1.0, 0.0), (False, 1.0, 1.0), (False, 0.2, 0.2)]
+)
+def test_last_norms_start_where_they_are_told_and_nothing_else_changes(name, zero, scale, expected):
+    torch.manual_seed(0)
+    plain = VisualBackbone(name).state_dict()
+    torch.manual_seed(0)
+    network = VisualBackbone(name, zero, residual_scale=scale)
+    scales = {id(parameter) for parameter in last_scales(network)}
+    assert len(scales) == {"resnet18": 8, "resnet50": 16}[name]
+    for at, parameter in network.named_parameters():
+        if id(parameter) in scales:
+            assert (parameter == torch.tensor(expected)).all(), at
+        else:
+            assert torch.equal(parameter, plain[at]), at
+
+
+@pytest.mark.parametrize(
+    ("zero", "scale", "message"),
+    [
+        (True, 0.5, "with ZERO_INIT_RESIDUAL True"),
+        (False, 0.0, "expected a number above 0"),
+        (False, float("nan"), "expected a number above 0"),
+    ],
+)
+def test_starts_that_contradict_each_other_are_refused(zero, scale, message):
+    with pytest.raises(InputError, match=message):
+        VisualBackbone("resnet18", zero, residual_scale=scale)
+
+
+def test_norms_are_chosen_by_name_and_device():
+    assert find_norm("BN", "cuda") is torch.nn.BatchNorm2d
+    assert find_norm("SyncBN", "cuda") is torch.nn.SyncBatchNorm
+    with pytest.raises(InputError, match="expected BN or SyncBN, found 'GN'"):
+        find_norm("GN", "cpu")
+    x = torch.randn(4, 3, 5, 5)
+    for alone in (find_norm("SyncBN", "cpu")(3), torch.nn.SyncBatchNorm(3)):  # one process
+        assert torch.equal(alone(x), torch.nn.BatchNorm2d(3)(x))

@@ -24,6 +24,7 @@ from pretrain.data.loader import (
     ValSet,
     build_train_loader,
     build_val_loader,
+    split_batch,
 )
 from pretrain.data.records import CaptionRecord, take_fraction
 from pretrain.methods.captioning.samples import CaptionSamples, unigram_entropy
@@ -244,6 +245,19 @@ def test_a_batch_is_padded_to_its_longest_caption(lengths):
     assert batch["position"].tolist() == [10 * i for i in range(len(lengths))]
     assert batch["num_skipped"] == 0
     assert batch["skipped_files"] == []
+
+
+def test_a_batch_in_passes_is_the_batches_of_as_many_processes():
+    rows = {"image": torch.arange(12).view(6, 1, 2), "image_id": list("abcdef")}
+    batch = {**rows, "position": torch.arange(6), "skipped_files": ["x.jpg"], "iteration": 4}
+    parts = split_batch({**batch, "num_skipped": 1}, 3)
+    assert [part["position"].tolist() for part in parts] == [[0, 3], [1, 4], [2, 5]]
+    assert parts[1]["image"].tolist() == [[[2, 3]], [[8, 9]]]
+    assert parts[2]["image_id"] == ["c", "f"]
+    assert all((part["iteration"], part["num_skipped"]) == (4, 1) for part in parts)
+    assert all(part["skipped_files"] == ["x.jpg"] for part in parts)
+    with pytest.raises(ValueError, match="words of the batch has 5 rows, not 6"):
+        split_batch({**batch, "words": torch.zeros(5)}, 2)
 
 
 # Images that cannot be decoded

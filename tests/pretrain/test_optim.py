@@ -15,6 +15,7 @@ from pretrain.optim import (
     parameter_groups,
     warmup_cosine,
 )
+from virtex_d2.checkpoint.resnet import recognise_resnet
 from virtex_d2.engine.errors import InputError
 
 
@@ -48,6 +49,56 @@ def test_each_parameter_is_in_one_group_with_its_rate_and_decay(cfg, model):
     assert "textual.transformer.layers.0.linear1.bias" in undecayed
     assert "textual.transformer.layers.0.linear1.weight" not in undecayed
     assert "textual.output.bias" not in undecayed
+
+
+@pytest.mark.parametrize(("name", "last"), [("resnet18", "bn2"), ("resnet50", "bn3")])
+def test_the_last_norms_scales_have_a_rate_of_their_own(cfg, name, last):
+    own = cfg.clone()
+    own.MODEL.OBJECTIVE, own.MODEL.VISUAL.NAME = "token_classification", name
+    own.SOLVER.SCALE_LR_FACTOR = 10.0
+    model = build_method(own, 50)
+    groups = {group["name"]: group for group in parameter_groups(own, model)}
+    assert set(groups) == {"cnn", "scales", "rest"}
+    assert [groups[key]["lr"] for key in ("cnn", "scales", "rest")] == [0.2, 2.0, 1e-3]
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {names[id(p)] for p in groups["scales"]["params"]}
+    tensors = {n.removeprefix("visual.cnn."): t for n, t in model.state_dict().items()}
+    expected = recognise_resnet(tensors, name).last_scales()
+    assert found == {f"visual.cnn.{scale}" for scale in expected}
+    assert all(scale.endswith(f"{last}.weight") for scale in found)
+    assert len(found) == {"resnet18": 8, "resnet50": 16}[name]
+    assert sum(len(group["params"]) for group in groups.values()) == len(names)
+    own.SOLVER.SCALE_LR_FACTOR = 1.0
+    groups_without = [group["name"] for group in parameter_groups(own, model)]
+    assert groups_without == ["cnn", "rest"], "as in checkpoints of before"
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, math.nan, math.inf])
+def test_a_rate_factor_that_is_none_is_refused(cfg, model, factor):
+    own = cfg.clone()
+    own.SOLVER.SCALE_LR_FACTOR = factor
+    with pytest.raises(InputError, match="SCALE_LR_FACTOR is .*above 0"):
+        build_optimizer(own, parameter_groups(own, model))
+
+
+def test_a_rate_factor_that_nothing_would_have_is_refused(cfg):
+    own = cfg.clone()
+    own.SOLVER.SCALE_LR_FACTOR = 3.0
+    head = nn.Linear(2, 2)
+    with pytest.raises(InputError, match="has no group of its residual blocks' last scales"):
+        build_optimizer(own, parameter_groups(own, head))
+
+
+def test_lookahead_restarts_at_weights_that_were_loaded():
+    layer = nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.0)
+    lookahead = Lookahead(optimizer, steps=1, alpha=0.5)
+    with torch.no_grad():
+        layer.weight.fill_(7.0)
+    lookahead.restart()
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    optimizer.step()
+    assert layer.weight.item() == 7.0
 
 
 def test_the_schedule_warms_up_linearly_and_ends_at_zero(cfg, model):

@@ -19,7 +19,7 @@ from PIL import Image
 from pretrain.config import get_pretrain_cfg, load_pretrain_config
 from pretrain.methods.captioning.captioner import load_captioner
 from pretrain.methods.captioning.tokenizer import Tokenizer, train_tokenizer
-from pretrain.trainer import PretrainTrainer
+from pretrain.trainer import PretrainTrainer, _resolve_sizes
 from tests.e2e.forked_runs import shared_server
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import read_safetensors
@@ -394,5 +394,53 @@ def test_a_batch_that_the_processes_cannot_share_is_refused_with_one_that_they_c
     cfg = get_pretrain_cfg()
     cfg.MODEL.DEVICE = "cpu"
     cfg.SOLVER.IMS_PER_BATCH = images
-    with pytest.raises(InputError, match=f"IMS_PER_BATCH is {images}, .* set it to {possible}\\.$"):
+    message = f"IMS_PER_BATCH is {images}, .* set it to {possible}, or set"
+    with pytest.raises(InputError, match=message):
         PretrainTrainer(cfg)
+
+
+def scaled_config(**solver):
+    cfg = get_pretrain_cfg()
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = 8
+    for key, value in solver.items():
+        cfg.SOLVER[key] = value
+    return cfg
+
+
+def test_the_recipe_of_eight_processes_is_scaled_to_two_by_the_rule_of_detectors(
+    monkeypatch, caplog
+):
+    monkeypatch.setattr("pretrain.trainer.comm.get_world_size", lambda: 2)
+    cfg = scaled_config(ACCUMULATE=4, CHECKPOINT_KEEP_EVERY=100)
+    with caplog.at_level("INFO"):
+        scaled = _resolve_sizes(cfg)
+    solver = scaled.SOLVER
+    assert (solver.IMS_PER_BATCH, solver.MAX_ITER, solver.WARMUP_ITERS) == (64, 2000000, 40000)
+    assert (solver.BASE_LR, solver.CNN_LR) == (0.00025, 0.05)
+    assert (solver.CHECKPOINT_PERIOD, scaled.TEST.EVAL_PERIOD) == (8000, 8000)
+    assert solver.CHECKPOINT_KEEP_EVERY == 400
+    assert "STEPS" not in solver
+    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.CNN_LR) == (256, 0.2), "what was given stays"
+    assert (
+        "An iteration is one update from 64 images: 2 processes x 4 passes x 8; learning rate "
+        "0.00025, of the CNN 0.05, warm-up 40000, 2000000 iterations; scaled from 8 processes "
+        "with 256 images, learning rate 0.001 and 0.2 and 500000 iterations." in caplog.text
+    )
+    monkeypatch.setattr("pretrain.trainer.comm.get_world_size", lambda: 8)
+    assert _resolve_sizes(cfg) is cfg
+
+
+@pytest.mark.parametrize(
+    ("solver", "message"),
+    [
+        ({"OPTIMIZER": "adamw"}, "a rule for sgd.*SOLVER.ACCUMULATE keeps batch"),
+        ({"REFERENCE_WORLD_SIZE": 7}, "REFERENCE_WORLD_SIZE is 7.*256 is shared equally"),
+        ({"ACCUMULATE": 0}, "SOLVER.ACCUMULATE is 0"),
+        ({"ACCUMULATE": 3}, "the 32 images that each of 1 process .* 1, 2, 4, 8, 16, 32"),
+        ({"REFERENCE_WORLD_SIZE": 0, "IMS_PER_BATCH": 0}, "IMS_PER_BATCH is 0"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(solver, message):
+    with pytest.raises(InputError, match=message):
+        _resolve_sizes(scaled_config(**solver))

@@ -339,7 +339,7 @@ def test_an_encoder_is_started_from_a_file(run, world, tmp_path):
     trainer = PretrainTrainer(config(world, tmp_path / "b", "ENCODER.WEIGHTS", str(weights)))
     assert fingerprint(trainer.method.encoder) != fingerprint(donor)
     trainer.resume_or_load(resume=True)
-    load_encoder(donor, str(weights))
+    load_encoder(donor, str(weights), trainer.cfg)
     assert fingerprint(trainer.method.encoder) == fingerprint(donor)
     both = ("MODEL.WEIGHTS", str(output / "model_final.pth"), "ENCODER.WEIGHTS", str(weights))
     trainer = PretrainTrainer(config(world, tmp_path / "c", *both))

@@ -54,18 +54,40 @@ def probe(
         preprocessing: what the source network saw, from the file or vouched for by the user.
         input_format: INPUT.FORMAT, the order in which the detector's data loader gives channels.
     """
+    resnet = _find_resnet(model)
+
+    def stages(rgb: torch.Tensor) -> dict[str, torch.Tensor]:
+        return _detector_stages(model, resnet, rgb if input_format == "RGB" else rgb.flip(0))
+
+    return compare(model, stages, backbone, preprocessing, _last_dilation(resnet))
+
+
+def compare(
+    model: nn.Module,
+    stages: Callable[[torch.Tensor], dict[str, torch.Tensor]],
+    backbone: Backbone,
+    preprocessing: Preprocessing,
+    last_dilation: int = 1,
+) -> ProbeResult:
+    """Compare any network with the one it was loaded from, as `probe` does.
+
+    Args:
+        model: on any device; its mode and every tensor of it are left as they were.
+        stages: of an image, (3, SIZE, SIZE) RGB float32 on the scale 0 to 255, on the model's
+            device -> what leaves "stem", "res2", ... of `model`, each (1, C, H, W).
+        backbone, preprocessing: as of `probe`.
+        last_dilation: of res5.
+    """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     rgb = torch.randint(0, 256, (3, SIZE, SIZE), generator=generator, dtype=torch.uint8).float()
+    rgb = rgb.to(device)
     tensors = {name: tensor.to(device) for name, tensor in backbone.tensors.items()}
-    resnet = _find_resnet(model)
-    dilation = _last_dilation(resnet)
     with exact_float32(), torch.no_grad(), _evaluating(model):
-        image = rgb if input_format == "RGB" else rgb.flip(0)
-        found = _detector_stages(model, resnet, image.to(device))
+        found = stages(rgb)
 
         def errors(assumed: Preprocessing) -> dict[str, float]:
-            expected = _source_stages(tensors, backbone, assumed, rgb.to(device), dilation)
+            expected = _source_stages(tensors, backbone, assumed, rgb, last_dilation)
             return {stage: _relative(found[stage], expected[stage]) for stage in found}
 
         result = ProbeResult(errors(preprocessing))

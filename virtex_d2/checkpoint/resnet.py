@@ -20,6 +20,10 @@ DEPTHS = {
 }
 BLOCKS = {depth: blocks for (blocks, _), depth in DEPTHS.items()}
 
+# Of a residual block's last norm. Pretrainings that began at 0, and were worse than none, had ended
+# at 0.01 to 0.06 (docs/transfer.md).
+LOW_SCALE = 0.1
+
 
 @dataclass(frozen=True)
 class ResNet:
@@ -90,6 +94,39 @@ class ResNet:
                     add(f"{name}.downsample.0", f"{name}.downsample.1", out, into, 1)
                 into = out
         return shapes
+
+    def last_scales(self) -> tuple[str, ...]:
+        """Torchvision's names of the scale of each residual block's last norm: of its output."""
+        last = 3 if self.bottleneck else 2
+        return tuple(
+            f"layer{stage}.{block}.bn{last}.weight"
+            for stage, count in enumerate(BLOCKS[self.depth], start=1)
+            for block in range(count)
+        )
+
+
+def median_scale(architecture: ResNet, tensors: Mapping[str, torch.Tensor]) -> float:
+    """The median magnitude of `ResNet.last_scales`, over all channels of all blocks.
+
+    Args:
+        architecture: of the tensors.
+        tensors: by torchvision name.
+    """
+    scales = [tensors[name].detach().cpu().flatten() for name in architecture.last_scales()]
+    return float(torch.cat(scales).abs().median())
+
+
+def doubt_of_scale(scale: float) -> str:
+    """What a median of last scales means to a network that starts from it; "" where nothing."""
+    if scale >= LOW_SCALE:
+        return ""
+    return (
+        f"the last norms of its residual blocks have scales of {scale:.3g} (median; below "
+        f"{LOW_SCALE:g} is low): the blocks add next to nothing, so that a detector starts from "
+        "little more than the shortcuts. A short pretraining that began with scales of 0 leaves it "
+        "so, and may be worse than none: compare with a random start, or pretrain longer, with "
+        "MODEL.VISUAL.RESIDUAL_SCALE or SOLVER.SCALE_LR_FACTOR"
+    )
 
 
 def recognise_resnet(tensors: Mapping[str, torch.Tensor], source: str) -> ResNet:

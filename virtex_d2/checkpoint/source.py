@@ -27,7 +27,7 @@ from virtex_d2.checkpoint.layouts import (
     translate,
     unwrapped,
 )
-from virtex_d2.checkpoint.resnet import ResNet, recognise_resnet
+from virtex_d2.checkpoint.resnet import ResNet, median_scale, recognise_resnet
 from virtex_d2.checkpoint.restorers import find_ipt
 from virtex_d2.checkpoint.statements import PIXELS, Statement, hear, weigh
 from virtex_d2.engine.backbone_file import (
@@ -105,6 +105,14 @@ class Backbone:
     dropped: tuple[str, ...]  # the other names in the same state dict: heads, projectors, counters
     beside: tuple[str, ...]  # paths of what else the file holds: optimizer, other copies
     notes: tuple[str, ...]  # what a careful user would like to know
+    # Whether running statistics are folded into the norms' weights, so that they are 0 and 1: then
+    # no norm can be trained with a batch's statistics.
+    folded: bool
+
+    @property
+    def last_norm_scale(self) -> float | None:
+        """The median scale of the residual blocks' last norms; None where they are folded."""
+        return None if self.folded else median_scale(self.architecture, self.tensors)
 
 
 class Source:
@@ -203,6 +211,7 @@ class Source:
             dropped=tuple(sorted(dropped)),
             beside=tuple(sorted(_beside(self.stored.content, found.container))),
             notes=tuple(notes),
+            folded=folded or found.naming is CAFFE2,
         )
 
 

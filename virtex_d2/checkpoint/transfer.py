@@ -18,7 +18,9 @@ from torch import nn
 import virtex_d2
 from virtex_d2.checkpoint.layouts import DETECTRON2, TORCHVISION, is_counter, translate
 from virtex_d2.checkpoint.probe import TOLERANCE, ProbeResult, probe
+from virtex_d2.checkpoint.resnet import doubt_of_scale
 from virtex_d2.checkpoint.source import Backbone, Source, local_path
+from virtex_d2.checkpoint.starts import is_random
 from virtex_d2.checkpoint.statements import PIXELS, same
 from virtex_d2.engine.backbone_file import IMAGENET_RGB, Preprocessing
 from virtex_d2.engine.checkpointer import has_checkpoint, last_whole_checkpoint
@@ -38,7 +40,10 @@ _OTHER_WAYS = "(VIRTEX.PREPROCESSING auto sets them; config believes the config.
 # Where detectors keep their ResNet: FPN; C4 and others without FPN; res5 of C4's ROI heads.
 BACKBONE_PREFIXES = ("backbone.bottom_up.", "backbone.", "roi_heads.")
 
-_AS_IN_BACKBONE = ("sha256", "layout", "copy", "beside", "assumed", "notes", "metadata")
+_AS_IN_BACKBONE = (
+    *("sha256", "layout", "copy", "beside", "assumed", "notes", "metadata"),
+    "last_norm_scale",
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class TransferReport:
     assumed: tuple[str, ...]
     vouched: bool  # whether the config is believed instead of the file
     probe: dict[str, float]  # relative error by stage; empty where the probe is off
+    last_norm_scale: float | None
     notes: tuple[str, ...]
     metadata: dict[str, str]
     versions: dict[str, str] = field(
@@ -85,7 +91,7 @@ def open_weights(cfg: CfgNode, resume: bool = False) -> Source | None:
     if resume and has_checkpoint(cfg.OUTPUT_DIR):
         # There is no log yet; where it is not the last one, that is told when it is loaded.
         return Source(last_whole_checkpoint(cfg.OUTPUT_DIR, tell=False))
-    return Source(local_path(cfg.MODEL.WEIGHTS)) if cfg.MODEL.WEIGHTS else None
+    return None if is_random(cfg.MODEL.WEIGHTS) else Source(local_path(cfg.MODEL.WEIGHTS))
 
 
 def apply_preprocessing(cfg: CfgNode, source: Source | None) -> list[str]:
@@ -285,6 +291,9 @@ def _log(report: TransferReport, backbone: Backbone, cfg: CfgNode, unused: list[
         + ", ".join(f"{key} {value}" for key, value in report.preprocessing.items()),
         "probe": ", ".join(f"{stage} {error:.1e}" for stage, error in report.probe.items())
         or "off",
+        "scales": "folded into the norms' weights"
+        if report.last_norm_scale is None
+        else f"median {report.last_norm_scale:.3g} of the residual blocks' last norms",
     }
     if not report.vouched:
         assumed = ", ".join(report.assumed)
@@ -298,6 +307,9 @@ def _log(report: TransferReport, backbone: Backbone, cfg: CfgNode, unused: list[
     )
     for note in report.notes:
         logger.info("%s: %s", report.source, note)
+    doubt = "" if report.last_norm_scale is None else doubt_of_scale(report.last_norm_scale)
+    if doubt:
+        logger.warning("%s: %s", report.source, doubt)
     if unused:
         logger.warning(
             "%s: the detector has no %s, so %d tensors of the file were dropped",

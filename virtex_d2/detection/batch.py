@@ -2,118 +2,62 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer
+from detectron2.engine import hooks
 from detectron2.utils import comm
 from torch import nn
 
 from virtex_d2.engine.device import AMP_DTYPES, check_amp
 from virtex_d2.engine.errors import InputError, nearest
-from virtex_d2.engine.loop import UpdateLoop, share_of
+from virtex_d2.engine.loop import UpdateLoop
+from virtex_d2.engine.scaling import described, origin, scale_to_processes
 
 logger = logging.getLogger(__name__)
 
 FULL_MODEL = "full_model"
+_BACKBONE = "backbone"  # name of its optimizer groups
 CLIP_TYPES = ("value", "norm", FULL_MODEL)
-
-# These are rounded; a period of 0 would mean "never", or divide by zero.
-_AT_LEAST_ONE = (
-    *("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.CHECKPOINT_KEEP_EVERY"),
-    "TEST.EVAL_PERIOD",
-)
 
 
 def resolve_batch(cfg: CfgNode) -> CfgNode:
     """The config for the processes that there are, and one line in the log about its numbers.
 
-    SOLVER.REFERENCE_WORLD_SIZE is detectron2's linear scaling (Goyal et al., arXiv 1706.02677):
-    with another number of processes than this each keeps its share of images, and learning rate,
-    schedule and periods follow; the decay of VIRTEX.EMA too (Busbridge et al., arXiv 2307.13813).
-    VIRTEX.ACCUMULATE changes none of it: the images of an update come in as many passes.
+    As `engine.scaling` says; the decay of VIRTEX.EMA is scaled too (Busbridge et al., arXiv
+    2307.13813).
 
     Returns:
         `cfg`, or where it is scaled a copy.
     """
-    processes, reference = comm.get_world_size(), cfg.SOLVER.REFERENCE_WORLD_SIZE
-    images, passes = cfg.SOLVER.IMS_PER_BATCH, cfg.VIRTEX.ACCUMULATE
-    if images < 1:
-        raise InputError(f"SOLVER.IMS_PER_BATCH is {images}; expected a number of images.")
-    if passes < 1:
-        raise InputError(
-            f"VIRTEX.ACCUMULATE is {passes}; expected the number of passes of an update, 1 for all "
-            "images at once."
-        )
-    if reference < 0 or (reference and images % reference):
-        raise InputError(
-            f"SOLVER.REFERENCE_WORLD_SIZE is {reference}; expected the number of processes among "
-            f"which SOLVER.IMS_PER_BATCH {images} is shared equally, or 0 for no scaling."
-        )
-    scaled = _scale(cfg, processes)
-    images = scaled.SOLVER.IMS_PER_BATCH
-    share = share_of(
-        images,
-        ", or set SOLVER.REFERENCE_WORLD_SIZE to the number that the config is meant for, to scale "
-        "batch and schedule with it",
-    )
-    if share % passes:
-        possible = [str(n) for n in range(1, share + 1) if share % n == 0]
-        raise InputError(
-            f"VIRTEX.ACCUMULATE is {passes}, but the {share} images that each of {processes} "
-            f"process{_es(processes)} has for an update (SOLVER.IMS_PER_BATCH {images}) do not "
-            f"come in as many equal passes; possible are {', '.join(possible)}."
-        )
-    _log(scaled, processes, share // passes, cfg)
-    return scaled
-
-
-def _scale(cfg: CfgNode, processes: int) -> CfgNode:
-    """detectron2's scaling, with what it leaves open; `cfg` itself where there is none."""
-    scaled = DefaultTrainer.auto_scale_workers(cfg, processes)
-    if scaled is cfg:
-        return cfg
-    frozen = scaled.is_frozen()
-    scaled.defrost()
-    every = cfg.SOLVER.CHECKPOINT_KEEP_EVERY * cfg.SOLVER.REFERENCE_WORLD_SIZE / processes
-    scaled.SOLVER.CHECKPOINT_KEEP_EVERY = round(every)
-    for key in _AT_LEAST_ONE:
-        group, name = key.split(".")
-        if cfg[group][name] > 0:
-            scaled[group][name] = max(1, scaled[group][name])
-    # The average is to span as many images as before.
-    scaled.VIRTEX.EMA.DECAY **= processes / cfg.SOLVER.REFERENCE_WORLD_SIZE
-    if frozen:
-        scaled.freeze()
-    return scaled
-
-
-def _log(cfg: CfgNode, processes: int, images: int, given: CfgNode) -> None:
-    solver = cfg.SOLVER
-    passes = cfg.VIRTEX.ACCUMULATE
-    origin = ""
-    if cfg is not given:
-        reference = given.SOLVER.REFERENCE_WORLD_SIZE
-        origin = (
-            f"; scaled from {reference} process{_es(reference)} with "
-            f"{given.SOLVER.IMS_PER_BATCH} images, learning rate {given.SOLVER.BASE_LR:g} and "
-            f"{given.SOLVER.MAX_ITER} iterations"
-        )
+    scaled = scale_to_processes(cfg, cfg.VIRTEX.ACCUMULATE, "VIRTEX.ACCUMULATE")
+    if scaled is not cfg:
+        frozen = scaled.is_frozen()
+        scaled.defrost()
+        # The average is to span as many images as before.
+        scaled.VIRTEX.EMA.DECAY **= comm.get_world_size() / cfg.SOLVER.REFERENCE_WORLD_SIZE
+        if frozen:
+            scaled.freeze()
+    solver = scaled.SOLVER
     logger.info(
-        "An iteration is one update from %d images: %d process%s x %d pass%s x %d; learning rate "
-        "%g, warm-up %d, steps %s, %d iterations%s.",
-        *(solver.IMS_PER_BATCH, processes, _es(processes), passes, _es(passes), images),
-        *(solver.BASE_LR, solver.WARMUP_ITERS, tuple(solver.STEPS), solver.MAX_ITER, origin),
+        "An iteration is one update from %s; learning rate %g, warm-up %d, steps %s, %d "
+        "iterations%s.",
+        described(scaled, cfg.VIRTEX.ACCUMULATE),
+        *(solver.BASE_LR, solver.WARMUP_ITERS, tuple(solver.STEPS), solver.MAX_ITER),
+        origin(scaled, cfg),
     )
-
-
-def _es(number: int) -> str:
-    return "" if number == 1 else "es"
+    return scaled
 
 
 def check_training(cfg: CfgNode) -> None:
-    """Check the keys about precision, clipping, averaging and evaluation."""
+    """Check the keys about rates, precision, clipping, averaging and evaluation."""
+    factor = cfg.SOLVER.BACKBONE_LR_FACTOR
+    if not (math.isfinite(factor) and factor > 0):
+        raise InputError(
+            f"SOLVER.BACKBONE_LR_FACTOR is {factor}; expected a number above 0, such as 0.1 "
+            "(MODEL.BACKBONE.FREEZE_AT 5 trains nothing of it)."
+        )
     if cfg.SOLVER.AMP.ENABLED:
         check_amp(cfg)
     if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
@@ -172,6 +116,44 @@ def build_loop(
         advice="lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS, or compute in float32 "
         "(SOLVER.AMP.ENABLED False)",
     )
+
+
+def split_groups(optimizer: torch.optim.Optimizer, chosen: Collection[int], factor: float) -> int:
+    """Give the backbone's parameters groups of their own, at `factor` times the rate.
+
+    Args:
+        optimizer: that has made no update yet, and has no schedule.
+        chosen: ids of its parameters.
+
+    Returns:
+        How many of them the optimizer trains.
+    """
+    groups, count = [], 0
+    for group in optimizer.param_groups:
+        mine = [p for p in group["params"] if id(p) in chosen]
+        rest = [p for p in group["params"] if id(p) not in chosen]
+        count += len(mine)
+        if rest:
+            groups.append({**group, "params": rest})
+        if mine:
+            groups.append({**group, "params": mine, "lr": group["lr"] * factor, "name": _BACKBONE})
+    optimizer.param_groups[:] = groups
+    return count
+
+
+class LRScheduler(hooks.LRScheduler):
+    """detectron2's, of the groups of `split_groups`: `lr` is not the backbone's, `lr_backbone` is.
+
+    It has the same name, by which checkpoints keep the schedule.
+    """
+
+    def after_step(self) -> None:
+        rates = {
+            "lr_backbone" if group.get("name") == _BACKBONE else "lr": group["lr"]
+            for group in self.trainer.optimizer.param_groups
+        }
+        self.trainer.storage.put_scalars(smoothing_hint=False, **rates)
+        self.scheduler.step()
 
 
 def clips_full_model(cfg: CfgNode) -> bool:

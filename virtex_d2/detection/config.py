@@ -67,8 +67,9 @@ def add_virtex_config(cfg: CN) -> None:
 
     # "auto" is CUDA where there is a device, else the CPU; the choice is logged.
     cfg.MODEL.DEVICE = "auto"
-    # "": random; a checkpoint with a ResNet, of any layout in docs/checkpoints.md; or a detector's
-    # checkpoint. Told by what is in the file.
+    # "random" or "" is detectron2's random start, "random_zero_scales" the same with the scales of
+    # the residual blocks' last norms at 0. Else a checkpoint with a ResNet, of any layout in
+    # docs/checkpoints.md, or a detector's checkpoint: told by what is in the file.
     cfg.MODEL.WEIGHTS = ""
     # Number of classes; -1: as many as the data sets have categories.
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = -1
@@ -79,6 +80,8 @@ def add_virtex_config(cfg: CN) -> None:
     cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
     cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]
     cfg.INPUT.FORMAT = "RGB"
+    # The backbone is trained at so many times the learning rate of the rest.
+    cfg.SOLVER.BACKBONE_LR_FACTOR = 1.0
     # What SOLVER.AMP.ENABLED computes losses in: "bfloat16" (CPUs, and GPUs from Ampere on) or
     # "float16" (any GPU; the loss is scaled).
     cfg.SOLVER.AMP.DTYPE = "bfloat16"

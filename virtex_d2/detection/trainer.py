@@ -16,14 +16,22 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from virtex_d2.checkpoint.source import Source
-from virtex_d2.checkpoint.transfer import config_preprocessing, load_backbone, open_weights
+from virtex_d2.checkpoint.starts import start_at_random
+from virtex_d2.checkpoint.transfer import (
+    backbone_names,
+    config_preprocessing,
+    load_backbone,
+    open_weights,
+)
 from virtex_d2.detection.averages import ExportEMA, PreciseBN, UpdateEMA, WeightEMA
 from virtex_d2.detection.batch import (
+    LRScheduler,
     build_loop,
     check_augmented_evaluation,
     check_training,
     clips_full_model,
     resolve_batch,
+    split_groups,
 )
 from virtex_d2.detection.checkpointer import DetectorCheckpointer
 from virtex_d2.detection.evaluation import build_evaluator
@@ -46,9 +54,10 @@ class DetectionTrainer(Trainer, DefaultTrainer):
         trainer.resume_or_load(resume=False)
         trainer.train()
 
-    MODEL.WEIGHTS is "" (random), a checkpoint with a ResNet (loaded strictly: every backbone tensor
-    or an error, and it must compute what it computed) or a detector's checkpoint. An iteration is
-    an update of the optimizer, whatever number of passes it takes (VIRTEX.ACCUMULATE).
+    MODEL.WEIGHTS is a start of `checkpoint.starts` ("" is random), a checkpoint with a ResNet
+    (loaded strictly: every backbone tensor or an error, and it must compute what it computed) or a
+    detector's checkpoint. An iteration is an update of the optimizer, whatever number of passes it
+    takes (VIRTEX.ACCUMULATE).
 
     Args:
         cfg: with MODEL.DEVICE and norms resolved; its data sets registered.
@@ -136,8 +145,11 @@ class DetectionTrainer(Trainer, DefaultTrainer):
         self._source = None
 
     def load_weights(self) -> None:
-        """Load MODEL.WEIGHTS: a backbone, a detector, or nothing."""
-        if self._source is None or self._source.is_detector:
+        """Load MODEL.WEIGHTS, a backbone or a detector, or start at random."""
+        if self._source is None:
+            start_at_random(self.checkpointer.model, self.cfg.MODEL.WEIGHTS)
+            return
+        if self._source.is_detector:
             self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
             return
         report = load_backbone(self.model, self._source, self.cfg)
@@ -199,7 +211,7 @@ class DetectionTrainer(Trainer, DefaultTrainer):
                 evaluations.append(self._evaluation(0, self.test_with_tta))
         return [
             hooks.IterationTimer(),
-            hooks.LRScheduler(),
+            hooks.LRScheduler() if cfg.SOLVER.BACKBONE_LR_FACTOR == 1 else LRScheduler(),
             SkippedImages(
                 *(lambda: loader.skipped, len(loader.training_set)),
                 *(cfg.VIRTEX.MAX_SKIPPED_SHARE, "VIRTEX.MAX_SKIPPED_SHARE"),
@@ -239,12 +251,30 @@ class DetectionTrainer(Trainer, DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """detectron2's; what clips all gradients together is not in it but in the loop."""
+        """detectron2's, with SOLVER.BACKBONE_LR_FACTOR.
+
+        What clips all gradients together is not in it but in the loop.
+        """
         if clips_full_model(cfg):
             cfg = cfg.clone()
             cfg.defrost()
             cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
-        return super().build_optimizer(cfg, model)
+        optimizer = super().build_optimizer(cfg, model)
+        factor = cfg.SOLVER.BACKBONE_LR_FACTOR
+        if factor != 1:
+            backbone = set(backbone_names(model.state_dict()).values())
+            own = {id(p) for name, p in model.named_parameters() if name in backbone}
+            count = split_groups(optimizer, own, factor)
+            if not count:
+                raise InputError(
+                    f"SOLVER.BACKBONE_LR_FACTOR {factor:g}: nothing of the backbone is trained "
+                    f"(MODEL.BACKBONE.FREEZE_AT {cfg.MODEL.BACKBONE.FREEZE_AT}). Leave it at 1."
+                )
+            logger.info(
+                "%d tensors of the backbone are trained at %g times the learning rate: %g.",
+                *(count, factor, factor * cfg.SOLVER.BASE_LR),
+            )
+        return optimizer
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

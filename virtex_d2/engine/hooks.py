@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 # Recorded with each evaluation's results: how long it took. Tells that they are complete.
 RECORD = "eval_seconds"
 
+# Learning rates that a run may record, in the order of the log.
+RATES = ("lr", "lr_cnn", "lr_scales", "lr_backbone")
+
 
 def is_due(trainer: TrainerBase, period: int, iteration: int | None = None) -> bool:
     """Whether an iteration, by default this one, is the last one, or ends a period (0: none)."""
@@ -50,14 +53,18 @@ def is_due(trainer: TrainerBase, period: int, iteration: int | None = None) -> b
 
 
 class LearningRate(HookBase):
-    """Steps the schedule after each iteration; records `lr`, and `lr_cnn` of groups named "cnn"."""
+    """Steps the schedule after each iteration; records the groups' rates.
+
+    `lr_cnn` is of groups named "cnn...", `lr_scales` of "scales...", `lr` of all others.
+    """
 
     def __init__(self, scheduler: torch.optim.lr_scheduler.LRScheduler):
         self._scheduler = scheduler
 
     def after_step(self) -> None:
         for group in self._scheduler.optimizer.param_groups:
-            key = "lr_cnn" if group["name"].startswith("cnn") else "lr"
+            own = [part for part in ("cnn", "scales") if group["name"].startswith(part)]
+            key = f"lr_{own[0]}" if own else "lr"
             self.trainer.storage.put_scalar(key, group["lr"], smoothing_hint=False)
         self._scheduler.step()
 
@@ -368,7 +375,7 @@ class ProgressPrinter(EventWriter):
             f"{name}: {histories[name].median(self._WINDOW):.4g}"
             for name in sorted(losses, key=lambda name: name != "total_loss")  # it is first
         ]
-        rates = [name for name in ("lr", "lr_cnn") if name in histories]
+        rates = [name for name in RATES if name in histories]
         parts += [f"{name}: {histories[name].latest():.3g}" for name in rates]
         if "time" in histories:
             seconds = histories["time"].median(self._WINDOW)

@@ -47,7 +47,8 @@ class UpdateLoop:
         batches: first iteration -> endless batches of this process from there on.
         seed: of the run.
         prepare: a batch as loaded -> as the model takes it; outside of autocast.
-        passes: how many forward and backward passes a batch, then a list, takes.
+        passes: how many forward and backward passes a batch takes.
+        split: (batch, passes) -> its parts, of equally many samples; a batch is a list by default.
         dtype: of autocast; None without.
         scaler: multiplies the loss against underflow; for float16.
         max_norm: the norm of all gradients together is clipped at this; None: not at all. What
@@ -67,6 +68,7 @@ class UpdateLoop:
         seed: int = 0,
         prepare: Callable[[Any], Any] | None = None,
         passes: int = 1,
+        split: Callable[[Any, int], Iterable] | None = None,
         dtype: torch.dtype | None = None,
         scaler: torch.amp.GradScaler | None = None,
         max_norm: float | None = None,
@@ -78,7 +80,7 @@ class UpdateLoop:
         self.model, self.optimizer = model, optimizer
         self._batches, self._iterator = batches, None
         self._seed, self._prepare = seed, prepare
-        self._passes, self._dtype = passes, dtype
+        self._passes, self._split, self._dtype = passes, split or _slices, dtype
         self._device_type = next(model.parameters()).device.type
         self.grad_scaler = scaler or torch.amp.GradScaler(self._device_type, enabled=False)
         self._max_norm = math.inf if max_norm is None else max_norm
@@ -133,11 +135,10 @@ class UpdateLoop:
             losses = self.losses(batch)
             self.grad_scaler.scale(sum(losses.values())).backward()
             return losses
-        size = len(batch) // self._passes
         mean: Losses = {}
-        for number in range(self._passes):
+        for number, part in enumerate(self._split(batch, self._passes)):
             with self._synchronised(number == self._passes - 1):
-                losses = self.losses(batch[number * size : (number + 1) * size])
+                losses = self.losses(part)
                 total = sum(losses.values())
                 self.grad_scaler.scale(total / self._passes).backward()
             for name, loss in losses.items():
@@ -178,6 +179,11 @@ class UpdateLoop:
             logger.warning(
                 "The checkpoint was not trained in float16: the scale of the loss starts anew."
             )
+
+
+def _slices(batch: list, passes: int) -> list[list]:
+    size = len(batch) // passes
+    return [batch[number * size : (number + 1) * size] for number in range(passes)]
 
 
 def share_of(images: int, or_else: str = "") -> int:

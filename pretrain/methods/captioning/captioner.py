@@ -23,7 +23,7 @@ from virtex_d2.engine.device import resolve_device
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import read_text, require_file
 from virtex_d2.engine.images import images_in, read_image
-from virtex_d2.engine.safe_load import read_checkpoint
+from virtex_d2.engine.safe_load import read_checkpoint, read_stored
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +123,7 @@ def load_captioner(
     pieces = Tokenizer(tokenizer_file)
     objective = build_captioning(cfg, pieces.vocab_size)
     try:
-        load_weights(objective, checkpoint, tokenizer_identity(pieces))
+        load_weights(objective, read_stored(checkpoint), tokenizer_identity(pieces))
     except InputError as error:
         _check_vocabulary(checkpoint, tokenizer_file, pieces.vocab_size, error)
         raise

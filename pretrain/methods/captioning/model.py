@@ -65,6 +65,8 @@ def reverse_captions(tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tenso
 class _OfWords(Method):
     """What predicts words of a caption with a decoder: the parts that are alike."""
 
+    in_passes = True
+
     @staticmethod
     def targets(cfg: CfgNode, vocab_size: int) -> list[CaptionTarget]:
         """What is drawn for each caption."""

@@ -44,6 +44,7 @@ class MultilabelClassification(Method):
     """Predict the classes of the objects in the image (DATA.TRAIN_LABELS)."""
 
     losses = ("loss_classification",)
+    in_passes = True
 
     def __init__(self, cfg: CfgNode, num_outputs: int):
         super().__init__(cfg, num_outputs)

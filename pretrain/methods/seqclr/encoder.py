@@ -14,8 +14,9 @@ from torch import nn
 from pretrain.backbone import VisualBackbone
 from pretrain.export import Exported, tensors_of
 from pretrain.methods.method import Batch, build_visual
+from pretrain.start import load_resnet
 from pretrain.transforms import normalize
-from virtex_d2.checkpoint.source import Backbone, Source, local_path
+from virtex_d2.checkpoint.source import Source, local_path
 from virtex_d2.engine.backbone_file import IMAGENET_RGB
 from virtex_d2.engine.errors import InputError, nearest
 
@@ -159,15 +160,17 @@ def training_strides() -> str:
     return ", ".join(f"{name} {down}x{along}" for name, (down, along) in STRIDES.items())
 
 
-def load_encoder(encoder: Encoder, path: str) -> None:
+def load_encoder(encoder: Encoder, path: str, cfg: CfgNode) -> None:
     """Load `encoder.safetensors` whole, or the ResNet of any checkpoint a detector takes.
 
-    With the latter, BiLSTMs keep what they have. All tensors are loaded, or none.
+    With the latter, BiLSTMs keep what they have, and the ResNet is verified at its own strides
+    (`pretrain.start.load_resnet`). All tensors are loaded, or none.
 
     Args:
         encoder: of the file's architecture and context.
-        path: a file, as of MODEL.WEIGHTS of a detector: encoder.safetensors, backbone.safetensors
-            of any pretraining, or another project's checkpoint.
+        path: encoder.safetensors, backbone.safetensors of any pretraining, or another project's
+            checkpoint.
+        cfg: the run's; its VIRTEX group says which of the file's networks is meant.
     """
     source = Source(local_path(path))
     if source.stored.metadata.get("format") == FORMAT:
@@ -181,18 +184,11 @@ def load_encoder(encoder: Encoder, path: str) -> None:
         _load_strictly(encoder, source.stored.content, path)
         logger.info("Loaded the whole encoder of %s.", path)
         return
-    backbone = source.backbone()
-    _check_preprocessing(backbone)
-    _load_strictly(encoder.visual.cnn, backbone.tensors, path)
-    logger.info(
-        "Loaded the %s of %s (%s)%s.",
-        backbone.architecture.name,
-        path,
-        backbone.layout,
-        "; the BiLSTMs start anew" if len(encoder.context) else "",
-    )
-    if backbone.assumed:
-        logger.warning("%s does not say, and it is assumed: %s", path, ", ".join(backbone.assumed))
+    plain = VisualBackbone(encoder.visual.name)
+    load_resnet(plain, source, cfg)
+    encoder.visual.cnn.load_state_dict(plain.cnn.state_dict())
+    if len(encoder.context):
+        logger.info("The BiLSTMs start anew.")
 
 
 def read_encoder(path: str, joined: bool = False) -> tuple[Encoder, tuple[int, int]]:
@@ -248,19 +244,6 @@ def _described(source: Source) -> tuple[str, str, tuple[int, int]]:
             "(32x100). Export it again: a run that goes on with --resume writes it anew."
         )
     return metadata["architecture"], metadata["context"], (int(size[1]), int(size[2]))
-
-
-def _check_preprocessing(backbone: Backbone) -> None:
-    if backbone.doubts:
-        raise InputError(f"{backbone.path}: {'; '.join(backbone.doubts)}. Nothing was loaded.")
-    expected, found = IMAGENET_RGB.config(), backbone.preprocessing.config()
-    if differing := [key for key in expected if expected[key] != found[key]]:
-        raise InputError(
-            f"{backbone.path}: a network that was trained with "
-            f"{', '.join(f'{key} {found[key]}' for key in differing)}; words are given with "
-            f"{', '.join(f'{key} {expected[key]}' for key in differing)}. Nothing was loaded. Take "
-            "a checkpoint in torchvision's convention."
-        )
 
 
 def _load_strictly(module: nn.Module, tensors: Batch, path: str) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from pretrain.data.loader import Samples, Visit
 from pretrain.data.records import CaptionRecord
-from pretrain.export import Exported, export_backbone
+from pretrain.export import Exported, export_backbone, load_weights
 from pretrain.methods.method import Batch, Method
 from pretrain.methods.seqclr.augmentation import (
     ViewDraws,
@@ -156,13 +156,16 @@ class SeqCLR(Method):
         count = self.count(batch)
         return {"loss_contrast": (loss, count), "pair_accuracy": (found, count)}
 
-    def load_start(self, path: str, identity: Mapping[str, str]) -> None:
+    def load_start(self, cfg: CfgNode, identity: Mapping[str, str]) -> None:
         """Load a checkpoint of this method whole, or an encoder or any ResNet into the encoder."""
-        states = Source(local_path(path)).states.values()
-        if any(BACKBONE in name for state in states for name in state):
-            super().load_start(path, identity)
+        path = cfg.MODEL.WEIGHTS
+        if not path:
+            return
+        source = Source(local_path(path))
+        if any(BACKBONE in name for state in source.states.values() for name in state):
+            load_weights(self, source.stored, identity, self.fresh)
         else:
-            load_encoder(self.encoder, path)
+            load_encoder(self.encoder, path, cfg)
 
     @staticmethod
     def export(state: Batch, cfg: CfgNode) -> dict[str, Exported]:

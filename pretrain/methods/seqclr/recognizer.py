@@ -16,7 +16,7 @@ from detectron2.utils import comm
 
 from pretrain.data.loader import Samples, ValSet, Visit
 from pretrain.data.records import CaptionRecord
-from pretrain.export import Exported
+from pretrain.export import Exported, load_weights
 from pretrain.methods.method import Batch, Method
 from pretrain.methods.seqclr.augmentation import (
     ViewDraws,
@@ -51,7 +51,7 @@ from virtex_d2.engine.checkpointer import has_checkpoint, last_whole_checkpoint
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import atomic_path
 from virtex_d2.engine.frozen import fingerprint, require_untouched
-from virtex_d2.engine.safe_load import read_checkpoint
+from virtex_d2.engine.safe_load import read_checkpoint, read_stored
 
 logger = logging.getLogger(__name__)
 
@@ -126,21 +126,21 @@ class Recognizer(Method):
                 require_recognizer(path, cfg)
         return LabelledWords(cfg, val)
 
-    def load_parts(self) -> None:
-        whole, encoder = self.cfg.MODEL.WEIGHTS, self.cfg.ENCODER.WEIGHTS
+    def load_start(self, cfg: CfgNode, identity: Mapping[str, str]) -> None:
+        """Load a whole recognizer, or an encoder, or nothing."""
+        whole, encoder = cfg.MODEL.WEIGHTS, cfg.ENCODER.WEIGHTS
         if whole and encoder:
             raise InputError(
                 f"MODEL.WEIGHTS {whole} and ENCODER.WEIGHTS {encoder}: the former, a whole "
                 "recognizer, has an encoder. Give one of them."
             )
-        if encoder:
-            load_encoder(self.encoder, encoder)
-        elif not whole:
+        if whole:
+            require_recognizer(whole, cfg)
+            load_weights(self, read_stored(whole), identity, self.fresh)
+        elif encoder:
+            load_encoder(self.encoder, encoder, cfg)
+        else:
             logger.info("ENCODER.WEIGHTS is empty: the encoder begins with random weights.")
-
-    def load_start(self, path: str, identity: Mapping[str, str]) -> None:
-        require_recognizer(path, self.cfg)
-        super().load_start(path, identity)
 
     def train(self, mode: bool = True) -> "Recognizer":
         super().train(mode)

@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=CHECKPOINT",
-        help="an initialisation, or random; repeat it for each",
+        help="an initialisation, random or random_zero_scales; repeat it for each",
     )
     add(
         "--init-opts",

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from virtex_d2.checkpoint.source import local_path, read_backbone
+from virtex_d2.checkpoint.starts import RANDOM, STARTS, ZERO_SCALES, is_random
 from virtex_d2.detection.config import get_virtex_cfg
 from virtex_d2.engine.config import load_config
 from virtex_d2.engine.errors import InputError, nearest
 from virtex_d2.studies.compare.runs import SET_BY_PLAN, Cell, percent
 from virtex_d2.studies.stages import Stage, read_config
 
-RANDOM = "random"  # the initialisation without weights
 MOST_INITS = 8  # as many colours as are told apart
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
@@ -25,8 +25,9 @@ class Init:
 
     Attributes:
         name: for people, tables and folders.
-        weights: a checkpoint that the adapter reads; "" for random weights. `{seed}` in it stands
-            for the seed of the detector: each then starts from a pretraining of its own.
+        weights: a checkpoint that the adapter reads, or a name of `STARTS`; "" is random. `{seed}`
+            in it stands for the seed of the detector: each then starts from a pretraining of its
+            own.
         overrides: ("KEY", "VALUE", ...) for this start alone.
     """
 
@@ -103,7 +104,7 @@ class Plan:
             ),
             folder=place,
             configs=(config,),
-            files=(local_path(weights),) if weights else (),
+            files=() if is_random(weights) else (local_path(weights),),
             label=cell.name,
             group="runs",
         )
@@ -113,7 +114,7 @@ def parse_inits(texts: Sequence[str], overrides: Sequence[Sequence[str]] = ()) -
     """The starts of a command line.
 
     Args:
-        texts: "random", or "NAME=CHECKPOINT".
+        texts: a name of `STARTS`, or "NAME=CHECKPOINT".
         overrides: [NAME, KEY, VALUE, ...] of single starts.
     """
     inits: dict[str, Init] = {}
@@ -121,21 +122,23 @@ def parse_inits(texts: Sequence[str], overrides: Sequence[Sequence[str]] = ()) -
         name, equals, weights = text.partition("=")
         if not _NAME.fullmatch(name) or (equals and not weights):
             raise InputError(
-                f"--init {text!r}: expected {RANDOM} or NAME=CHECKPOINT, such as "
+                f"--init {text!r}: expected {', '.join(STARTS)} or NAME=CHECKPOINT, such as "
                 "virtex=output/pretrain/backbone.safetensors; names have letters, digits and _.+-."
             )
-        if not equals and name != RANDOM:
+        if not equals and name not in STARTS:
             checkpoint = "output/pretrain/backbone.safetensors"
             example = f"{Path(text).stem}={text}" if Path(text).suffix else f"{text}={checkpoint}"
             raise InputError(
-                f"--init {text!r}: expected NAME=CHECKPOINT; only {RANDOM} stands alone. For "
-                f"example: --init {example}."
+                f"--init {text!r}: expected NAME=CHECKPOINT; only {' and '.join(STARTS)} stand "
+                f"alone. For example: --init {example}."
             )
-        if equals and name == RANDOM:
-            raise InputError(f"--init {text!r}: {RANDOM} has no checkpoint; choose another name.")
+        if equals and (name in STARTS or weights in STARTS):
+            start = name if name in STARTS else weights
+            advice = "choose another name" if name in STARTS else f"write --init {start}"
+            raise InputError(f"--init {text!r}: {start} has no checkpoint; {advice}.")
         if name in inits:
             raise InputError(f"--init {text!r}: there are two of the name {name!r}; rename one.")
-        inits[name] = Init(name, weights)
+        inits[name] = Init(name, name if name == ZERO_SCALES else weights)
     if not 2 <= len(inits) <= MOST_INITS:
         raise InputError(
             f"--init: expected 2 to {MOST_INITS} initialisations to compare, found {len(inits)}."
@@ -219,7 +222,7 @@ def check_plan(plan: Plan, root: Path) -> None:
     for init in plan.inits:
         options = dict(zip(init.overrides[::2], init.overrides[1::2]))
         for weights in dict.fromkeys(init.weights_for(seed) for seed in plan.seeds):
-            if weights:
+            if not is_random(weights):
                 keys = ("VIRTEX.LAYOUT", "VIRTEX.COPY", "VIRTEX.PREFIX")
                 read_backbone(local_path(weights), *(options.get(key, "") for key in keys))
 

@@ -23,11 +23,10 @@ def get_probe_cfg() -> CN:
 
     cfg.MODEL = CN()
     cfg.MODEL.DEVICE = "auto"
-    # A checkpoint with a ResNet, of any layout in docs/checkpoints.md, or "random".
+    # A checkpoint with a ResNet, of any layout in docs/checkpoints.md, or as of detectors a start
+    # without one: "random" or "random_zero_scales".
     cfg.MODEL.WEIGHTS = ""
-    # Of "random": the last norm scale of each residual block starts at 0, as in pretraining.
-    cfg.MODEL.ZERO_INIT_RESIDUAL = True
-    # Set from the checkpoint; a config's values count for "random" alone.
+    # Set from the checkpoint; a config's values count for random starts alone.
     cfg.MODEL.RESNETS = get_cfg().MODEL.RESNETS.clone()
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res5"]
     cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from virtex_d2.checkpoint.probe import exact_float32
+from virtex_d2.checkpoint.starts import STARTS, is_random, start_at_random
 from virtex_d2.checkpoint.transfer import apply_preprocessing, load_backbone, open_weights
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import read_safetensors, write_safetensors
@@ -29,7 +30,6 @@ from virtex_d2.studies.probes.data import CentralCrop, LabelledImages, central_b
 
 logger = logging.getLogger(__name__)
 
-RANDOM = "random"
 FORMAT = "virtex_d2.features.1"
 # Images of a file. An extraction that was stopped goes on with the first file that is not there.
 SHARD_SIZE = 4096
@@ -117,10 +117,10 @@ def complete_config(cfg: CfgNode) -> list[str]:
     """
     if not cfg.MODEL.WEIGHTS:
         raise InputError(
-            "MODEL.WEIGHTS is empty; expected a checkpoint with a ResNet, or random for one of "
-            "random weights."
+            "MODEL.WEIGHTS is empty; expected a checkpoint with a ResNet, or for one of random "
+            f"weights {' or '.join(STARTS)}."
         )
-    if cfg.MODEL.WEIGHTS == RANDOM:
+    if is_random(cfg.MODEL.WEIGHTS):
         return []
     source, virtex = open_weights(cfg), cfg.VIRTEX
     backbone = source.backbone(virtex.LAYOUT, virtex.COPY, virtex.PREFIX)
@@ -137,13 +137,9 @@ def build_network(cfg: CfgNode) -> tuple[PooledResNet, dict[str, Any]]:
     except (AssertionError, KeyError) as error:  # detectron2's words for a size that it lacks
         raise InputError(f"MODEL.RESNETS: detectron2 cannot build this ResNet: {error}.") from error
     about: dict[str, Any] = {"weights": cfg.MODEL.WEIGHTS}
-    if cfg.MODEL.WEIGHTS == RANDOM:
-        if cfg.MODEL.ZERO_INIT_RESIDUAL:
-            for block in (block for stage in network.backbone.stages for block in stage):
-                last = block.conv3 if hasattr(block, "conv3") else block.conv2
-                nn.init.zeros_(last.norm.weight)
-        logger.info("Backbone: a ResNet-%d of random weights", cfg.MODEL.RESNETS.DEPTH)
-        about |= {"seed": cfg.SEED, "zero_init_residual": cfg.MODEL.ZERO_INIT_RESIDUAL}
+    if is_random(cfg.MODEL.WEIGHTS):
+        start_at_random(network, cfg.MODEL.WEIGHTS)
+        about["seed"] = cfg.SEED
     else:
         report = load_backbone(network, open_weights(cfg), cfg)
         about |= {key: getattr(report, key) for key in ("sha256", "layout", "copy", "architecture")}

@@ -31,7 +31,12 @@ from virtex_d2.engine.identity import refuse_other_run
 from virtex_d2.engine.run import setup_run
 from virtex_d2.studies.probes.config import check_config
 from virtex_d2.studies.probes.data import CentralCrop, LabelledImages, load_datasets
-from virtex_d2.studies.probes.features import Extraction, build_network, complete_config
+from virtex_d2.studies.probes.features import (
+    Extraction,
+    PooledResNet,
+    build_network,
+    complete_config,
+)
 from virtex_d2.studies.probes.linear import train_classifier
 from virtex_d2.studies.probes.svm import evaluate_svms
 
@@ -95,20 +100,13 @@ def run_probe(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
         logger.info("%s: finished already, nothing is done.", cfg.OUTPUT_DIR)
         return finished["metrics"]
     about_network["preprocessing"] = config_preprocessing(cfg).config()
-    extract = Extraction(
-        network,
-        cfg.MODEL.RESNETS.STRIDE_IN_1X1,
-        CentralCrop(cfg.INPUT.RESIZE, cfg.INPUT.CROP, cfg.INPUT.FORMAT),
-        cfg.DATA.CACHE_DIR,
-        cfg.TEST.IMS_PER_BATCH,
-        cfg.DATA.NUM_WORKERS,
-    )
+    extract = extraction(cfg, network)
     about: dict[str, Any] = {
         "backbone": about_network,
         "data": {"train": _about(cfg, train), "test": _about(cfg, test)},
     }
     if cfg.TASK == "voc_svm":
-        metrics, rows = _voc_svm(cfg, extract, train, test, about)
+        metrics, rows = voc_svm(cfg, extract, train, test, about)
     else:
         metrics, rows = train_classifier(cfg, extract, train, test, identity, args.resume)
     if comm.is_main_process():
@@ -119,14 +117,31 @@ def run_probe(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
     return metrics
 
 
-def _voc_svm(
+def extraction(cfg: CfgNode, network: PooledResNet) -> Extraction:
+    """How the features of a run are computed; `cfg` is complete."""
+    return Extraction(
+        network,
+        cfg.MODEL.RESNETS.STRIDE_IN_1X1,
+        CentralCrop(cfg.INPUT.RESIZE, cfg.INPUT.CROP, cfg.INPUT.FORMAT),
+        cfg.DATA.CACHE_DIR,
+        cfg.TEST.IMS_PER_BATCH,
+        cfg.DATA.NUM_WORKERS,
+    )
+
+
+def voc_svm(
     cfg: CfgNode,
     extract: Extraction,
     train: LabelledImages,
     test: LabelledImages,
     about: dict[str, Any],
 ) -> tuple[dict[str, float], Rows]:
-    """Metrics and a row for each class; empty in all processes but the first."""
+    """Metrics and a row for each class; empty in all processes but the first.
+
+    Args:
+        cfg, extract, train, test: of the run.
+        about: takes what classes are left out, and why.
+    """
     parts = []
     for images, what, share in (
         (train, "training", cfg.DATA.MAX_SKIPPED_SHARE),
