@@ -8,8 +8,8 @@ Exit codes: 0 all images are read; 1 some cannot be decoded (named on standard e
 or an argument cannot be used.
 """
 
-from pretrain.methods.captioning.main import run
 from pretrain.methods.seqclr.main import read_words
+from virtex_d2.engine.cli import run_program
 
 if __name__ == "__main__":
-    run(read_words, __doc__)
+    run_program(read_words, __doc__)
