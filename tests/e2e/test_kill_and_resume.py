@@ -140,7 +140,7 @@ def test_a_run_that_is_killed_ends_with_the_weights_of_one_that_is_not(case, wor
     undisturbed = threading.Thread(target=finish, args=(command(case, world, whole), whole))
     undisturbed.start()  # beside the other: two cores
 
-    moments = sorted(rng.sample(range(1, ITERATIONS - 4), KILLS))
+    moments = sorted(rng.sample(range(4, ITERATIONS - 4), KILLS))
     resumed = command(case, world, killed, "--resume")
     for moment in moments:
         kill_in_iteration(resumed, killed, moment, rng.uniform(0, 0.05))

@@ -13,6 +13,7 @@ from tests.e2e.forked_runs import ROOT
 from virtex_d2.engine import signals, stopping
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.stopping import StopRequested, Watch, seconds_of
+from virtex_d2.engine.unfinished import exit_at_once_if_unfinished
 
 
 @pytest.fixture(autouse=True)
@@ -105,9 +106,9 @@ def test_nothing_stops_what_nobody_watches(tmp_path, monkeypatch):
 
 
 def test_a_finished_tool_and_one_that_failed_end_as_ever():
-    with stopping.exit_at_once_if_unfinished():
+    with exit_at_once_if_unfinished():
         pass
-    with pytest.raises(SystemExit, match="3"), stopping.exit_at_once_if_unfinished():
+    with pytest.raises(SystemExit, match="3"), exit_at_once_if_unfinished():
         raise SystemExit(3)
 
 

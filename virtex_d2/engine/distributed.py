@@ -42,8 +42,8 @@ from virtex_d2.engine.preflight import (
     identity,
     versions,
 )
-from virtex_d2.engine.stopping import EXIT_UNFINISHED
 from virtex_d2.engine.topology import Machine, Place, resolve
+from virtex_d2.engine.unfinished import EXIT_UNFINISHED
 
 GRACE = 5  # seconds for the others to have read about a failure before the meeting place is gone
 LAST_WORDS = 15  # seconds that processes have to end by themselves after a failure
