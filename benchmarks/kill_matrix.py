@@ -21,6 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,12 +29,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.e2e.faults import FAULTS, Fault, Missed, small_disk  # noqa: E402
-from tests.e2e.forked_runs import MODULES, Forkserver  # noqa: E402
+from tests.e2e.forked_runs import Forkserver, shared_server  # noqa: E402
 from tests.e2e.kill_cases import CASES, Case, Run, World  # noqa: E402
 from tests.e2e.killing import differences  # noqa: E402
 
 ATTEMPTS = 8  # until the blow hits
-DISK = 1200  # MiB; pretraining's checkpoints are the largest
+DISK = 64  # MiB; the checkpoints of a run are 25
 
 
 @dataclass
@@ -150,7 +151,7 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -160,13 +161,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="of each cell (default 2: 72 runs)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--output", type=Path, help="folder for the table; none: only printed")
-    args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is mounted is unmounted
+    args = parser.parse_args(arguments)
     results = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        with small_disk(folder / "disk", DISK), Forkserver(MODULES) as server:
-            matrix = Matrix(server, folder, folder / "disk", args.seed)
+        with small_disk(folder / "disk", DISK):
+            matrix = Matrix(shared_server(), folder, folder / "disk", args.seed)
             for case in args.cases:
                 for processes in args.processes:
                     for fault in args.faults:
@@ -187,4 +187,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is mounted is unmounted
     main()

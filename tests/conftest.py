@@ -12,6 +12,7 @@ from hypothesis import settings
 
 import virtex_d2  # noqa: F401  # before detectron2, so that its bridges are in place
 from tests.e2e.forked_runs import shared_server
+from tests.processes import python
 from tests.slurm.cluster import missing_slurm_programs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,13 +65,15 @@ def run_python() -> Callable[..., subprocess.CompletedProcess]:
     Keyword arguments: `env` (added to the environment), `cwd`, `timeout` (seconds), `input`, and
     `fresh`: whether Python is started anew, as it is for options of Python (`-c`, `-m`) and for
     scripts from elsewhere in any case; the project's scripts are run by a fork of a process that
-    has imported everything. The result has text in stdout and stderr; a failure does not raise.
+    has imported everything; with `processes`, by so many as torchrun would start. The result has
+    text in stdout and stderr; a failure does not raise.
     """
 
     def run(
         *arguments: object,
         env: dict | None = None,
         fresh: bool = False,
+        processes: int = 1,
         timeout: float = 300.0,
         **kwargs,
     ) -> subprocess.CompletedProcess:
@@ -78,7 +81,9 @@ def run_python() -> Callable[..., subprocess.CompletedProcess]:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
         script = Path(kwargs.get("cwd") or Path.cwd(), argv[0])
         if not fresh and script.suffix == ".py" and script.is_relative_to(ROOT):
+            argv = [*python(processes)[1:], *argv]
             return shared_server().run(argv, environment, timeout=timeout, **kwargs)
+        assert processes == 1, "several are forked"
         return subprocess.run(
             [sys.executable, *argv],
             **{"capture_output": True, "text": True, "timeout": timeout, "check": False, **kwargs},
@@ -86,6 +91,14 @@ def run_python() -> Callable[..., subprocess.CompletedProcess]:
         )
 
     return run
+
+
+@pytest.fixture
+def thin_resnets(monkeypatch) -> None:
+    """What pretraining calls resnet18 is thin in this test (`tests.thin.resnets`)."""
+    from tests.thin.resnets import install
+
+    install(monkeypatch.setattr)
 
 
 @pytest.fixture(scope="session")
@@ -118,17 +131,23 @@ MODEL.ANCHOR_GENERATOR.SIZES [[8],[16],[32],[64],[128]]
 MODEL.ROI_BOX_HEAD.NUM_FC 1 MODEL.ROI_BOX_HEAD.FC_DIM 32 MODEL.ROI_MASK_HEAD.NUM_CONV 1""",
     "C4": "MODEL.ANCHOR_GENERATOR.SIZES [[16,32,64]]",
 }
+# ResNet-50's depth, an eighth of its width: FPN's ResNet-18 cannot be thinner, and C4 has no other.
+THIN_BACKBONE = """\
+MODEL.RESNETS.DEPTH 50 MODEL.RESNETS.STEM_OUT_CHANNELS 8
+MODEL.RESNETS.WIDTH_PER_GROUP 8 MODEL.RESNETS.RES2_OUT_CHANNELS 32"""
+_SMALL["thin FPN"] = f"{_SMALL['FPN']} {THIN_BACKBONE}"
 
 
 @pytest.fixture(scope="session")
 def small_detector() -> Callable[..., list[str]]:
     """`small_detector(kind)` -> tools/train_net.py's arguments for a quick CPU detector.
 
-    `kind`: "FPN" (a ResNet-18) or "C4" (a ResNet-50; detectron2 has no smaller res5 head).
+    `kind`: "FPN" (a ResNet-18), "C4" (a ResNet-50; detectron2 has no smaller res5 head) or
+    "thin FPN", of which a checkpoint has a twentieth of the bytes: for tests that save many.
     """
 
     def arguments(kind: str = "FPN") -> list[str]:
-        config = ROOT / "configs" / f"Base-RCNN-{kind}.yaml"
+        config = ROOT / "configs" / f"Base-RCNN-{kind.split()[-1]}.yaml"
         return ["--config-file", str(config), *_SMALL_DETECTOR.split(), *_SMALL[kind].split()]
 
     return arguments

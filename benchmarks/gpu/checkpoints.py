@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from virtex_d2.engine.checkpointer import StateWriter, num_bytes
-from virtex_d2.engine.stopping import EXIT_UNFINISHED
+from virtex_d2.engine.unfinished import EXIT_UNFINISHED
 
 from . import runs
 from .step import Step

@@ -15,7 +15,8 @@ from detectron2.utils import comm
 from virtex_d2.engine.distributed import describe
 from virtex_d2.engine.files import atomic_path
 from virtex_d2.engine.preflight import check_shared
-from virtex_d2.engine.stopping import EXIT_UNFINISHED, MARKER_VARIABLE
+from virtex_d2.engine.stopping import MARKER_VARIABLE
+from virtex_d2.engine.unfinished import EXIT_UNFINISHED
 
 FILE = "nodes.json"
 # GB/s of the largest message on GPUs: 278 MB of gradients in less than a backward pass

@@ -3,9 +3,6 @@
 import json
 import logging
 import os
-import socket
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -13,6 +10,8 @@ import pytest
 import torch
 from detectron2.utils import comm
 
+from tests.e2e.forked_runs import shared_server
+from tests.processes import python
 from virtex_d2.detection.batch import resolve_batch
 from virtex_d2.detection.config import get_virtex_cfg
 from virtex_d2.detection.trainer import DetectionTrainer
@@ -171,34 +170,10 @@ _PROGRAM = """
 
 
 def _run_two_processes(*command):
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    argv = [*python(2)[1:], *map(str, command)]
+    done = shared_server().run(argv, {**environment, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
@@ -225,7 +200,7 @@ def test_two_processes_train_a_config_for_one_in_half_the_iterations(
     ]
     _run_two_processes(
         ROOT / "tools" / "train_net.py",
-        *small_detector("FPN"),
+        *small_detector("thin FPN"),
         *("VIRTEX.DATASETS", entries, "DATASETS.TRAIN", f"('{names[0]}',)"),
         *("DATASETS.TEST", f"('{names[1]}',)", "OUTPUT_DIR", tmp_path / "run"),
         *("SOLVER.REFERENCE_WORLD_SIZE", 1, "SOLVER.MAX_ITER", 6, "VIRTEX.ACCUMULATE", 2),

@@ -11,7 +11,8 @@ from PIL import Image
 
 from pretrain.methods.captioning.tokenizer import train_tokenizer
 
-# Of a run on it that takes seconds; VOCAB_SIZE is what so few captions can fill.
+# Of a run of THIN_TOOL on it that takes seconds; VOCAB_SIZE is what so few captions can fill.
+THIN_TOOL = Path(__file__).resolve().parents[1] / "thin" / "pretrain_net.py"
 THIN = {
     "MODEL.DEVICE": "cpu",
     "MODEL.VISUAL.NAME": "resnet18",

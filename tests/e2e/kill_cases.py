@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tests.conftest import _SMALL, _SMALL_DETECTOR
+from tests.conftest import _SMALL, _SMALL_DETECTOR, THIN_BACKBONE
 from tests.e2e.captioned_world import THIN, write_world
 from tests.e2e.forked_runs import ROOT, Forkserver, Process
 from virtex_d2.studies.shapes.write import write_dataset
@@ -21,11 +21,6 @@ _PERIODS = (
     *("SOLVER.MAX_ITER", ITERATIONS, "SOLVER.CHECKPOINT_PERIOD", CHECKPOINT_PERIOD),
     *("TEST.EVAL_PERIOD", EVAL_PERIOD),
 )
-# ResNet-50's depth, an eighth of its width: FPN's ResNet-18 cannot be thinner, and C4 has no other.
-_THIN = (
-    *("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.STEM_OUT_CHANNELS", 8),
-    *("MODEL.RESNETS.WIDTH_PER_GROUP", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 32),
-)
 
 
 @dataclass(frozen=True)
@@ -34,7 +29,7 @@ class Case:
 
     Attributes:
         name: for the table.
-        tool: of tools/.
+        tool: a script of this project.
         begins, ends: what the log says when an evaluation begins and when its results are there.
     """
 
@@ -47,9 +42,9 @@ class Case:
 CASES = {
     case.name: case
     for case in (
-        Case("pretrain", "pretrain_net.py", "Validating on", "Validation: "),
-        Case("FPN", "train_net.py", "Start inference on", "copypaste: Task: segm"),
-        Case("C4", "train_net.py", "Start inference on", "copypaste: Task: segm"),
+        Case("pretrain", "tests/thin/pretrain_net.py", "Validating on", "Validation: "),
+        Case("FPN", "tools/train_net.py", "Start inference on", "copypaste: Task: segm"),
+        Case("C4", "tools/train_net.py", "Start inference on", "copypaste: Task: segm"),
     )
 }
 
@@ -66,7 +61,7 @@ class World:
     def command(self, case: Case, output: Path) -> list[str]:
         """argv of a run that goes on where there is something to go on from."""
         options = self._pretraining() if case.name == "pretrain" else self._detector(case.name)
-        tool = str(ROOT / "tools" / case.tool)
+        tool = str(ROOT / case.tool)
         return [tool, "--resume", *map(str, options), "OUTPUT_DIR", str(output)]
 
     def _pretraining(self) -> list[object]:
@@ -96,7 +91,7 @@ class World:
             *("--config-file", ROOT / "configs" / f"Base-RCNN-{kind}.yaml"),
             *_SMALL_DETECTOR.split(),
             *_SMALL[kind].split(),
-            *_THIN,
+            *THIN_BACKBONE.split(),
             *("VIRTEX.DATASETS", repr(sets), "VIRTEX.LOG_PERIOD", 1),
             *("DATASETS.TRAIN", "('world_train',)", "DATASETS.TEST", "('world_test',)"),
             *("INPUT.MIN_SIZE_TRAIN", "(48,64,80)", "DATALOADER.NUM_WORKERS", 1),

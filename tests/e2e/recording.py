@@ -37,6 +37,7 @@ def record(trainer, model, samples_of):
 PRETRAIN = """
 from pretrain.config import get_pretrain_cfg
 from pretrain.trainer import PretrainTrainer
+from tests.thin.resnets import install
 from virtex_d2.engine.config import load_config
 from virtex_d2.engine.distributed import launch
 from virtex_d2.engine.cli import argument_parser
@@ -44,6 +45,7 @@ from virtex_d2.engine.run import setup_run
 
 
 def main(args):
+    install()
     cfg = load_config(get_pretrain_cfg(), args.config_file, args.opts)
     setup_run(cfg, args)
     trainer = PretrainTrainer(cfg)

@@ -19,14 +19,14 @@ ITERATIONS = 12
 SEED = int(os.environ.get("KILL_SEED", "1"))
 EMA = ("VIRTEX.EMA.ENABLED", True, "VIRTEX.EMA.DECAY", 0.5, "VIRTEX.ACCUMULATE", 2)
 CASES = {
-    "FPN-0w-1p": ("FPN", 0, 1, (*EMA, "SOLVER.IMS_PER_BATCH", 4)),
+    "FPN-0w-1p": ("thin FPN", 0, 1, (*EMA, "SOLVER.IMS_PER_BATCH", 4)),
     "FPN-2w-1p-repeat-factors": (
-        *("FPN", 2, 1),
+        *("thin FPN", 2, 1),
         ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler")
         + ("DATALOADER.REPEAT_THRESHOLD", 0.9),
     ),
-    "FPN-1w-1p-bfloat16": ("FPN", 1, 1, ("SOLVER.AMP.ENABLED", True)),
-    "FPN-0w-2p": ("FPN", 0, 2, ()),
+    "FPN-1w-1p-bfloat16": ("thin FPN", 1, 1, ("SOLVER.AMP.ENABLED", True)),
+    "FPN-0w-2p": ("thin FPN", 0, 2, ()),
 }
 
 

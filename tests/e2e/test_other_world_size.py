@@ -36,7 +36,7 @@ def test_a_detector_sees_the_same_images_and_its_losses_agree(
     annotations = shapes_world / "annotations/instances_train.json"
     images = shapes_world / "images/train"
     options = [
-        *small_detector("FPN"),
+        *small_detector("thin FPN"),
         *("VIRTEX.DATASETS", [["world_train", "coco", str(annotations), str(images)]]),
         *("DATASETS.TRAIN", "('world_train',)", "DATASETS.TEST", "()"),
         *("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"),

@@ -1,4 +1,7 @@
-"""What the processes of the tests' runs do."""
+"""What the processes of the tests' runs do.
+
+What only some of them need is imported by those: it takes seconds, in each that is started anew.
+"""
 
 import argparse
 import json
@@ -8,18 +11,19 @@ import time
 from pathlib import Path
 
 import torch
-from detectron2.config import get_cfg
 from detectron2.utils import comm
 
 from virtex_d2.engine import preflight
-from virtex_d2.engine.config import load_config
 from virtex_d2.engine.distributed import describe, wrap_ddp
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.run import setup_run
 
 
 def train(args: argparse.Namespace) -> None:
     """A step of a model, and what everybody knows afterwards, in <rank>.json."""
+    from detectron2.config import get_cfg
+
+    from virtex_d2.engine.run import setup_run
+
     torch.manual_seed(comm.get_rank())
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     ddp = wrap_ddp(model)
@@ -55,6 +59,11 @@ def report(**more: object) -> None:
 
 
 def set_up(args: argparse.Namespace) -> None:
+    from detectron2.config import get_cfg
+
+    from virtex_d2.engine.config import load_config
+    from virtex_d2.engine.run import setup_run
+
     preflight.VISIBLE_WITHIN = 1.0
     setup_run(load_config(get_cfg(), None, args.opts), args)
 

@@ -1,18 +1,16 @@
 """Reasons to stop, and how processes agree on them."""
 
-import os
 import socket
-import subprocess
-import sys
 import textwrap
 import time
 
 import pytest
 
-from tests.e2e.forked_runs import ROOT
+from tests.e2e.forked_runs import shared_server
 from virtex_d2.engine import signals, stopping
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.stopping import StopRequested, Watch, seconds_of
+from virtex_d2.engine.unfinished import exit_at_once_if_unfinished
 
 
 @pytest.fixture(autouse=True)
@@ -105,9 +103,9 @@ def test_nothing_stops_what_nobody_watches(tmp_path, monkeypatch):
 
 
 def test_a_finished_tool_and_one_that_failed_end_as_ever():
-    with stopping.exit_at_once_if_unfinished():
+    with exit_at_once_if_unfinished():
         pass
-    with pytest.raises(SystemExit, match="3"), stopping.exit_at_once_if_unfinished():
+    with pytest.raises(SystemExit, match="3"), exit_at_once_if_unfinished():
         raise SystemExit(3)
 
 
@@ -120,6 +118,7 @@ RANK = """
 
     dist.init_process_group("gloo")
     rank = comm.get_rank()
+    sys.stdout = open(f"{sys.argv[1]}/told{rank}", "w")
     stopping.watch(sys.argv[1])
 
     def batches(lengths, kill):
@@ -151,17 +150,16 @@ def test_processes_with_unequal_batches_stop_together_whoever_is_asked(tmp_path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    program = tmp_path / "rank.py"
+    program.write_text(textwrap.dedent(RANK))
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(RANK), tmp_path],
-            env={**environment, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
+        shared_server().start(
+            [str(program), str(tmp_path)], {**environment, "RANK": str(rank)}, tmp_path / f"{rank}"
         )
         for rank in range(2)
     ]
-    outputs = [rank.communicate(timeout=120)[0].splitlines() for rank in ranks]
+    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    outputs = [(tmp_path / f"told{rank}").read_text().splitlines() for rank in range(2)]
     assert outputs[0] == ["all 3", "all 0", "stopped USR1 False", "agreed USR1"]
     assert outputs[1] == ["all 40", "all 7", "stopped USR1 True", "agreed USR1"]

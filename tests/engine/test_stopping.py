@@ -16,6 +16,7 @@ from virtex_d2.engine import signals, stopping
 from virtex_d2.engine.checkpointer import AtomicCheckpointer
 from virtex_d2.engine.hooks import Evaluation, MetricsWriter, is_on_record
 from virtex_d2.engine.stopping import StopHook, StoppableTrainer, remove_stale_marker
+from virtex_d2.engine.unfinished import Unfinished
 
 LAST = 6
 
@@ -100,7 +101,7 @@ def files(folder):
 )
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(place, iteration, tmp_path):
     folder = tmp_path / "run"
-    with pytest.raises(stopping.Unfinished) as end:
+    with pytest.raises(Unfinished) as end:
         Trainer(folder, (place, iteration)).run()
     assert end.value.code == 75
     marker = json.loads((tmp_path / "marker").read_text())
@@ -125,7 +126,7 @@ def test_a_checkpoint_that_has_just_been_written_is_not_written_again(tmp_path, 
         save(self, name, **kwargs)
 
     monkeypatch.setattr(AtomicCheckpointer, "save", note)
-    with pytest.raises(stopping.Unfinished):
+    with pytest.raises(Unfinished):
         Trainer(tmp_path / "run", ("evaluation", 3)).run()
     assert saved == ["model_0000001", "model_0000003"]
 
@@ -133,7 +134,7 @@ def test_a_checkpoint_that_has_just_been_written_is_not_written_again(tmp_path, 
 def test_a_run_that_is_asked_before_its_first_iteration_saves_nothing(tmp_path):
     folder = tmp_path / "run"
     (folder / "STOP").touch()
-    with pytest.raises(stopping.Unfinished):
+    with pytest.raises(Unfinished):
         Trainer(folder).run()
     marker = json.loads((tmp_path / "marker").read_text())
     assert (marker["iteration"], marker["checkpoint"]) == (0, "")
@@ -145,14 +146,14 @@ def test_a_run_that_is_asked_before_its_first_iteration_saves_nothing(tmp_path):
 def test_a_run_that_fell_back_names_the_checkpoint_that_is_resumed(told, tmp_path, caplog):
     """It once named the damaged one, where STOP came before anything was saved again."""
     folder = tmp_path / "run"
-    with pytest.raises(stopping.Unfinished):
+    with pytest.raises(Unfinished):
         Trainer(folder, ("update", 4)).run()
     assert files(folder) == [f"model_000000{i}.pth" for i in (1, 3, 4)]
     (folder / "model_0000004.pth").write_bytes(b"damaged")
     trainer = Trainer(folder, ("update", 4))
     if told == "before":
         (folder / "STOP").touch()
-    with pytest.raises(stopping.Unfinished):
+    with pytest.raises(Unfinished):
         trainer.run()
     expected = str(folder / {"before": "model_0000003.pth", "update": "model_0000004.pth"}[told])
     assert json.loads((tmp_path / "marker").read_text())["checkpoint"] == expected
@@ -193,7 +194,7 @@ def test_a_signal_ends_what_the_first_process_computes_alone(tmp_path, monkeypat
     try:
         signals.listen()
         start = time.monotonic()
-        with pytest.raises(stopping.Unfinished):
+        with pytest.raises(Unfinished):
             SlowTrainer(folder).run()
         assert time.monotonic() - start < 30  # of the 60
     finally:
@@ -206,7 +207,7 @@ def test_a_signal_ends_what_the_first_process_computes_alone(tmp_path, monkeypat
 
 def test_an_evaluation_on_record_is_not_done_again(tmp_path):
     folder = tmp_path / "run"
-    with pytest.raises(stopping.Unfinished):
+    with pytest.raises(Unfinished):
         Trainer(folder, ("update", 2)).run()
     (folder / "last_checkpoint").write_text("model_0000001.pth")
     assert is_on_record(str(folder), 1)
@@ -228,7 +229,7 @@ def recorded(folder):
 @pytest.mark.parametrize("back", ["model_0000001.pth", "model_0000003.pth"])
 def test_what_was_recorded_after_the_checkpoint_is_taken_back(tmp_path, back):
     folder = tmp_path / "run"
-    with pytest.raises(stopping.Unfinished):
+    with pytest.raises(Unfinished):
         Trainer(folder, ("update", 4)).run()
     (folder / "last_checkpoint").write_text(back)
     with open(folder / "metrics.json", "a") as file:

@@ -13,8 +13,11 @@ from PIL import Image
 from pretrain.config import load_pretrain_config
 from pretrain.methods.method import METHODS, Method, build_method, find_method, import_method
 from pretrain.trainer import PretrainTrainer
+from tests.e2e.captioned_world import THIN_TOOL
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import read_safetensors
+
+pytestmark = pytest.mark.usefixtures("thin_resnets")
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = {
@@ -101,8 +104,8 @@ def test_it_trains_and_resumes_to_the_bit_and_exports(
     else:
 
         def run(output: Path, *more: str) -> None:
-            flags = ["--config-file", config, "--num-processes", processes, *more]
-            done = run_python("tools/pretrain_net.py", *flags, "OUTPUT_DIR", output, cwd=ROOT)
+            flags = ["--config-file", config, *more, "OUTPUT_DIR", output]
+            done = run_python(THIN_TOOL, *flags, processes=processes, cwd=ROOT)
             assert done.returncode == 0, done.stderr
 
         run(whole)
@@ -206,7 +209,7 @@ def test_a_methods_keys_are_known_and_its_new_head_may_start_anew(images, tmp_pa
     other.load_weights()
     assert torch.equal(other.method.decoder[0].weight, fresh)
     assert torch.equal(other.method.visual.cnn.conv1.weight, trained.method.visual.cnn.conv1.weight)
-    with pytest.raises(InputError, match=r"decoder.0.weight has shape \(4, 512, 1, 1\)"):
+    with pytest.raises(InputError, match=r"decoder.0.weight has shape \(4, 128, 1, 1\)"):
         other.load_for_evaluation()
     with pytest.raises(InputError, match="WIDHT.*'RECONSTRUCTION.WIDTH'"):
         load_pretrain_config(str(config), ["RECONSTRUCTION.WIDHT", "6"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pretrain.backbone import VisualBackbone, find_norm, last_scales
+from tests.e2e.captioned_world import THIN_TOOL
 from tests.pretrain.test_trainer import options, write_captioned_images
 from virtex_d2.engine.errors import InputError
 
@@ -81,15 +82,22 @@ COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ c
 TOOL = "tools/pretrain_net.py"
 
 
-@pytest.mark.slow
-@COMPILER
-def test_features_gradients_and_running_statistics_are_the_plain_ones(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "code"))
-    # A g++ that does not optimise takes half of the time, and its code is run only twice.
+@pytest.fixture
+def quick_compiler(tmp_path) -> Path:
+    """A g++ that does not optimise: it takes half of the time, and its code is run a few times."""
     compiler = tmp_path / "g++"
     compiler.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')
     compiler.chmod(0o755)
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(compiler)))
+    return compiler
+
+
+@pytest.mark.slow
+@COMPILER
+def test_features_gradients_and_running_statistics_are_the_plain_ones(
+    tmp_path, monkeypatch, quick_compiler, thin_resnets
+):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "code"))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(quick_compiler)))
     torch.manual_seed(0)
     compiled = VisualBackbone("resnet18", compiled=True, zero_init_residual=False).double()
     plain = VisualBackbone("resnet18", zero_init_residual=False).double()
@@ -118,15 +126,20 @@ def test_features_gradients_and_running_statistics_are_the_plain_ones(tmp_path, 
 
 @pytest.mark.slow
 @COMPILER
-def test_a_compiled_run_that_is_resumed_ends_as_one_that_was_not_stopped(tmp_path, run_python):
+def test_a_compiled_run_that_is_resumed_ends_as_one_that_was_not_stopped(
+    tmp_path, run_python, quick_compiler
+):
     for split, number in (("train", 24), ("val", 9)):
         write_captioned_images(tmp_path / "data", number, split)
-    environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "code")}
+    environment = {
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "code"),
+        "CXX": str(quick_compiler),
+    }
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
 
     def run(output: Path, *more: str):
         compiled = options(tmp_path / "data", output, "MODEL.VISUAL.COMPILE", True)
-        done = run_python(TOOL, *more, *compiled, env=environment, cwd=ROOT, fresh=True)
+        done = run_python(THIN_TOOL, *more, *compiled, env=environment, cwd=ROOT, fresh=True)
         assert done.returncode == 0, done.stderr
 
     run(whole)

@@ -16,6 +16,8 @@ from tests.pretrain.test_trainer import options, write_captioned_images
 from tests.waits import Waits
 from virtex_d2.engine.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("thin_resnets")
+
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:

@@ -415,6 +415,7 @@ def run_of(
     return seen
 
 
+@pytest.mark.usefixtures("thin_resnets")
 def test_a_stopped_run_goes_on_with_the_batches_that_would_have_come(
     shards, tokenizer_file, tmp_path
 ):
@@ -425,6 +426,7 @@ def test_a_stopped_run_goes_on_with_the_batches_that_would_have_come(
     assert resumed == {iteration: whole[iteration] for iteration in (4, 5)}
 
 
+@pytest.mark.usefixtures("thin_resnets")
 def test_a_run_whose_stream_is_mostly_of_no_use_ends_with_the_names(
     damaged, tokenizer_file, tmp_path
 ):

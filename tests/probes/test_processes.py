@@ -21,9 +21,8 @@ def test_two_processes_train_one_classifier(run_python, folders, thin_backbone, 
     ]
     ends = []
     for processes in (1, 2):
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
         folder = tmp_path / f"run{processes}"
-        process = run_python(*start, TOOL, *shared, "OUTPUT_DIR", folder)
+        process = run_python(TOOL, *shared, "OUTPUT_DIR", folder, processes=processes)
         assert process.returncode == 0, process.stderr
         results = json.loads((folder / "results.json").read_text())
         assert sum(row["images"] for row in results["per_class"]) == 12, "each image once"

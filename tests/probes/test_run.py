@@ -9,6 +9,7 @@ import torch
 from tests.checkpoint.layout_files import DETECTORS, EXAMPLES, THIN, random_resnet, write
 from virtex_d2.engine import signals, stopping
 from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.unfinished import Unfinished
 from virtex_d2.studies.probes.features import (
     Classifier,
     build_network,
@@ -166,7 +167,7 @@ def test_a_probe_stops_where_it_is_asked_to_and_goes_on(probe, folders, tmp_path
 
     monkeypatch.setattr(stopping, "STOP_FILE_PERIOD", 0.0)
     monkeypatch.setattr(ClassifierTrainer, "run_step", ask_in_the_second_epoch)
-    with pytest.raises(stopping.Unfinished):
+    with pytest.raises(Unfinished):
         probe(*options)
     assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_0000004.pth"
     monkeypatch.setattr(ClassifierTrainer, "run_step", step)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.e2e.captioned_world import THIN, write_world
+from tests.e2e.captioned_world import THIN, THIN_TOOL, write_world
 from tests.e2e.killing import differences
 from tests.slurm.conftest import launch_job
 
@@ -20,12 +20,15 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 WHOLE = ("--nodes", 2, "--tasks-per-node", 2)
-ITERATIONS = 20
+ITERATIONS = 30  # quick ones: a blow must come before the last
 
 
 @pytest.fixture(scope="module")
 def pretraining(tmp_path_factory):
-    """`pretraining(folder)` -> the command that pretrains a thin model, two samples a process."""
+    """`pretraining(folder)` -> the command that pretrains a thin model, two samples a process.
+
+    `tool` is another one than that with a thin network.
+    """
     world = tmp_path_factory.mktemp("captioned")
     write_world(world, 24)
     options = {
@@ -42,16 +45,18 @@ def pretraining(tmp_path_factory):
     }
     pairs = [str(part) for pair in options.items() for part in pair]
 
-    def command(folder: Path, *more: object) -> list[str]:
-        tool = str(ROOT / "tools" / "pretrain_net.py")
-        return [tool, *pairs, "OUTPUT_DIR", str(folder), *map(str, more)]
+    def command(folder: Path, *more: object, tool: Path = THIN_TOOL) -> list[str]:
+        return [str(tool), *pairs, "OUTPUT_DIR", str(folder), *map(str, more)]
 
     return command
 
 
 @pytest.fixture(scope="module")
 def detection(shapes_world, small_detector):
-    """`detection(folder)` -> the command that trains a thin detector, an image a process."""
+    """`detection(folder)` -> the command that trains a thin detector, an image a process.
+
+    `kind` is another of `small_detector`.
+    """
     data = [
         [f"slurm_{split}", "coco", str(shapes_world / f"annotations/instances_{split}.json")]
         + [str(shapes_world / "images" / split)]
@@ -67,9 +72,9 @@ def detection(shapes_world, small_detector):
     }
     pairs = [str(part) for pair in options.items() for part in pair]
 
-    def command(folder: Path, *more: object) -> list[str]:
+    def command(folder: Path, *more: object, kind: str = "thin FPN") -> list[str]:
         tool = str(ROOT / "tools" / "train_net.py")
-        return [tool, *small_detector("FPN"), *pairs, "OUTPUT_DIR", str(folder), *map(str, more)]
+        return [tool, *small_detector(kind), *pairs, "OUTPUT_DIR", str(folder), *map(str, more)]
 
     return command
 
@@ -197,7 +202,7 @@ def test_from_captions_to_three_detectors_is_one_pipeline(tool, pretraining, det
     backbone = pretrained / "backbone.safetensors"
     few = ("SOLVER.MAX_ITER", 4)
     stages = {
-        "pretrain": ([], pretraining(pretrained, *few)),
+        "pretrain": ([], pretraining(pretrained, *few, tool=ROOT / "tools" / "pretrain_net.py")),
         "export": (
             ["pretrain"],
             [ROOT / "tools" / "convert_checkpoint.py", backbone, exported]
@@ -205,7 +210,10 @@ def test_from_captions_to_three_detectors_is_one_pipeline(tool, pretraining, det
         ),
         "finetune": (
             ["pretrain", "export"],
-            detection(tmp_path / "seed{array}", *few, "SEED", "{array}", "MODEL.WEIGHTS", backbone),
+            detection(
+                *(tmp_path / "seed{array}", *few, "SEED", "{array}", "MODEL.WEIGHTS", backbone),
+                kind="FPN",
+            ),
         ),
     }
     lines = ["gpus_per_node = 0"]

@@ -89,7 +89,7 @@ def launch(main, args):  # in the place of a module that imports torch for secon
     print("noted:", signals.received())
 
 sys.modules["virtex_d2.engine.distributed"] = types.SimpleNamespace(launch=launch)
-sys.modules["virtex_d2.engine.stopping"] = types.SimpleNamespace(
+sys.modules["virtex_d2.engine.unfinished"] = types.SimpleNamespace(
     exit_at_once_if_unfinished=contextlib.nullcontext
 )
 sys.argv = sys.argv[1:]

@@ -1,10 +1,6 @@
 """tools/train_net.py from end to end, on detectors of toy size."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -252,33 +248,13 @@ def test_as_a_program_it_prints_one_line_exits_with_2_and_leaves_nothing(
     assert not (tmp_path / "run").exists()
 
 
-def test_two_processes_train_one_detector_on_cpus(small_detector, data, backbone_file, tmp_path):
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    arguments = [*small_detector("FPN"), *data, "OUTPUT_DIR", str(tmp_path / "run")]
-    arguments += ["MODEL.WEIGHTS", str(backbone_file())]
-    common = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(TOOL), *arguments],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+def test_two_processes_train_one_detector_on_cpus(
+    run_python, small_detector, data, backbone_file, tmp_path
+):
+    arguments = [*small_detector("FPN"), *data, "OUTPUT_DIR", tmp_path / "run"]
+    arguments += ["MODEL.WEIGHTS", backbone_file()]
+    done = run_python(TOOL, *arguments, processes=2, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr
     log = (tmp_path / "run/log.txt").read_text()
     assert "with 2 processes naiveSyncBN does the same" in log
     assert "100 of 100 backbone tensors set" in log

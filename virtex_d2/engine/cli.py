@@ -134,7 +134,7 @@ def run_tool(description: str | None, main: Callable[[argparse.Namespace], None]
     """
     arguments = argument_parser(description).parse_args()
     from virtex_d2.engine.distributed import launch
-    from virtex_d2.engine.stopping import exit_at_once_if_unfinished
+    from virtex_d2.engine.unfinished import exit_at_once_if_unfinished
 
     with exit_on_input_error(), exit_at_once_if_unfinished():
         launch(main, arguments)

@@ -33,7 +33,6 @@ from virtex_d2.engine import preflight, signals
 from virtex_d2.engine.errors import EXIT_CODE, InputError
 from virtex_d2.engine.lock import release_locks
 from virtex_d2.engine.parent import end_with_parent
-from virtex_d2.engine.stopping import EXIT_UNFINISHED
 from virtex_d2.engine.topology import (
     COLLECTIVE_TIMEOUT,
     LAUNCH_TIMEOUT,
@@ -41,6 +40,7 @@ from virtex_d2.engine.topology import (
     Place,
     resolve,
 )
+from virtex_d2.engine.unfinished import EXIT_UNFINISHED
 
 GRACE = 5  # seconds for the others to have read about a failure before the meeting place is gone
 LAST_WORDS = 15  # seconds that processes have to end by themselves after a failure

@@ -16,10 +16,8 @@ the last update. So what it evaluates and keeps is what a run would have that ne
 
 import contextlib
 import logging
-import multiprocessing
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -34,11 +32,11 @@ from virtex_d2.engine import signals
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import write_json
 from virtex_d2.engine.hooks import MetricsWriter
+from virtex_d2.engine.unfinished import Unfinished
 
 logger = logging.getLogger(__name__)
 
 MARKER_VARIABLE = "VIRTEX_REQUEUE_MARKER"
-EXIT_UNFINISHED = 75  # EX_TEMPFAIL of <sysexits.h>: try again later
 
 STOP_FILE = "STOP"
 STOP_FILE_PERIOD = 1.0  # seconds between looks at a file system that may be slow
@@ -70,34 +68,6 @@ class StopRequested(BaseException):
     def __init__(self, reason: str):
         super().__init__(reason)
         self.reason = reason
-
-
-class Unfinished(SystemExit):
-    """Ends a process whose run has stopped on purpose, with exit code 75. Raised in all of them."""
-
-    def __init__(self) -> None:
-        super().__init__(EXIT_UNFINISHED)
-
-
-@contextlib.contextmanager
-def exit_at_once_if_unfinished() -> Iterator[None]:
-    """Around all that a tool does: ends the process when the body has come to `Unfinished`.
-
-    Without the interpreter's own shutdown: with torch and detectron2 loaded that takes seconds on a
-    busy machine, of the few that a scheduler leaves. Everything has been written and closed before.
-    """
-    try:
-        yield
-    except SystemExit as end:
-        if end.code != EXIT_UNFINISHED:
-            raise
-        signals.ignore()
-        for helper in multiprocessing.active_children():  # loader workers
-            helper.terminate()
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(EXIT_UNFINISHED)
 
 
 class Watch:
