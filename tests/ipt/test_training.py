@@ -411,7 +411,8 @@ def test_a_released_file_of_another_scale_is_refused(images, tmp_path, scales, t
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["IPT.TASKS", "['x5']"], "'x5' is no task"),
+        (["IPT.TASKS", "['x5']"], "IPT.TASKS: 'x5' is no task: expected x2, x3, x4, derain, or"),
+        (["IPT.TASKS", "[2]"], "IPT.TASKS: '2' is no task"),
         (["IPT.TASKS", "[]"], r"IPT.TASKS \[\]: expected one task or several"),
         (["IPT.TASKS", "['x2', 'x2']"], "expected one task or several different ones"),
         (["IPT.NEW_TASKS", "['noise70']"], r"IPT.NEW_TASKS: \['noise70'\] are not among IPT.TASKS"),
