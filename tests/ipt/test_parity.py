@@ -57,5 +57,6 @@ def test_forward_passes_match_the_released_code(name):
             mended, _ = network.body(seen, task)
         found = {"output": output, "tokens": tokens, "head": seen, "body": mended}
         assert expected["scale"] == sizes.scales[task]
+        assert {"output", "tokens"} <= expected.keys()
         for key in found.keys() & expected.keys():
             close(found[key], expected[key])

@@ -46,7 +46,7 @@ def test_a_folder_is_restored_under_its_names(six_tasks, tool, tmp_path):
     images = write_images(tmp_path / "in", a=(30, 17), sub__b=(12, 12), tiny=(5, 1))
     code, out, err = tool(six_tasks, images, tmp_path / "out", "--task", "x3")
     assert (code, out) == (0, "")
-    assert "x3: 3 images to restore, 0 kept; 23 tiles of 12 pixels on cpu" in err
+    assert "x3: 3 to restore, 0 kept; 23 tiles of 12 pixels on cpu" in err
     assert _files(tmp_path / "out") == {"a.png", "sub/b.png", "tiny.png"}
     for name in ("a", "sub/b", "tiny"):
         found = _pixels(tmp_path / "out" / f"{name}.png")
@@ -225,7 +225,7 @@ def test_a_stopped_run_goes_on_and_keeps_what_is_whole(six_tasks, tool, tmp_path
     assert "a.png: exists already. --keep keeps" in err
     code, _, err = tool(six_tasks, images, tmp_path / "out", *flags, "--keep")
     assert code == 0
-    assert "noise30: 2 images to restore, 1 kept" in err
+    assert "noise30: 2 to restore, 1 kept" in err
     after = (tmp_path / "out" / "a.png").stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     for name in _files(tmp_path / "whole"):

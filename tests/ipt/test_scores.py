@@ -81,11 +81,18 @@ def _plain_ssim(restored, clean):
     return np.mean(values)
 
 
-def test_ssim_is_what_its_definition_gives():
-    clean, restored = _images()
+@pytest.mark.parametrize("height", [40, 70, 139])  # in one band, and in several
+def test_ssim_is_what_its_definition_gives(height):
+    clean, restored = _images(height)
     expected = _plain_ssim(restored, clean)
     assert 0.3 < expected < 0.95
     assert ssim_y(restored, clean, 0) == pytest.approx(expected, rel=1e-9)
+
+
+def test_psnr_of_a_large_image_is_that_of_all_its_pixels():
+    clean, restored = _images(150, 30)
+    error = (restored.clamp(0, 255).round() - clean.round()).square().mean().item()
+    assert psnr_rgb(restored, clean, 0) == pytest.approx(10 * math.log10(255**2 / error))
 
 
 def test_what_cannot_be_compared_is_refused():

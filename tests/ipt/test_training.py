@@ -363,6 +363,16 @@ def test_a_released_file_is_a_start_too(images, tmp_path):
         )
 
 
+@pytest.mark.slow
+def test_noise_is_learned_to_be_taken_away(images, tmp_path):
+    more = ["IPT.TASKS", "['noise50', 'noise30']", "IPT.FEATURES", "8", "SOLVER.MAX_ITER", "300"]
+    more += ["SOLVER.IMS_PER_BATCH", "8", "TEST.EVAL_PERIOD", "0", "SOLVER.BASE_LR", "0.004"]
+    trainer = train_here(tmp_path / "run", images, *more, "SOLVER.CHECKPOINT_PERIOD", "300")
+    found = trainer.evaluate()
+    assert found["psnr_noise50"] > found["input_psnr_noise50"] + 3
+    assert found["psnr_noise30"] > found["input_psnr_noise30"] + 3
+
+
 # --- bad input
 
 
@@ -401,7 +411,8 @@ def test_a_released_file_of_another_scale_is_refused(images, tmp_path, scales, t
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["IPT.TASKS", "['x5']"], "'x5' is no task"),
+        (["IPT.TASKS", "['x5']"], "IPT.TASKS: 'x5' is no task: expected x2, x3, x4, derain, or"),
+        (["IPT.TASKS", "[2]"], "IPT.TASKS: '2' is no task"),
         (["IPT.TASKS", "[]"], r"IPT.TASKS \[\]: expected one task or several"),
         (["IPT.TASKS", "['x2', 'x2']"], "expected one task or several different ones"),
         (["IPT.NEW_TASKS", "['noise70']"], r"IPT.NEW_TASKS: \['noise70'\] are not among IPT.TASKS"),

@@ -89,7 +89,7 @@ def restore(restorer: Restorer, plan: Plan, device: str = "auto") -> str:
     left = [job for job in jobs if not job.done]
     tiles = sum(count_tiles(*job.size, patch, plan.stride) for job in left) * passes
     print(
-        f"{plan.task.name}: {len(left)} images to restore, {len(jobs) - len(left)} kept; {tiles} "
+        f"{plan.task.name}: {len(left)} to restore, {len(jobs) - len(left)} kept; {tiles} "
         f"tiles of {patch} pixels on {device}",
         file=sys.stderr,
     )

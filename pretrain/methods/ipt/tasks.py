@@ -41,9 +41,13 @@ def parse_task(name: str) -> Task:
 
 def parse_tasks(names: Sequence[str], key: str) -> list[Task]:
     """`parse_task` of each; at least one, none twice. `key` is the config's, for messages."""
+    names = [str(name) for name in names]
     if not names or len({*names}) < len(names):
         raise InputError(
-            f"{key} {list(names)}: expected one task or several different ones, such as "
+            f"{key} {names}: expected one task or several different ones, such as "
             f"{list(SIX_TASKS)}."
         )
-    return [parse_task(name) for name in names]
+    try:
+        return [parse_task(name) for name in names]
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from None
