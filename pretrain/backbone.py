@@ -147,10 +147,11 @@ def last_scales(module: nn.Module) -> list[nn.Parameter]:
 
 def features(cnn: ResNet, image: torch.Tensor) -> torch.Tensor:
     """(N, 3, H, W) float -> the last feature map, (N, C, H / 32, W / 32)."""
-    return cnn.layer4(cnn.layer3(cnn.layer2(cnn.layer1(_stem(cnn, image)))))
+    return cnn.layer4(cnn.layer3(cnn.layer2(cnn.layer1(stem(cnn, image)))))
 
 
-def _stem(cnn: ResNet, image: torch.Tensor) -> torch.Tensor:
+def stem(cnn: ResNet, image: torch.Tensor) -> torch.Tensor:
+    """(N, 3, H, W) float -> what the first stage takes, (N, 64, H / 4, W / 4)."""
     return cnn.maxpool(cnn.relu(cnn.bn1(cnn.conv1(image))))
 
 
@@ -161,7 +162,7 @@ def _compiled_features() -> Callable[[ResNet, torch.Tensor], torch.Tensor]:
 
 def _recomputed_features(cnn: ResNet, image: torch.Tensor) -> torch.Tensor:
     """Compute `features`, keeping the inputs of the stem and of each block alone."""
-    x = _checkpointed(functools.partial(_stem, cnn), [cnn.bn1], image)
+    x = _checkpointed(functools.partial(stem, cnn), [cnn.bn1], image)
     for block in itertools.chain(cnn.layer1, cnn.layer2, cnn.layer3, cnn.layer4):
         norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
         x = _checkpointed(block, norms, x)

@@ -7,7 +7,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
-from pretrain.backbone import ARCHITECTURES, VisualBackbone
+from pretrain.backbone import ARCHITECTURES, VisualBackbone, stem
 from pretrain.export import load_weights
 from pretrain.transforms import normalize
 from virtex_d2.checkpoint.probe import TOLERANCE, compare
@@ -40,7 +40,13 @@ def load_start(
         cfg: the run's.
         identity, fresh: of `load_weights`.
     """
-    source, virtex = Source(local_path(cfg.MODEL.WEIGHTS)), cfg.VIRTEX
+    virtex = cfg.VIRTEX
+    if virtex.PREPROCESSING not in MODES:
+        raise InputError(
+            f"VIRTEX.PREPROCESSING is {virtex.PREPROCESSING!r}; for pretraining expected one of "
+            f"{', '.join(MODES)}. {_VOUCH}"
+        )
+    source = Source(local_path(cfg.MODEL.WEIGHTS))
     chosen = bool(virtex.LAYOUT or virtex.COPY or virtex.PREFIX)
     visual = getattr(method, "visual", None)
     if not isinstance(visual, VisualBackbone):
@@ -68,11 +74,6 @@ def load_resnet(visual: VisualBackbone, source: Source, cfg: CfgNode) -> None:
         cfg: its VIRTEX group says which of the file's networks.
     """
     virtex = cfg.VIRTEX
-    if virtex.PREPROCESSING not in MODES:
-        raise InputError(
-            f"VIRTEX.PREPROCESSING is {virtex.PREPROCESSING!r}; for pretraining expected one of "
-            f"{', '.join(MODES)}. {_VOUCH}"
-        )
     vouched = virtex.PREPROCESSING == "config"
     backbone = source.backbone(virtex.LAYOUT, virtex.COPY, virtex.PREFIX)
     state = visual.cnn.state_dict()
@@ -121,8 +122,8 @@ def _stages(visual: VisualBackbone, rgb: torch.Tensor) -> dict[str, torch.Tensor
     """(3, H, W), 0 to 255 -> what leaves each stage, through pretraining's own preprocessing."""
     cnn = visual.cnn
     x = normalize(rgb[None].to(torch.uint8)).to(cnn.conv1.weight.dtype)
-    stages = {"stem": cnn.maxpool(cnn.relu(cnn.bn1(cnn.conv1(x))))}
-    x = stages["stem"]
+    x = stem(cnn, x)
+    stages = {"stem": x}
     for number in range(1, 5):
         x = stages[f"res{number + 1}"] = getattr(cnn, f"layer{number}")(x)
     return stages

@@ -68,8 +68,8 @@ class PretrainTrainer(Trainer):
     ):
         scaled = _resolve_sizes(cfg)
         solver, ahead = scaled.SOLVER, scaled.SOLVER.LOOKAHEAD
-        periods = cfg.LOG_PERIOD, solver.CHECKPOINT_PERIOD, scaled.TEST.EVAL_PERIOD
-        super().__init__(cfg, solver.MAX_ITER, periods)
+        test = scaled.TEST.EVAL_PERIOD, scaled.TEST.PROBE.PERIOD
+        super().__init__(cfg, solver.MAX_ITER, (cfg.LOG_PERIOD, solver.CHECKPOINT_PERIOD, *test))
         self.cfg = cfg = scaled  # and the run goes on with the one that was given
         self.device = torch.device(cfg.MODEL.DEVICE)
         build = find_method(cfg)
@@ -152,7 +152,7 @@ class PretrainTrainer(Trainer):
                 StreamCursors(stream, cfg.SOLVER.CHECKPOINT_PERIOD),
             ]
         built.append(StopHook())  # what stands behind it is what a resumed run makes up for
-        metric, probed = cfg.TEST.BEST_METRIC, PROBED if self._probe else ()
+        metric, probed = cfg.TEST.BEST_METRIC, PROBED if cfg.TEST.PROBE.ROOT else ()
         if self.data.val is None and metric and not (probed and metric.startswith("probe/")):
             raise InputError(
                 "TEST.BEST_METRIC needs validation, and neither DATA.VAL_CAPTIONS nor "
@@ -283,7 +283,9 @@ def _resolve_sizes(cfg: CfgNode) -> CfgNode:
             f"batch are a rule for sgd, and SOLVER.OPTIMIZER is {solver.OPTIMIZER}. Set it to 0: "
             "SOLVER.ACCUMULATE keeps batch and rates on fewer processes."
         )
-    scaled = scale_to_processes(cfg, solver.ACCUMULATE, "SOLVER.ACCUMULATE", ("CNN_LR",))
+    rates, periods = ("SOLVER.CNN_LR",), ("TEST.PROBE.PERIOD",)
+    key = "SOLVER.ACCUMULATE"
+    scaled = scale_to_processes(cfg, solver.ACCUMULATE, key, rates, periods)
     solver = scaled.SOLVER
     if solver.MAX_ITER < 1 or solver.WARMUP_ITERS >= solver.MAX_ITER:
         raise InputError(
@@ -295,6 +297,6 @@ def _resolve_sizes(cfg: CfgNode) -> CfgNode:
         "iterations%s.",
         described(scaled, solver.ACCUMULATE),
         *(solver.BASE_LR, solver.CNN_LR, solver.WARMUP_ITERS, solver.MAX_ITER),
-        origin(scaled, cfg, rates=("CNN_LR",)),
+        origin(scaled, cfg, rates),
     )
     return scaled

@@ -410,13 +410,14 @@ def test_the_recipe_of_eight_processes_is_scaled_to_two_by_the_rule_of_detectors
 ):
     monkeypatch.setattr("pretrain.trainer.comm.get_world_size", lambda: 2)
     cfg = scaled_config(ACCUMULATE=4, CHECKPOINT_KEEP_EVERY=100)
+    cfg.TEST.PROBE.PERIOD = 500
     with caplog.at_level("INFO"):
         scaled = _resolve_sizes(cfg)
     solver = scaled.SOLVER
     assert (solver.IMS_PER_BATCH, solver.MAX_ITER, solver.WARMUP_ITERS) == (64, 2000000, 40000)
     assert (solver.BASE_LR, solver.CNN_LR) == (0.00025, 0.05)
     assert (solver.CHECKPOINT_PERIOD, scaled.TEST.EVAL_PERIOD) == (8000, 8000)
-    assert solver.CHECKPOINT_KEEP_EVERY == 400
+    assert (solver.CHECKPOINT_KEEP_EVERY, scaled.TEST.PROBE.PERIOD) == (400, 2000)
     assert "STEPS" not in solver
     assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.CNN_LR) == (256, 0.2), "what was given stays"
     assert (

@@ -91,7 +91,7 @@ def test_two_processes_of_the_tool_judge_the_backbone_that_they_write(
     assert not (tmp_path / "two" / "probe").exists()
 
 
-def test_what_cannot_be_judged_is_refused_before_the_run(make_trainer, probing, tmp_path):
+def test_what_cannot_be_judged_is_refused_before_the_run(make_trainer, probing, tmp_path, voc):
     with pytest.raises(InputError, match="^TEST.PROBE .*expected a VOC folder"):
         make_trainer("wrong", *probing, "TEST.PROBE.ROOT", tmp_path / "wrong")
     with pytest.raises(InputError, match="INPUT.RESIZE 16 is smaller"):
@@ -100,5 +100,8 @@ def test_what_cannot_be_judged_is_refused_before_the_run(make_trainer, probing, 
         make_trainer("wrong", "TEST.BEST_METRIC", "probe/mAP")
     with pytest.raises(InputError, match="'probe/map' is none of .*probe/mAP11.*'probe/mAP'"):
         make_trainer("wrong", *probing, "TEST.BEST_METRIC", "probe/map", "DATA.VAL_IMAGES", "")
+    best = ("TEST.BEST_METRIC", "probe/mAP", "DATA.VAL_IMAGES", voc / "JPEGImages")
+    evaluating = options(voc, tmp_path, *probing, *best)
+    PretrainTrainer(load_pretrain_config(None, evaluating), False)  # judges nothing
     with pytest.raises(InputError, match="only tools/pretrain_net.py"):
         make_trainer("wrong", *probing, build_probe=None)

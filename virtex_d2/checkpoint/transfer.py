@@ -1,13 +1,10 @@
 """Load a ResNet into a detector so that it is the network that was pretrained, or nothing is."""
 
-import functools
 import json
 import logging
-import operator
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import detectron2
 import torch
@@ -24,6 +21,7 @@ from virtex_d2.checkpoint.starts import is_random
 from virtex_d2.checkpoint.statements import PIXELS, same
 from virtex_d2.engine.backbone_file import IMAGENET_RGB, Preprocessing
 from virtex_d2.engine.checkpointer import has_checkpoint, last_whole_checkpoint
+from virtex_d2.engine.config import get_key, set_key
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import atomic_path
 
@@ -127,7 +125,7 @@ def apply_preprocessing(cfg: CfgNode, source: Source | None) -> list[str]:
         trained, assumed = _known_preprocessing(backbone).config(), backbone.assumed
     else:
         return []
-    found = {key: _get(cfg, key) for key in trained}
+    found = {key: get_key(cfg, key) for key in trained}
     other = {key: value for key, value in trained.items() if not same(value, found[key])}
     if mode == "check" and other:
         told = "; ".join(f"{key} is {found[key]}, not {value}" for key, value in other.items())
@@ -136,7 +134,7 @@ def apply_preprocessing(cfg: CfgNode, source: Source | None) -> list[str]:
             f" {_OTHER_WAYS} Use:\n{_yaml(other)}"
         )
     for key, value in other.items():
-        _set(cfg, key, value)
+        set_key(cfg, key, value)
         reason = f"assumed: {path} does not say" if key in assumed else f"as {path} says"
         lines.append(f"{key}: {found[key]} -> {value}, {reason}")
     return lines
@@ -235,12 +233,12 @@ def _known_preprocessing(backbone: Backbone) -> Preprocessing:
 
 def config_preprocessing(cfg: CfgNode) -> Preprocessing:
     """What a detector of this config is fed."""
-    return Preprocessing.of_config({key: _get(cfg, key) for key in PIXELS})
+    return Preprocessing.of_config({key: get_key(cfg, key) for key in PIXELS})
 
 
 def _check_config(backbone: Backbone, expected: dict[str, object], cfg: CfgNode) -> None:
     """Refuse a config that feeds the backbone other pixels, or builds another ResNet."""
-    found = {key: _get(cfg, key) for key in expected}
+    found = {key: get_key(cfg, key) for key in expected}
     wrong = [key for key in expected if not same(expected[key], found[key])]
     if wrong:
         told = "; ".join(
@@ -344,15 +342,6 @@ def _some(names: tuple[str, ...]) -> str:
 
 def _stage(name: str) -> str:
     return name.partition(".")[0]
-
-
-def _get(cfg: CfgNode, dotted: str) -> Any:
-    return functools.reduce(operator.getitem, dotted.split("."), cfg)
-
-
-def _set(cfg: CfgNode, dotted: str, value: object) -> None:
-    group, _, key = dotted.rpartition(".")
-    _get(cfg, group)[key] = value
 
 
 def _yaml(values: dict[str, object]) -> str:

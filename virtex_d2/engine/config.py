@@ -1,5 +1,7 @@
 """Configs from YAML files and the command line: safe, and with errors that name file and key."""
 
+import functools
+import operator
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -218,3 +220,14 @@ def _kind(value: Any) -> str:
 
 def _described(value: Any) -> str:
     return f"{value!r} ({type(value).__name__})"
+
+
+def get_key(cfg: CfgNode, dotted: str) -> Any:
+    """The value of a key, as "SOLVER.MAX_ITER"."""
+    return functools.reduce(operator.getitem, dotted.split("."), cfg)
+
+
+def set_key(cfg: CfgNode, dotted: str, value: object) -> None:
+    """Set the value of a key, of a config that is not frozen."""
+    group, _, key = dotted.rpartition(".")
+    get_key(cfg, group)[key] = value

@@ -11,18 +11,23 @@ from detectron2.engine import DefaultTrainer
 from detectron2.utils import comm
 from yacs.config import CfgNode
 
+from virtex_d2.engine.config import get_key, set_key
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.loop import share_of
 
-# These are rounded; a period of 0 would mean "never", or divide by zero.
-_AT_LEAST_ONE = (
+# Rounded, but not to 0, which would mean "never", or divide by zero.
+_PERIODS = (
     *("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.CHECKPOINT_KEEP_EVERY"),
     "TEST.EVAL_PERIOD",
 )
 
 
 def scale_to_processes(
-    cfg: CfgNode, passes: int, passes_key: str, rates: Collection[str] = ()
+    cfg: CfgNode,
+    passes: int,
+    passes_key: str,
+    rates: Collection[str] = (),
+    periods: Collection[str] = (),
 ) -> CfgNode:
     """The config for the processes that there are; refused where they cannot share a batch.
 
@@ -30,7 +35,8 @@ def scale_to_processes(
         cfg: with detectron2's keys of SOLVER (STEPS may be missing) and TEST.EVAL_PERIOD.
         passes: in which the images of an update come.
         passes_key: which says so.
-        rates: keys of SOLVER that are scaled as BASE_LR.
+        rates: keys that are scaled as SOLVER.BASE_LR.
+        periods: keys that are scaled as TEST.EVAL_PERIOD.
 
     Returns:
         `cfg`, or where it is scaled a copy.
@@ -49,7 +55,7 @@ def scale_to_processes(
             f"SOLVER.REFERENCE_WORLD_SIZE is {reference}; expected the number of processes among "
             f"which SOLVER.IMS_PER_BATCH {images} is shared equally, or 0 for no scaling."
         )
-    scaled = _scale(cfg, processes, rates)
+    scaled = _scale(cfg, processes, rates, periods)
     images = scaled.SOLVER.IMS_PER_BATCH
     share = share_of(
         images,
@@ -66,7 +72,9 @@ def scale_to_processes(
     return scaled
 
 
-def _scale(cfg: CfgNode, processes: int, rates: Collection[str]) -> CfgNode:
+def _scale(
+    cfg: CfgNode, processes: int, rates: Collection[str], periods: Collection[str]
+) -> CfgNode:
     """detectron2's scaling, with what it leaves open; `cfg` itself where there is none."""
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
     if reference in (0, processes):
@@ -78,14 +86,12 @@ def _scale(cfg: CfgNode, processes: int, rates: Collection[str]) -> CfgNode:
     scaled = DefaultTrainer.auto_scale_workers(given, processes)
     if steps is None:
         del scaled.SOLVER["STEPS"]
+    factor = processes / reference
     for key in rates:
-        scaled.SOLVER[key] *= processes / reference
-    every = cfg.SOLVER.CHECKPOINT_KEEP_EVERY * reference / processes
-    scaled.SOLVER.CHECKPOINT_KEEP_EVERY = round(every)
-    for key in _AT_LEAST_ONE:
-        group, name = key.split(".")
-        if cfg[group][name] > 0:
-            scaled[group][name] = max(1, scaled[group][name])
+        set_key(scaled, key, get_key(cfg, key) * factor)
+    for key in (*_PERIODS, *periods):
+        if get_key(cfg, key) > 0:
+            set_key(scaled, key, max(1, round(get_key(cfg, key) / factor)))
     if cfg.is_frozen():
         scaled.freeze()
     return scaled
@@ -100,13 +106,13 @@ def described(cfg: CfgNode, passes: int) -> str:
     )
 
 
-def origin(cfg: CfgNode, given: CfgNode, *, rates: Collection[str] = ()) -> str:
+def origin(cfg: CfgNode, given: CfgNode, rates: Collection[str] = ()) -> str:
     """What a scaled config was scaled from, in words; "" where it is the one that was given."""
     if cfg is given:
         return ""
     solver = given.SOLVER
     reference = solver.REFERENCE_WORLD_SIZE
-    told = " and ".join(f"{solver[key]:g}" for key in ("BASE_LR", *rates))
+    told = " and ".join(f"{get_key(given, key):g}" for key in ("SOLVER.BASE_LR", *rates))
     return (
         f"; scaled from {reference} process{_es(reference)} with {solver.IMS_PER_BATCH} images, "
         f"learning rate {told} and {solver.MAX_ITER} iterations"
