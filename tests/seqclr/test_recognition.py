@@ -32,6 +32,7 @@ from virtex_d2.engine.files import read_safetensors, write_safetensors
 from virtex_d2.engine.frozen import fingerprint
 
 LETTERS = "abc"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 # Decoders
@@ -330,6 +331,21 @@ def test_evaluating_alone_gives_what_training_gave(run, world, tmp_path):
         assert json.loads((tmp_path / weights / "scores.json").read_text()) == expected
 
 
+@pytest.mark.slow
+def test_two_processes_read_what_one_does(run, world, tmp_path, run_python):
+    output, _, _ = run
+    given = ("DATA.VAL_WORDS", str([str(world / "val" / LIST)]), "OUTPUT_DIR", tmp_path / "two")
+    done = run_python(
+        *("tools/train_recognizer.py", "--eval-only", "--num-processes", 2),
+        *("--config-file", world / "ctc.yaml", "MODEL.WEIGHTS", output / "model_final.pth"),
+        *given,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("scores.json", "predictions.tsv"):
+        assert (tmp_path / "two" / name).read_text() == (output / name).read_text()
+
+
 def test_an_encoder_is_started_from_a_file(run, world, tmp_path):
     output, _, _ = run
     weights = tmp_path / "resnet.pth"
@@ -443,9 +459,6 @@ def test_a_run_goes_on_with_its_letters(run, world):
 )
 def test_values_that_cannot_be(world, tmp_path, key, value, said):
     refused(world, tmp_path, [key, said], key, value)
-
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(

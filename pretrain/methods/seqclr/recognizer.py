@@ -332,7 +332,9 @@ def require_recognizer(path: str, cfg: CfgNode) -> None:
     state = state if isinstance(state, dict) else {}
     letters = state.get(LETTERS)
     if not isinstance(letters, torch.Tensor):
-        source = content.get("run", {}).get("keys", {}).get("MODEL.OBJECTIVE")
+        run = content.get("run")
+        keys = run.get("keys") if isinstance(run, dict) else None
+        source = keys.get("MODEL.OBJECTIVE") if isinstance(keys, dict) else None
         of = f" of MODEL.OBJECTIVE {source}" if source else ""
         raise InputError(
             f"{path}: expected a recognizer, as tools/train_recognizer.py writes it, found a "
