@@ -88,17 +88,34 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(words, run, tmp_
 
 
 @pytest.mark.slow
-def test_two_processes_train_and_resume_to_the_bit(words, tmp_path, run_python):
-    opts = ["OUTPUT_DIR", tmp_path / "whole", *TINY, *of(words)]
+def test_two_processes_resume_to_the_bit_and_with_synchronised_norms_train_what_one_does(
+    words, tmp_path, run_python
+):
+    # sgd: where a gradient is next to nothing, the others divide it by its own size
+    more = [*of(words), "SEQCLR.SYNC_NORM", True, "SOLVER.OPTIMIZER", "sgd"]
+    more += ["SOLVER.CNN_LR", 0.02, "SOLVER.BASE_LR", 0.02]
 
-    def start(output: Path, *more: str) -> None:
-        opts[1] = output
-        done = run_python("tools/pretrain_net.py", "--num-processes", 2, *more, *opts, cwd=ROOT)
+    def start(output: Path, *flags: str) -> None:
+        opts = ["OUTPUT_DIR", output, *TINY, *more]
+        done = run_python("tools/pretrain_net.py", "--num-processes", 2, *flags, *opts, cwd=ROOT)
         assert done.returncode == 0, done.stderr
 
     start(tmp_path / "whole")
     start(as_if_stopped(tmp_path / "whole", tmp_path / "resumed"), "--resume")
     assert differing(*(final(tmp_path / f)["model"] for f in ("whole", "resumed"))) == []
+    alone = train_here(tmp_path / "alone", *more).method
+    began = dict(build_method_at_start(*more).named_parameters())
+    found = final(tmp_path / "whole")["model"]
+    for name, parameter in alone.named_parameters():
+        moved = (parameter - began[name]).norm()
+        assert moved > 0, name
+        assert (parameter - found[name]).norm() < 0.01 * moved, name
+
+
+def build_method_at_start(*more: object):
+    cfg = config(*more)
+    torch.manual_seed(cfg.SEED)
+    return build_method(cfg)
 
 
 @pytest.mark.slow
@@ -239,3 +256,8 @@ def test_what_does_not_fit_is_refused_and_nothing_loaded(run, backbone_file, tmp
 def test_values_that_cannot_be_are_refused_by_name(key, value, message):
     with pytest.raises(InputError, match=f"{key}.*{message}|{message}"):
         build_method(config(key, value))
+
+
+def test_synchronised_norms_are_not_compiled():
+    with pytest.raises(InputError, match="SYNC_NORM with MODEL.VISUAL.COMPILE True"):
+        build_method(config("SEQCLR.SYNC_NORM", True, "MODEL.VISUAL.COMPILE", True))

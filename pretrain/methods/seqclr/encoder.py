@@ -9,6 +9,7 @@ import re
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.layers import NaiveSyncBatchNorm
 from torch import nn
 
 from pretrain.backbone import VisualBackbone
@@ -129,6 +130,28 @@ class Encoder(nn.Module):
 def build_encoder(cfg: CfgNode) -> Encoder:
     """The encoder that ENCODER and MODEL.VISUAL describe, with random weights."""
     return Encoder(build_visual(cfg), cfg.ENCODER.CONTEXT, cfg.ENCODER.JOINED)
+
+
+class SyncedNorm(NaiveSyncBatchNorm):
+    """Batch norm over the words of all processes, on any device; in float32 at least.
+
+    Statistics of bfloat16 would be rounded to eight bits before their squares are subtracted.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.bfloat16:
+            return super().forward(x.float()).to(x.dtype)
+        return super().forward(x)
+
+
+def synchronise_norms(module: nn.Module) -> None:
+    """Let all batch norms see the words of all processes; names and tensors stay."""
+    for part in list(module.modules()):
+        for name, norm in list(part.named_children()):
+            if type(norm) is nn.BatchNorm2d:
+                synced = SyncedNorm(norm.num_features, norm.eps, norm.momentum)
+                synced.load_state_dict(norm.state_dict())
+                setattr(part, name, synced)
 
 
 def num_frames(width: int) -> int:

@@ -24,6 +24,7 @@ from pretrain.methods.seqclr.encoder import (
     export_encoder,
     load_encoder,
     num_frames,
+    synchronise_norms,
     training_strides,
 )
 from pretrain.methods.seqclr.loss import (
@@ -60,6 +61,8 @@ class SeqCLR(Method):
             own.PROJECTION, size, own.PROJECTION_HIDDEN or size, own.PROJECTION_SIZE or size
         )
         self.radius = ViewDraws(own).radius
+        if own.SYNC_NORM:
+            synchronise_norms(self.encoder)
 
     @staticmethod
     def add_config(cfg: CfgNode) -> None:
@@ -76,6 +79,8 @@ class SeqCLR(Method):
         own.PROJECTION_HIDDEN = 0
         own.PROJECTION_SIZE = 0
         own.TEMPERATURE = 0.1
+        # Batch norms see the words of all processes, not each process its own.
+        own.SYNC_NORM = False
         add_augmentation_config(own)
 
     @staticmethod
@@ -102,6 +107,11 @@ class SeqCLR(Method):
             )
         if not own.TEMPERATURE > 0:
             raise InputError(f"SEQCLR.TEMPERATURE: expected more than 0, found {own.TEMPERATURE}.")
+        if own.SYNC_NORM and cfg.MODEL.VISUAL.COMPILE:
+            raise InputError(
+                "SEQCLR.SYNC_NORM with MODEL.VISUAL.COMPILE True: expected one of them; what "
+                "processes exchange within the network is not compiled."
+            )
         if cfg.ENCODER.JOINED:
             raise InputError(
                 "ENCODER.JOINED True: it is for decoders; pretraining contrasts the last stage's "
