@@ -20,7 +20,7 @@ from pretrain.methods.seqclr.decoders import (
     CTCDecoder,
     frames_needed,
 )
-from pretrain.methods.seqclr.encoder import load_encoder
+from pretrain.methods.seqclr.encoder import load_encoder, read_encoder
 from pretrain.methods.seqclr.main import check_words, read_words
 from pretrain.methods.seqclr.reading import load_reader
 from pretrain.methods.seqclr.rendered import LIST, draw_word, random_words, write_words
@@ -302,6 +302,11 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(world, tmp_path, run, de
     one, other = final(whole), final(tmp_path / "b")
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+    assert (tmp_path / "b" / "backbone.safetensors").exists() == bool(more)
+    if more:  # what was fine-tuned is handed over
+        encoder, _ = read_encoder(str(tmp_path / "b" / "encoder.safetensors"))
+        weight = one["encoder.visual.cnn.conv1.weight"]
+        assert torch.equal(encoder.visual.cnn.conv1.weight, weight)
 
 
 def test_several_sets_are_scored_each_and_unlabelled_shares_are_left_out(

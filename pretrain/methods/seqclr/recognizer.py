@@ -37,6 +37,7 @@ from pretrain.methods.seqclr.encoder import (
     load_encoder,
 )
 from pretrain.methods.seqclr.labels import fitting_words, labelled_words
+from pretrain.methods.seqclr.method import SeqCLR
 from pretrain.methods.seqclr.scores import (
     add_score_config,
     check_scores,
@@ -230,7 +231,8 @@ class Recognizer(Method):
 
     @staticmethod
     def export(state: Batch, cfg: CfgNode) -> dict[str, Exported]:
-        return {"recognizer": export_recognizer(state, cfg)}
+        tuned = {} if cfg.ENCODER.FREEZE else SeqCLR.export(state, cfg)  # encoder and backbone
+        return {"recognizer": export_recognizer(state, cfg), **tuned}
 
 
 class Prediction(NamedTuple):
