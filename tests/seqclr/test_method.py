@@ -228,6 +228,7 @@ def test_what_does_not_fit_is_refused_and_nothing_loaded(run, backbone_file, tmp
         backbone_file(
             "resnet18", channel_order="BGR", pixel_mean="103.53,116.28,123.675", pixel_std="1,1,1"
         ): msra.replace(",", ".*"),
+        run / "model_final.pth": "a whole run's checkpoint. Give the encoder.safetensors",
         run / "encoder.safetensors": "an encoder with ENCODER.CONTEXT bilstm, where this .* none",
     }
     for path, message in cases.items():
@@ -244,6 +245,7 @@ def test_what_does_not_fit_is_refused_and_nothing_loaded(run, backbone_file, tmp
         ("SEQCLR.MAPPING", "windows", "'windows' is not one of all, window, frame.*'window'"),
         ("SEQCLR.PROJECTION", "lstm", "'lstm' is not one of none, linear, mlp, bilstm"),
         ("SEQCLR.WINDOWS", 9, "expected 1 to 8, the frames of a word of 32 pixels.* found 9"),
+        ("SOLVER.IMS_PER_BATCH", 1, "expected 2 or more"),
         ("SEQCLR.TEMPERATURE", 0, "expected more than 0"),
         ("SEQCLR.PROJECTION_SIZE", -1, "expected channels, or 0"),
         ("SEQCLR.AUGMENT.NUMBER", "(0, 8)", "NUMBER: expected a range within 0 and 7"),

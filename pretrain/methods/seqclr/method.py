@@ -18,10 +18,12 @@ from pretrain.methods.seqclr.augmentation import (
     check_augmentation,
 )
 from pretrain.methods.seqclr.encoder import (
+    BACKBONE,
     add_encoder_config,
     build_encoder,
     check_encoder,
     export_encoder,
+    holds_encoder,
     load_encoder,
     num_frames,
     synchronise_norms,
@@ -38,8 +40,6 @@ from pretrain.methods.seqclr.words import open_words, word_pixels
 from pretrain.transforms import normalize, upload
 from virtex_d2.checkpoint.source import Source, local_path
 from virtex_d2.engine.errors import InputError, nearest
-
-BACKBONE = "encoder.visual.cnn."
 
 
 class SeqCLR(Method):
@@ -105,6 +105,11 @@ class SeqCLR(Method):
                 "SEQCLR.PROJECTION_HIDDEN and PROJECTION_SIZE: expected channels, or 0 for those "
                 f"of the frames, found {own.PROJECTION_HIDDEN} and {own.PROJECTION_SIZE}."
             )
+        if cfg.SOLVER.IMS_PER_BATCH < 2:
+            raise InputError(
+                f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH}: expected 2 or more; a word is "
+                "told among others."
+            )
         if not own.TEMPERATURE > 0:
             raise InputError(f"SEQCLR.TEMPERATURE: expected more than 0, found {own.TEMPERATURE}.")
         if own.SYNC_NORM and cfg.MODEL.VISUAL.COMPILE:
@@ -168,8 +173,7 @@ class SeqCLR(Method):
 
     def load_start(self, path: str, identity: Mapping[str, str]) -> None:
         """Load a checkpoint of this method whole, or an encoder or any ResNet into the encoder."""
-        states = Source(local_path(path)).states.values()
-        if any(BACKBONE in name for state in states for name in state):
+        if holds_encoder(Source(local_path(path))):
             super().load_start(path, identity)
         else:
             load_encoder(self.encoder, path)
