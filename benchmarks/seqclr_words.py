@@ -7,7 +7,7 @@ statistics recomputed on the same words (for a random network as well, which wou
 otherwise), a BiLSTM and CTC learn to read from its frames. In the plain world, all dark on light:
 random weights, windows, and windows whose views are of two different words (`rolled`). In the style
 world, of any colours, contrasts and gradients: random weights, windows without STYLE, and with it.
-Each cell is done once: a stopped call goes on. Some ten minutes of one core.
+Each cell is done once: a stopped call goes on. Some six minutes of one core.
 """
 
 import argparse
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for all of it")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--worlds", nargs="+", choices=list(CELLS), default=list(CELLS))
-    parser.add_argument("--iterations", type=int, default=100)
+    parser.add_argument("--iterations", type=int, default=40)
     args = parser.parse_args()
     torch.set_num_threads(1)
     claim_output(args.output, "seqclr_words", {"iterations": args.iterations, "epochs": EPOCHS})

@@ -122,8 +122,8 @@ def test_the_schedule_warms_up_linearly_and_ends_at_zero(cfg, model):
     assert rates[-1, cnn].item() == pytest.approx(0.1 * (1 + math.cos(math.pi * 15 / 16)))
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_both_optimizers_use_the_groups(cfg, model, name):
+@pytest.mark.parametrize("name", ["sgd", "adamw", "adadelta"])
+def test_every_optimizer_uses_the_groups(cfg, model, name):
     own = cfg.clone()
     own.SOLVER.OPTIMIZER = name
     optimizer = build_optimizer(own, parameter_groups(own, model))
@@ -143,6 +143,18 @@ def test_an_update_is_one_kernel_except_under_a_loss_scaler_that_skips_updates(
     own = cfg.clone()
     own.SOLVER.OPTIMIZER, own.SOLVER.AMP.ENABLED, own.SOLVER.AMP.DTYPE = name, enabled, dtype
     assert build_optimizer(own, parameter_groups(own, model)).defaults["fused"] is fused
+
+
+def test_the_first_step_of_adadelta_is_its_papers(cfg):
+    weight = torch.nn.Parameter(torch.ones(1))
+    own = cfg.clone()
+    own.SOLVER.OPTIMIZER = "adadelta"
+    optimizer = build_optimizer(own, [{"params": [weight], "lr": 1.0, "weight_decay": 0.0}])
+    weight.grad = torch.full((1,), 3.0)
+    optimizer.step()
+    # root of the mean square of steps, over that of gradients, times the gradient
+    step = 1e-8**0.5 / (0.05 * 3**2 + 1e-8) ** 0.5 * 3
+    assert 1 - weight.item() == pytest.approx(step, rel=1e-3)
 
 
 def test_an_unknown_optimizer_is_refused_with_the_nearest_name(cfg, model):

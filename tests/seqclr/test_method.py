@@ -88,17 +88,34 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(words, run, tmp_
 
 
 @pytest.mark.slow
-def test_two_processes_train_and_resume_to_the_bit(words, tmp_path, run_python):
-    opts = ["OUTPUT_DIR", tmp_path / "whole", *TINY, *of(words)]
+def test_two_processes_resume_to_the_bit_and_with_synchronised_norms_train_what_one_does(
+    words, tmp_path, run_python
+):
+    # sgd: where a gradient is next to nothing, the others divide it by its own size
+    more = [*of(words), "MODEL.VISUAL.NORM", "SyncBN", "SOLVER.OPTIMIZER", "sgd"]
+    more += ["SOLVER.CNN_LR", 0.02, "SOLVER.BASE_LR", 0.02]
 
-    def start(output: Path, *more: str) -> None:
-        opts[1] = output
-        done = run_python("tools/pretrain_net.py", "--num-processes", 2, *more, *opts, cwd=ROOT)
+    def start(output: Path, *flags: str) -> None:
+        opts = ["OUTPUT_DIR", output, *TINY, *more]
+        done = run_python("tools/pretrain_net.py", "--num-processes", 2, *flags, *opts, cwd=ROOT)
         assert done.returncode == 0, done.stderr
 
     start(tmp_path / "whole")
     start(as_if_stopped(tmp_path / "whole", tmp_path / "resumed"), "--resume")
     assert differing(*(final(tmp_path / f)["model"] for f in ("whole", "resumed"))) == []
+    alone = train_here(tmp_path / "alone", *more).method
+    began = dict(build_method_at_start(*more).named_parameters())
+    found = final(tmp_path / "whole")["model"]
+    for name, parameter in alone.named_parameters():
+        moved = (parameter - began[name]).norm()
+        assert moved > 0, name
+        assert (parameter - found[name]).norm() < 0.01 * moved, name
+
+
+def build_method_at_start(*more: object):
+    cfg = config(*more)
+    torch.manual_seed(cfg.SEED)
+    return build_method(cfg)
 
 
 @pytest.mark.slow
@@ -209,6 +226,7 @@ def test_what_does_not_fit_is_refused_and_nothing_loaded(run, backbone_file, tmp
         backbone_file(
             "resnet18", channel_order="BGR", pixel_mean="103.53,116.28,123.675", pixel_std="1,1,1"
         ): msra,
+        run / "model_final.pth": "a whole run's checkpoint. Give the encoder.safetensors",
         run / "encoder.safetensors": "an encoder with ENCODER.CONTEXT bilstm, where this .* none",
     }
     for path, message in cases.items():
@@ -225,6 +243,7 @@ def test_what_does_not_fit_is_refused_and_nothing_loaded(run, backbone_file, tmp
         ("SEQCLR.MAPPING", "windows", "'windows' is not one of all, window, frame.*'window'"),
         ("SEQCLR.PROJECTION", "lstm", "'lstm' is not one of none, linear, mlp, bilstm"),
         ("SEQCLR.WINDOWS", 9, "expected 1 to 8, the frames of a word of 32 pixels.* found 9"),
+        ("SOLVER.IMS_PER_BATCH", 1, "expected 2 or more"),
         ("SEQCLR.TEMPERATURE", 0, "expected more than 0"),
         ("SEQCLR.PROJECTION_SIZE", -1, "expected channels, or 0"),
         ("SEQCLR.AUGMENT.NUMBER", "(0, 8)", "NUMBER: expected a range within 0 and 7"),

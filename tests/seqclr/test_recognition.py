@@ -20,7 +20,7 @@ from pretrain.methods.seqclr.decoders import (
     CTCDecoder,
     frames_needed,
 )
-from pretrain.methods.seqclr.encoder import load_encoder
+from pretrain.methods.seqclr.encoder import load_encoder, read_encoder
 from pretrain.methods.seqclr.main import check_words, read_words
 from pretrain.methods.seqclr.reading import load_reader
 from pretrain.methods.seqclr.rendered import LIST, draw_word, random_words, write_words
@@ -32,6 +32,7 @@ from virtex_d2.engine.files import read_safetensors, write_safetensors
 from virtex_d2.engine.frozen import fingerprint
 
 LETTERS = "abc"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 # Decoders
@@ -301,6 +302,11 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(world, tmp_path, run, de
     one, other = final(whole), final(tmp_path / "b")
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+    assert (tmp_path / "b" / "backbone.safetensors").exists() == bool(more)
+    if more:  # what was fine-tuned is handed over
+        encoder, _ = read_encoder(str(tmp_path / "b" / "encoder.safetensors"))
+        weight = one["encoder.visual.cnn.conv1.weight"]
+        assert torch.equal(encoder.visual.cnn.conv1.weight, weight)
 
 
 def test_several_sets_are_scored_each_and_unlabelled_shares_are_left_out(
@@ -328,6 +334,21 @@ def test_evaluating_alone_gives_what_training_gave(run, world, tmp_path):
         trainer.load_for_evaluation()
         trainer.evaluate()
         assert json.loads((tmp_path / weights / "scores.json").read_text()) == expected
+
+
+@pytest.mark.slow
+def test_two_processes_read_what_one_does(run, world, tmp_path, run_python):
+    output, _, _ = run
+    given = ("DATA.VAL_WORDS", str([str(world / "val" / LIST)]), "OUTPUT_DIR", tmp_path / "two")
+    done = run_python(
+        *("tools/train_recognizer.py", "--eval-only", "--num-processes", 2),
+        *("--config-file", world / "ctc.yaml", "MODEL.WEIGHTS", output / "model_final.pth"),
+        *given,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("scores.json", "predictions.tsv"):
+        assert (tmp_path / "two" / name).read_text() == (output / name).read_text()
 
 
 def test_an_encoder_is_started_from_a_file(run, world, tmp_path):
@@ -443,9 +464,6 @@ def test_a_run_goes_on_with_its_letters(run, world):
 )
 def test_values_that_cannot_be(world, tmp_path, key, value, said):
     refused(world, tmp_path, [key, said], key, value)
-
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(

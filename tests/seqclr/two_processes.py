@@ -8,7 +8,6 @@ import sys
 
 import torch
 import torch.distributed as dist
-from detectron2.layers import NaiveSyncBatchNorm
 from torch import nn
 from torch.multiprocessing import start_processes
 
@@ -17,18 +16,13 @@ from pretrain.methods.method import build_method
 
 OPTS = "MODEL.OBJECTIVE seqclr MODEL.DEVICE cpu MODEL.VISUAL.NAME resnet18 SEQCLR.MAPPING window"
 OPTS += " SEQCLR.WINDOWS 3 SEQCLR.PROJECTION bilstm SEQCLR.PROJECTION_HIDDEN 8"
-OPTS += " MODEL.VISUAL.ZERO_INIT_RESIDUAL False"
+OPTS += " MODEL.VISUAL.ZERO_INIT_RESIDUAL False MODEL.VISUAL.NORM"
 
 
 def build(synchronised: bool) -> nn.Module:
     torch.manual_seed(0)
-    method = build_method(load_pretrain_config(None, OPTS.split())).double()
-    if synchronised:
-        for module in list(method.modules()):
-            for name, norm in list(module.named_children()):
-                if isinstance(norm, nn.BatchNorm2d):
-                    setattr(module, name, NaiveSyncBatchNorm(norm.num_features).double())
-    return method.train()
+    cfg = load_pretrain_config(None, [*OPTS.split(), "SyncBN" if synchronised else "BN"])
+    return build_method(cfg).double().train()
 
 
 def compare(rank: int, folder: str) -> None:

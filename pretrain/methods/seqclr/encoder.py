@@ -28,6 +28,8 @@ CONTEXT_SIZE = 256
 # Height and width of the stages' first strides while words are learnt.
 STRIDES = {"layer2": (2, 1), "layer3": (2, 1), "layer4": (2, 1)}
 SMALLEST = 16  # pixels of a side
+# Where a method that has an encoder keeps its ResNet.
+BACKBONE = "encoder.visual.cnn."
 FORMAT = "virtex_d2.word_encoder"
 VERSION = "1"
 
@@ -184,11 +186,21 @@ def load_encoder(encoder: Encoder, path: str, cfg: CfgNode) -> None:
         _load_strictly(encoder, source.stored.content, path)
         logger.info("Loaded the whole encoder of %s.", path)
         return
+    if holds_encoder(source):
+        raise InputError(
+            f"{path}: a whole run's checkpoint. Give the encoder.safetensors that lies beside it, "
+            "which pretraining of words writes."
+        )
     plain = VisualBackbone(encoder.visual.name)
     load_resnet(plain, source, cfg)
     encoder.visual.cnn.load_state_dict(plain.cnn.state_dict())
     if len(encoder.context):
         logger.info("The BiLSTMs start anew.")
+
+
+def holds_encoder(source: Source) -> bool:
+    """Whether a file is of a whole method with an encoder, BiLSTMs included."""
+    return any(BACKBONE in name for state in source.states.values() for name in state)
 
 
 def read_encoder(path: str, joined: bool = False) -> tuple[Encoder, tuple[int, int]]:

@@ -117,7 +117,7 @@ def _label(folder: str, number: int, value: bytes) -> str:
             "texts."
         ) from error
     nothing = re.sub("[^a-z]", "", text.lower()) == _NO_LABEL
-    return "" if nothing or not text.strip() else text
+    return "" if nothing else text.strip()
 
 
 # By folder, what this process has opened. An LMDB may be open once in a process, and what was

@@ -6,7 +6,8 @@ Text (Wang et al., ICCV 2011).
 
 import io
 import os
-from collections.abc import Sequence
+from codecs import BOM_UTF8
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from xml.etree import ElementTree
@@ -17,7 +18,6 @@ from PIL import Image
 
 from pretrain.data.records import Records, packed
 from virtex_d2.engine.errors import InputError
-from virtex_d2.engine.files import read_text
 from virtex_d2.engine.images import read_image
 
 _IIIT5K = {"traindata": "GroundTruth", "testdata": "GroundTruth"}
@@ -78,10 +78,14 @@ def _cut(path: str, words: Sequence[tuple[str, str, Sequence[float]]]) -> CutRec
     for name in names:
         count[name] = count.get(name, 0) + 1
         ids.append(f"{name}#{count[name]}")
-    labels = [[label] if label.strip() else [] for _, label, _ in words]
+    labels = _captions([label for _, label, _ in words])
     found = packed(ids, names, labels, path, os.path.dirname(path) or ".")
     corners = np.array([corners for _, _, corners in words], np.float32).reshape(-1, 8)
     return CutRecords(**{**vars(found), "corners": corners})
+
+
+def _captions(labels: Iterable[str]) -> list[list[str]]:
+    return [[label.strip()] if label.strip() else [] for label in labels]
 
 
 # MATLAB
@@ -133,9 +137,7 @@ def _read_iiit5k(path: str, variable: str) -> Records:
         )
     names = [_text(path, row["ImgName"]) for row in rows]
     labels = [_text(path, row[field]) for row in rows]
-    return packed(
-        names, names, [[t] if t.strip() else [] for t in labels], path, os.path.dirname(path) or "."
-    )
+    return packed(names, names, _captions(labels), path, os.path.dirname(path) or ".")
 
 
 def _text(path: str, value: Any) -> str:
@@ -178,13 +180,17 @@ def _single(value: np.ndarray) -> np.ndarray:
 # XML
 
 
+def is_xml(path: str) -> bool:
+    """Whether a file begins with an element, or says that it is XML."""
+    with open(path, "rb") as file:
+        return file.read(64).removeprefix(BOM_UTF8).lstrip().startswith(b"<")
+
+
 def read_xml(path: str) -> tuple[str, Records]:
     """Read ICDAR 2003's lists of cropped words, or of words in scenes (as SVT's)."""
     try:
-        root = ElementTree.fromstring(
-            read_text(path).encode(), ElementTree.XMLParser(encoding="utf-8")
-        )
-    except ElementTree.ParseError as error:
+        root = ElementTree.parse(path).getroot()
+    except (ElementTree.ParseError, LookupError, ValueError) as error:  # encodings, too
         raise InputError(f"{path}: is not XML: {error}. Copy it again.") from error
     images = list(root.iter("image"))
     if images and all("file" in image.attrib for image in images):
@@ -193,7 +199,7 @@ def read_xml(path: str) -> tuple[str, Records]:
         return "icdar 2003", packed(
             names,
             names,
-            [[t] if t.strip() else [] for t in labels],
+            _captions(labels),
             path,
             os.path.dirname(path) or ".",
         )

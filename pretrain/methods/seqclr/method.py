@@ -18,10 +18,12 @@ from pretrain.methods.seqclr.augmentation import (
     check_augmentation,
 )
 from pretrain.methods.seqclr.encoder import (
+    BACKBONE,
     add_encoder_config,
     build_encoder,
     check_encoder,
     export_encoder,
+    holds_encoder,
     load_encoder,
     num_frames,
     training_strides,
@@ -37,8 +39,6 @@ from pretrain.methods.seqclr.words import open_words, word_pixels
 from pretrain.transforms import normalize, upload
 from virtex_d2.checkpoint.source import Source, local_path
 from virtex_d2.engine.errors import InputError, nearest
-
-BACKBONE = "encoder.visual.cnn."
 
 
 class SeqCLR(Method):
@@ -99,6 +99,11 @@ class SeqCLR(Method):
             raise InputError(
                 "SEQCLR.PROJECTION_HIDDEN and PROJECTION_SIZE: expected channels, or 0 for those "
                 f"of the frames, found {own.PROJECTION_HIDDEN} and {own.PROJECTION_SIZE}."
+            )
+        if cfg.SOLVER.IMS_PER_BATCH < 2:
+            raise InputError(
+                f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH}: expected 2 or more; a word is "
+                "told among others."
             )
         if not own.TEMPERATURE > 0:
             raise InputError(f"SEQCLR.TEMPERATURE: expected more than 0, found {own.TEMPERATURE}.")
@@ -162,7 +167,7 @@ class SeqCLR(Method):
         if not path:
             return
         source = Source(local_path(path))
-        if any(BACKBONE in name for state in source.states.values() for name in state):
+        if holds_encoder(source):
             load_weights(self, source.stored, identity, self.fresh)
         else:
             load_encoder(self.encoder, path, cfg)

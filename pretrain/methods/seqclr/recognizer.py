@@ -37,6 +37,7 @@ from pretrain.methods.seqclr.encoder import (
     load_encoder,
 )
 from pretrain.methods.seqclr.labels import fitting_words, labelled_words
+from pretrain.methods.seqclr.method import SeqCLR
 from pretrain.methods.seqclr.scores import (
     add_score_config,
     check_scores,
@@ -230,7 +231,8 @@ class Recognizer(Method):
 
     @staticmethod
     def export(state: Batch, cfg: CfgNode) -> dict[str, Exported]:
-        return {"recognizer": export_recognizer(state, cfg)}
+        tuned = {} if cfg.ENCODER.FREEZE else SeqCLR.export(state, cfg)  # encoder and backbone
+        return {"recognizer": export_recognizer(state, cfg), **tuned}
 
 
 class Prediction(NamedTuple):
@@ -332,7 +334,9 @@ def require_recognizer(path: str, cfg: CfgNode) -> None:
     state = state if isinstance(state, dict) else {}
     letters = state.get(LETTERS)
     if not isinstance(letters, torch.Tensor):
-        source = content.get("run", {}).get("keys", {}).get("MODEL.OBJECTIVE")
+        run = content.get("run")
+        keys = run.get("keys") if isinstance(run, dict) else None
+        source = keys.get("MODEL.OBJECTIVE") if isinstance(keys, dict) else None
         of = f" of MODEL.OBJECTIVE {source}" if source else ""
         raise InputError(
             f"{path}: expected a recognizer, as tools/train_recognizer.py writes it, found a "

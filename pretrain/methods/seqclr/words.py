@@ -28,7 +28,7 @@ from pretrain.data.records import (
     text_lines,
 )
 from pretrain.methods.seqclr.lmdb_words import find_databases, read_lmdb
-from pretrain.methods.seqclr.located_words import is_matlab, read_matlab, read_xml
+from pretrain.methods.seqclr.located_words import is_matlab, is_xml, read_matlab, read_xml
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import require_file
 from virtex_d2.engine.images import image_suffix, images_in
@@ -142,13 +142,13 @@ def _read_folder(folder: str) -> WordSet:
 def _read_file(path: str, other: str) -> WordSet:
     if is_matlab(path):
         return WordSet(path, *read_matlab(path))
+    if is_xml(path):  # which says itself how it is encoded
+        return WordSet(path, *read_xml(path))
     lines = [line for _, line in text_lines(path)]
     if not lines:
         raise InputError(
             f"{path}: is empty; expected a list of words, an image and a label a line."
         )
-    if lines[0].lstrip().startswith("<"):
-        return WordSet(path, *read_xml(path))
     content = [line for line in lines if not line.startswith("#")]
     if content and _IAM.fullmatch(content[0]):
         return _read_iam(path, other)
@@ -158,10 +158,12 @@ def _read_file(path: str, other: str) -> WordSet:
             "list of ids."
         )
     root = other or os.path.dirname(path)
-    for layout, read in _LAYOUTS.items():
-        if all(map(_LOOKS_LIKE[layout], lines)):
-            rows = read(path)
-            return _set(layout, path, root, rows)
+    if lines[0].lstrip().startswith("{"):
+        return _set("json lines", path, root, _json_rows(path))
+    if _ICDAR.fullmatch(lines[0]):
+        return _set("icdar", path, root, _icdar_rows(path))
+    if all(map(_MJSYNTH.fullmatch, lines)):
+        return _set("mjsynth", path, root, _mjsynth_rows(path))
     return _set("list", path, root, _list_rows(path))
 
 
@@ -170,7 +172,7 @@ def _set(
 ) -> WordSet:
     """Pack rows of images, all of which must be on the disk."""
     names = [name for name, _ in rows]
-    labels = [[label] if label.strip() else [] for _, label in rows]
+    labels = [[label.strip()] if label.strip() else [] for _, label in rows]
     return WordSet(path, layout, packed(ids or names, names, labels, path, root or "."))
 
 
@@ -212,8 +214,16 @@ def _json_rows(path: str) -> _Rows:
 
 
 def _icdar_rows(path: str) -> _Rows:
-    matches = (_ICDAR.fullmatch(line) for _, line in text_lines(path))
-    return [(m["image"].strip(), re.sub(r"\\(.)", r"\1", m["label"])) for m in matches]
+    rows = []
+    for number, line in text_lines(path):
+        match = _ICDAR.fullmatch(line)
+        if not match:
+            raise InputError(
+                f'{path}, line {number}: expected word_1.png, "word" as in its first line, found '
+                f"{line[:80]!r}. Mend or remove the line."
+            )
+        rows.append((match["image"].strip(), re.sub(r"\\(.)", r"\1", match["label"])))
+    return rows
 
 
 def _mjsynth_rows(path: str) -> _Rows:
@@ -227,18 +237,6 @@ def _mjsynth_rows(path: str) -> _Rows:
             )
         rows.append((match["image"].removeprefix("./"), match["label"]))
     return rows
-
-
-_LAYOUTS: dict[str, Callable[[str], _Rows]] = {
-    "json lines": _json_rows,
-    "icdar": _icdar_rows,
-    "mjsynth": _mjsynth_rows,
-}
-_LOOKS_LIKE: dict[str, Callable[[str], object]] = {
-    "json lines": lambda line: line.lstrip().startswith("{"),
-    "icdar": _ICDAR.fullmatch,
-    "mjsynth": _MJSYNTH.fullmatch,
-}
 
 
 # IAM
