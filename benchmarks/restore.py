@@ -44,8 +44,9 @@ def measure(args: argparse.Namespace) -> dict:
     """All figures.
 
     Returns:
-        "settings" and "machine"; "parameters"; by stride "tiles", "seconds", "cpu_seconds" and,
-        of the image to scale up to, "..._larger"; "peak_mib" of the process, and "weights_mib" of that; with a checkpoint "psnr_y_between", dB.
+        "settings" and "machine"; "parameters"; by stride "tiles", "seconds" and "cpu_seconds", and
+        the same "..._larger" of the image to scale up to; "peak_mib" of the process, "weights_mib"
+        of that; with a checkpoint "psnr_y_between", dB.
     """
     if args.image and not args.checkpoint:
         raise InputError("--image: needs a --checkpoint; random weights restore nothing.")
