@@ -44,9 +44,9 @@ def measure(args: argparse.Namespace) -> dict:
     """All figures.
 
     Returns:
-        "settings" and "machine"; "parameters"; by stride "tiles", "seconds", "cpu_seconds",
-        "tiles_larger" and "seconds_larger" (of the image to scale up to); "peak_mib" of the
-        process, and "weights_mib" of that; with a checkpoint "psnr_y_between", dB.
+        "settings" and "machine"; "parameters"; by stride "tiles", "seconds" and "cpu_seconds", and
+        the same "..._larger" of the image to scale up to; "peak_mib" of the process, "weights_mib"
+        of that; with a checkpoint "psnr_y_between", dB.
     """
     if args.image and not args.checkpoint:
         raise InputError("--image: needs a --checkpoint; random weights restore nothing.")
@@ -83,6 +83,7 @@ def measure(args: argparse.Namespace) -> dict:
             "cpu_seconds": cpu,
             "tiles_larger": larger,
             "seconds_larger": seconds / tiles * larger,
+            "cpu_seconds_larger": cpu / tiles * larger,
         }
     more = {}
     if args.checkpoint:
@@ -111,7 +112,8 @@ def report(found: dict) -> str:
         lines.append(
             f"stride {stride}: {of['tiles']} tiles in {of['seconds']:.1f} s "
             f"({of['cpu_seconds']:.1f} s of the processor); {wide}x{tall} pixels are "
-            f"{of['tiles_larger']} tiles: {of['seconds_larger'] / 60:.1f} min"
+            f"{of['tiles_larger']} tiles: {of['seconds_larger'] / 60:.1f} min "
+            f"({of['cpu_seconds_larger'] / 60:.1f} of the processor)"
         )
     lines.append(
         f"memory at most {found['peak_mib']:.0f} MiB, of which weights {found['weights_mib']:.0f}"

@@ -344,6 +344,25 @@ def test_a_new_task_starts_anew_beside_the_others(images, run, tmp_path):
         trainer.load_for_evaluation()
 
 
+def test_a_new_task_may_begin_as_another_and_be_evaluated_by_it(images, run, tmp_path):
+    more = ["IPT.TASKS", "['noise70']", "MODEL.WEIGHTS", str(run / "restorer.safetensors")]
+    more += ["IPT.NEW_TASKS", "['noise70:noise50']"]
+    trainer = PretrainTrainer(tiny_config(tmp_path / "run", images, *more))
+    for load in (trainer.load_weights, trainer.load_for_evaluation):
+        load()
+        six, found = final(run)["model"], trainer.method.state_dict()
+        for name in ("head.{}.0.weight", "tail.{}.1.bias"):
+            assert torch.equal(found[PREFIX + name.format(0)], six[PREFIX + name.format(5)])
+        row = PREFIX + "body.query_embed.weight"
+        assert torch.equal(found[row], six[row][5:])
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    more[3] = names_of(tmp_path / "run")  # has the task itself
+    again = PretrainTrainer(tiny_config(tmp_path / "again", images, *more))
+    again.load_for_evaluation()
+    assert torch.equal(again.method.state_dict()[row], final(tmp_path / "run")["model"][row])
+
+
 def test_a_released_file_is_a_start_too(images, tmp_path):
     """It says nothing of its tasks: six are the released ones, one is the task of the config."""
     torch.manual_seed(3)
@@ -415,7 +434,10 @@ def test_a_released_file_of_another_scale_is_refused(images, tmp_path, scales, t
         (["IPT.TASKS", "[2]"], "IPT.TASKS: '2' is no task"),
         (["IPT.TASKS", "[]"], r"IPT.TASKS \[\]: expected one task or several"),
         (["IPT.TASKS", "['x2', 'x2']"], "expected one task or several different ones"),
-        (["IPT.NEW_TASKS", "['noise70']"], r"IPT.NEW_TASKS: \['noise70'\] are not among IPT.TASKS"),
+        (["IPT.NEW_TASKS", "['noise70']"], "IPT.NEW_TASKS: 'noise70' is not among IPT.TASKS"),
+        (["IPT.NEW_TASKS", "['x4:noise50']"], "x4:noise50: noise50 does not enlarge as x4 does"),
+        (["IPT.NEW_TASKS", "['x4:x5']"], "IPT.NEW_TASKS: 'x5' is no task"),
+        (["IPT.NEW_TASKS", "['x4', 'x4']"], "names a task twice"),
         (["IPT.PATCH_SIZE", "20"], "a patch of 20 pixels is no multiple of 3"),
         (["IPT.HEADS", "5"], "36 channels of a token do not divide into 5 heads"),
         (["IPT.CONTRAST_WEIGHT", "-0.1"], "must not be negative"),

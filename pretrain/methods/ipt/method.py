@@ -61,9 +61,12 @@ class Restoration(Method):
         self.network = IPT(_sizes(cfg))
         self.losses = ("loss_l1", "loss_contrast") if group.CONTRAST_WEIGHT else ("loss_l1",)
         self.metrics = ("psnr", *(f"psnr_{task.name}" for task in self.tasks))
-        new = [number for number, task in enumerate(self.tasks) if task.name in group.NEW_TASKS]
-        self.fresh = tuple(f"{PREFIX}{part}.{n}." for n in new for part in ("head", "tail"))
-        self._new, self._seed = new, cfg.SEED
+        sources = _new_tasks(cfg)
+        self._stand_ins = {name: source for name, source in sources.items() if source}
+        names = [task.name for task in self.tasks]
+        self._new = [names.index(name) for name, source in sources.items() if not source]
+        self.fresh = tuple(f"{PREFIX}{part}.{n}." for n in self._new for part in ("head", "tail"))
+        self._seed = cfg.SEED
         self._contrast, self._temperature = group.CONTRAST_WEIGHT, group.TEMPERATURE
 
     @staticmethod
@@ -72,7 +75,8 @@ class Restoration(Method):
         # What is restored: x2, x3, x4, derain, and noise with its deviation. In this order heads,
         # tails and embeddings are numbered.
         group.TASKS = list(SIX_TASKS)
-        # Those of TASKS whose head, tail and embedding start anew, not from MODEL.WEIGHTS.
+        # Those of TASKS that MODEL.WEIGHTS lacks. Head, tail and embedding of "noise70" start anew;
+        # of "noise70:noise50" they start as, and are evaluated by, the checkpoint's noise50.
         group.NEW_TASKS = []
         # Side in pixels of the degraded patches, a multiple of 3; channels of the maps; layers of
         # the encoder, and of the decoder; heads of attention.
@@ -98,8 +102,7 @@ class Restoration(Method):
         _tasks(cfg)
         _sizes(cfg)
         group = cfg.IPT
-        if lost := [name for name in group.NEW_TASKS if name not in group.TASKS]:
-            raise InputError(f"IPT.NEW_TASKS: {lost} are not among IPT.TASKS {group.TASKS}.")
+        _new_tasks(cfg)
         if group.CONTRAST_WEIGHT < 0 or group.TEMPERATURE <= 0:
             raise InputError(
                 f"IPT.CONTRAST_WEIGHT {group.CONTRAST_WEIGHT} must not be negative, and "
@@ -203,7 +206,8 @@ class Restoration(Method):
         """Take this model's tasks out of a checkpoint: of ours or released, with more tasks or not.
 
         Tasks that the checkpoint does not name are taken in order, where it has as many as this
-        model is to find there.
+        model is to find there. A new task that begins as another one does so where the checkpoint
+        has not got it.
         """
         path, found, origin = stored.path, released_state(stored), origin_of(stored)
         theirs = sizes_of(found, path, heads=1, positions=origin.positions or "once")
@@ -263,12 +267,13 @@ class Restoration(Method):
             names = tuple(task.name for task in wanted)
         source = {}
         for number, task in zip(old, wanted):
-            if task.name not in names:
+            name = task.name if task.name in names else self._stand_ins.get(task.name, task.name)
+            if name not in names:
                 raise InputError(
-                    f"MODEL.WEIGHTS {path}: has no task {task.name}, but {', '.join(names)}. Leave "
-                    "it out of IPT.TASKS, or put it into IPT.NEW_TASKS to learn it anew."
+                    f"MODEL.WEIGHTS {path}: has no task {name}, but {', '.join(names)}. Leave "
+                    f"{task.name} out of IPT.TASKS, or put it into IPT.NEW_TASKS to learn it anew."
                 )
-            source[number] = names.index(task.name)
+            source[number] = names.index(name)
             if theirs.scales[source[number]] != task.scale:
                 raise InputError(
                     f"MODEL.WEIGHTS {path}: its task {source[number]} enlarges by "
@@ -292,6 +297,23 @@ class Restoration(Method):
 
 def _tasks(cfg: CfgNode) -> list[Task]:
     return parse_tasks(cfg.IPT.TASKS, "IPT.TASKS")
+
+
+def _new_tasks(cfg: CfgNode) -> dict[str, str]:
+    """Tasks that a checkpoint lacks -> the task that each begins as; "" anew."""
+    tasks = {task.name: task for task in _tasks(cfg)}
+    parted = [str(entry).partition(":") for entry in cfg.IPT.NEW_TASKS]
+    for name, _, source in parted:
+        if name not in tasks:
+            raise InputError(f"IPT.NEW_TASKS: {name!r} is not among IPT.TASKS {cfg.IPT.TASKS}.")
+        if source and parse_tasks([source], "IPT.NEW_TASKS")[0].scale != tasks[name].scale:
+            raise InputError(
+                f"IPT.NEW_TASKS {name}:{source}: {source} does not enlarge as {name} does, whose "
+                "tail has other shapes. Name a task of its scale, or none to start anew."
+            )
+    if len({name for name, _, _ in parted}) < len(parted):
+        raise InputError(f"IPT.NEW_TASKS {cfg.IPT.NEW_TASKS}: names a task twice. Keep one.")
+    return {name: source for name, _, source in parted}
 
 
 def _sizes(cfg: CfgNode) -> Sizes:
