@@ -12,6 +12,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from tests.conftest import THIN_BACKBONE
 from tests.waits import Waits
 from virtex_d2.checkpoint.source import read_backbone
 from virtex_d2.detection.averages import WeightEMA
@@ -27,6 +28,7 @@ def cfg(detection_cfg):
     """Three iterations of a detector that is averaged, and a test set."""
     detection_cfg.VIRTEX.EMA.ENABLED, detection_cfg.VIRTEX.EMA.DECAY = True, DECAY
     detection_cfg.DATASETS.TEST = ("unit_test",)
+    detection_cfg.merge_from_list(THIN_BACKBONE.split())  # many checkpoints
     detection_cfg.SOLVER.MAX_ITER, detection_cfg.SOLVER.BASE_LR = 3, 0.02
     return detection_cfg
 

@@ -102,7 +102,7 @@ def _strike_write(run: Run, case: Case, rng: random.Random) -> float:
     saved = rng.randrange(3)
     _until(run, lambda: run.logged("Saving checkpoint") > saved, poll=0.001)
     _until(run, run.being_written, poll=0.0005)
-    time.sleep(rng.uniform(0, 0.01))
+    time.sleep(rng.uniform(0, 0.004))
     start = time.monotonic()
     for process in run.processes:
         process.send(signal.SIGKILL)

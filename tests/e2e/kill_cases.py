@@ -56,7 +56,7 @@ class World:
         self._captions, self._shapes = folder / "captions", folder / "shapes"
         write_world(self._captions, 24)
         write_dataset(self._shapes, "train", 12, size=64, seed=1)
-        write_dataset(self._shapes, "test", 8, size=64, seed=2)
+        write_dataset(self._shapes, "test", 4, size=64, seed=2)
 
     def command(self, case: Case, output: Path) -> list[str]:
         """argv of a run that goes on where there is something to go on from."""

@@ -139,7 +139,8 @@ def test_a_compiled_run_that_is_resumed_ends_as_one_that_was_not_stopped(
 
     def run(output: Path, *more: str):
         compiled = options(tmp_path / "data", output, "MODEL.VISUAL.COMPILE", True)
-        done = run_python(THIN_TOOL, *more, *compiled, env=environment, cwd=ROOT, fresh=True)
+        arguments = (THIN_TOOL, *more, *compiled)
+        done = run_python(*arguments, env=environment, cwd=ROOT, fresh=True, timeout=900)
         assert done.returncode == 0, done.stderr
 
     run(whole)

@@ -67,7 +67,7 @@ def detection(shapes_world, small_detector):
         "DATASETS.TRAIN": "('slurm_train',)",
         "DATASETS.TEST": "('slurm_test',)",
         "SOLVER.IMS_PER_BATCH": 4,
-        "SOLVER.MAX_ITER": ITERATIONS,
+        "SOLVER.MAX_ITER": ITERATIONS + 10,  # Slurm looks for what to preempt every second
         "SOLVER.CHECKPOINT_PERIOD": 5,
     }
     pairs = [str(part) for pair in options.items() for part in pair]
