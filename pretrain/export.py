@@ -111,12 +111,16 @@ def load_weights(
     own = {name: tensor for name, tensor in whole.items() if not name.startswith(fresh)}
     problems = differences(own, state)
     if problems:
+        keys = "The method's keys must be those of the checkpoint."
+        if hasattr(method, "visual"):
+            keys = (
+                "MODEL.VISUAL.NAME, MODEL.TEXTUAL.* and the tokenizer must be those of the "
+                "checkpoint. VIRTEX.PREFIX visual.cnn. starts from its ResNet alone."
+            )
         raise InputError(
             f"MODEL.WEIGHTS {path} is not of this model (MODEL.OBJECTIVE "
             f"{type(method).__name__}): {len(problems)} tensors differ: "
-            f"{'; '.join(problems[:5])}. Nothing was loaded. MODEL.VISUAL.NAME, MODEL.TEXTUAL.* "
-            "and the tokenizer must be those of the checkpoint. VIRTEX.PREFIX visual.cnn. starts "
-            "from its ResNet alone."
+            f"{'; '.join(problems[:5])}. Nothing was loaded. {keys}"
         )
     # another vocabulary of the same size fits every tensor, and means other words by each
     trained_with = checkpoint.get("run", {}).get("data", {})
