@@ -24,19 +24,19 @@ from pretrain.transforms import normalize, upload
 from virtex_d2.engine.errors import InputError, nearest
 from virtex_d2.engine.safe_load import StoredCheckpoint
 
-_WORDS = "pretrain.methods.captioning.model"
-_LABELS = "pretrain.methods.classification.classifier"
-_IMAGES = "pretrain.methods.ipt.method"
+_CAPTIONING = "pretrain.methods.captioning.model"
+_CLASSIFICATION = "pretrain.methods.classification.classifier"
+_SEQCLR = "pretrain.methods.seqclr"
 METHODS = {
-    "bicaptioning": f"{_WORDS}:Captioning",
-    "captioning": f"{_WORDS}:ForwardCaptioning",
-    "backward_captioning": f"{_WORDS}:BackwardCaptioning",
-    "masked_lm": f"{_WORDS}:MaskedLanguageModel",
-    "token_classification": f"{_WORDS}:TokenClassification",
-    "multilabel_classification": f"{_LABELS}:MultilabelClassification",
-    "ipt": f"{_IMAGES}:Restoration",
-    "seqclr": "pretrain.methods.seqclr.method:SeqCLR",
-    "word_recognition": "pretrain.methods.seqclr.recognizer:Recognizer",
+    "bicaptioning": f"{_CAPTIONING}:Captioning",
+    "captioning": f"{_CAPTIONING}:ForwardCaptioning",
+    "backward_captioning": f"{_CAPTIONING}:BackwardCaptioning",
+    "masked_lm": f"{_CAPTIONING}:MaskedLanguageModel",
+    "token_classification": f"{_CAPTIONING}:TokenClassification",
+    "multilabel_classification": f"{_CLASSIFICATION}:MultilabelClassification",
+    "ipt": "pretrain.methods.ipt.method:Restoration",
+    "seqclr": f"{_SEQCLR}.method:SeqCLR",
+    "word_recognition": f"{_SEQCLR}.recognizer:Recognizer",
 }
 
 Batch = dict[str, torch.Tensor]
@@ -86,7 +86,12 @@ class Method(nn.Module):
     def build_samples(
         cls, cfg: CfgNode, train: Sequence[CaptionRecord] | None, val: Sequence[CaptionRecord]
     ) -> Samples:
-        """What is made of an image; `train` is None where it comes from pipes. Empty: not used."""
+        """What is made of an image.
+
+        Args:
+            train: None where it comes from pipes, empty where a run only evaluates.
+            val: empty where there is no validation.
+        """
         return Samples(cfg)
 
     def load_start(self, cfg: CfgNode, identity: Mapping[str, str]) -> None:
@@ -112,7 +117,7 @@ class Method(nn.Module):
         return {**ready, "image": normalize(ready["image"], jitter, layout)}
 
     def forward(self, batch: Batch) -> Batch:
-        """{"loss_...": scalar} of a prepared batch, in which "iteration" counts updates."""
+        """{"loss_...": scalar} of a prepared batch; in training its "iteration" counts updates."""
         raise NotImplementedError
 
     def count(self, batch: Batch) -> int:
@@ -168,7 +173,7 @@ def gather_instances(own: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 
 def find_method(cfg: CfgNode) -> type[Method]:
-    """The class that MODEL.OBJECTIVE names, which has nothing against the config."""
+    """The class that MODEL.OBJECTIVE names, after its `check` of the config."""
     method = import_method(cfg.MODEL.OBJECTIVE)
     method.check(cfg)
     return method
