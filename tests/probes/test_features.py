@@ -178,7 +178,7 @@ def test_the_network_is_byte_for_byte_what_it_was(extract, files):
 def test_norms_that_see_the_images_make_the_extraction_fail(extract, files):
     """VirTex's released code once updated running statistics of a frozen backbone."""
     extract.network.train()
-    with pytest.raises(RuntimeError, match="frozen backbone has changed"):
+    with pytest.raises(RuntimeError, match="frozen network has changed"):
         extract(files)
 
 

@@ -121,7 +121,7 @@ def test_only_fine_tuning_changes_the_backbone(probe, folders, tmp_path, monkeyp
 def test_a_frozen_backbone_that_learns_is_found_out(probe, folders, monkeypatch):
     """Guards against the released code's norm statistics that moved in a frozen backbone."""
     monkeypatch.setattr(Classifier, "train", torch.nn.Module.train)
-    with pytest.raises(RuntimeError, match="frozen backbone has changed"):
+    with pytest.raises(RuntimeError, match="frozen network has changed"):
         probe(*LINEAR, "DATA.ROOT", folders, *SOLVER, "INPUT.AUGMENT", "True")
 
 
