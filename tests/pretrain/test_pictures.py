@@ -150,6 +150,6 @@ def test_tensorboard_gets_a_picture_for_each_sample_and_the_model_keeps_its_mode
 
 
 def test_an_objective_that_cannot_caption_has_no_pictures(captioner):
-    model = build_method(tiny_config("masked_lm"), 70)
-    assert caption_pictures(model, captioner.tokenizer, samples(captioner, 1)) == []
+    for objective in ("masked_lm", "backward_captioning", "token_classification"):
+        assert build_method(tiny_config(objective), 70).pictures(val=None, count=1) == []
     assert caption_pictures(captioner.model, captioner.tokenizer, []) == []
