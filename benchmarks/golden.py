@@ -47,7 +47,9 @@ def _command(world: World, name: str, code: Path, output: Path, folder: Path) ->
         command = [code / "tools" / "linear_probe.py", *options, "OUTPUT_DIR", output]
     else:
         command = world.command(CASES[name], output)
-    return [str(part).replace(f"{ROOT}/", f"{code}/") for part in command]
+    # with the whole networks: the other checkout may not have the tests' thin ones
+    words = (str(part).replace("/tests/thin/", "/tools/") for part in command)
+    return [word.replace(f"{ROOT}/", f"{code}/") for word in words]
 
 
 def _write_colours(folder: Path) -> None:
