@@ -1,21 +1,19 @@
 """The main of tools/prepare_images.py, which parses its arguments before it imports anything."""
 
-import argparse
 import logging
 import os
 import signal
 import sys
 from collections import Counter
 
+from virtex_d2.engine.cli import program_parser
 from virtex_d2.engine.errors import exit_on_input_error
 
 
 def main(description: str) -> int:
     """Run tools/prepare_images.py; returns its exit code."""
     signal.signal(signal.SIGTERM, _end)
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program_parser(description)
     parser.add_argument("--images", required=True, help="folder of images, with its subfolders")
     parser.add_argument("--output", required=True, help="folder for the same names")
     parser.add_argument("--shorter-side", type=int, default=320, help="pixels; default 320")

@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 
 from virtex_d2.checkpoint.layouts import LAYOUTS, SUFFIXES
+from virtex_d2.engine.cli import program_parser
 from virtex_d2.engine.errors import InputError
 
 
@@ -35,9 +36,7 @@ def main(about: str) -> None:
 
 
 def _parse_args(about: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program_parser(about)
     parser.add_argument("source", help="a checkpoint: .pth, .pt, .tar, .safetensors, .pkl")
     parser.add_argument("dest", nargs="?", help="the file to write; not needed with --inspect")
     parser.add_argument("--to", choices=SUFFIXES, default="backbone", help="default: backbone")

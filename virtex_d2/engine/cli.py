@@ -37,6 +37,13 @@ class _FlagsFirstParser(argparse.ArgumentParser):
         return parsed
 
 
+def program_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser of a tool's own flags, whose --help keeps the description's lines."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
 def argument_parser(description: str | None = None) -> argparse.ArgumentParser:
     """detectron2's flags for a training tool; KEY VALUE overrides arrive in `args.opts`.
 

@@ -3,24 +3,18 @@
 Each parses its arguments before it imports torch.
 """
 
-import argparse
 import dataclasses
 import json
 import os
 import sys
 
+from virtex_d2.engine.cli import program_parser
 from virtex_d2.engine.errors import InputError
-
-
-def _parser(description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
 
 
 def caption_images(description: str) -> int:
     """Run tools/caption_images.py; 1 where some images cannot be decoded."""
-    parser = _parser(description)
+    parser = program_parser(description)
     parser.add_argument("model", help="the folder of a pretraining run, or a checkpoint")
     parser.add_argument(
         "images", nargs="+", help='files, folders (with subfolders), "-" for paths on stdin'
@@ -82,7 +76,7 @@ def caption_images(description: str) -> int:
 
 def evaluate_captions(description: str) -> None:
     """Run tools/evaluate_captions.py."""
-    parser = _parser(description)
+    parser = program_parser(description)
     parser.add_argument("predictions", help="JSON lines or COCO results: a caption an image")
     parser.add_argument("references", help="COCO captions of the same images")
     parser.add_argument("--format", choices=("text", "json"), default="text")
@@ -119,7 +113,7 @@ def evaluate_captions(description: str) -> None:
 
 def build_vocabulary(description: str) -> None:
     """Run tools/build_vocabulary.py."""
-    parser = _parser(description)
+    parser = program_parser(description)
     parser.add_argument("--captions", required=True, help="as DATA.TRAIN_CAPTIONS")
     parser.add_argument("--images", default="", help="as DATA.TRAIN_IMAGES")
     parser.add_argument("--data-format", default="coco", help="as DATA.FORMAT; default coco")

@@ -2,12 +2,12 @@
 
 import argparse
 
+from virtex_d2.engine.cli import program_parser
+
 
 def restore_images(description: str) -> None:
     """Run tools/restore_images.py."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program_parser(description)
     add = parser.add_argument
     add("checkpoint", help="a released IPT_*.pt, a restorer.safetensors, or the folder of a run")
     add("images", metavar="IN", help="an image, or a folder of them (with subfolders)")

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from pretrain.backbone import VisualBackbone
-from pretrain.export import Exported, tensors_of
+from pretrain.export import Exported, differences, tensors_of
 from pretrain.methods.method import Batch, build_visual
 from pretrain.start import load_resnet
 from pretrain.transforms import normalize
@@ -261,15 +261,8 @@ def _described(source: Source) -> tuple[str, str, tuple[int, int]]:
 def _load_strictly(module: nn.Module, tensors: Batch, path: str) -> None:
     """Load all tensors but the batch counters, which files do not keep."""
     own = module.state_dict()
-    wanted = {name: t for name, t in own.items() if not name.endswith("num_batches_tracked")}
-    problems = [f"{name} is missing" for name in wanted if name not in tensors]
-    problems += [f"{name} has no place" for name in tensors if name not in own]
-    problems += [
-        f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in tensors and tensors[name].shape != tensor.shape
-    ]
-    if problems:
+    counters = {name: t for name, t in own.items() if name.endswith("num_batches_tracked")}
+    if problems := differences(own, {**counters, **tensors}):
         raise InputError(
             f"{path} is not of this encoder: {len(problems)} tensors differ: "
             f"{'; '.join(problems[:5])}. Nothing was loaded. MODEL.VISUAL.NAME and ENCODER.CONTEXT "

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from virtex_d2.engine.cli import program_parser
 from virtex_d2.engine.errors import InputError
 
 OBJECTIVE = "word_recognition"
@@ -22,15 +23,9 @@ def train_recognizer(args: argparse.Namespace) -> None:
     main(args)
 
 
-def _parser(description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-
-
 def read_words(description: str, argv: Sequence[str] | None = None) -> int:
     """Run tools/read_words.py; 1 where some images cannot be decoded."""
-    parser = _parser(description)
+    parser = program_parser(description)
     parser.add_argument("model", help="recognizer.safetensors, or the folder of its run")
     parser.add_argument("images", help="an image, a folder of images, or a set (docs/seqclr.md)")
     parser.add_argument("--batch-size", type=int, default=64, help="words at a time; default 64")
@@ -55,7 +50,7 @@ def read_words(description: str, argv: Sequence[str] | None = None) -> int:
 
 def check_words(description: str, argv: Sequence[str] | None = None) -> int:
     """Run tools/check_dataset.py for sets of words; 1 where something is wrong with them."""
-    parser = _parser(description)
+    parser = program_parser(description)
     entry = {"nargs": "+", "action": "append", "default": [], "metavar": ("PATH", "OTHER")}
     parser.add_argument("--words", **entry, help="a training set (may be repeated)")
     parser.add_argument("--val-words", **entry, help="an evaluation set (may be repeated)")

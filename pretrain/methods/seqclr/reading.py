@@ -11,6 +11,7 @@ import torch
 
 from pretrain.config import get_pretrain_cfg
 from pretrain.data.records import CaptionRecord
+from pretrain.export import differences
 from pretrain.methods.seqclr.decoders import Reading
 from pretrain.methods.seqclr.lmdb_words import find_databases
 from pretrain.methods.seqclr.recognizer import FORMAT, LETTERS, VERSION, Recognizer
@@ -127,13 +128,7 @@ def _build(path: str, metadata: dict[str, str]) -> Recognizer:
 
 def _load(recognizer: Recognizer, tensors: dict[str, torch.Tensor], path: str) -> None:
     own = recognizer.state_dict()
-    problems = [f"{name} is missing" for name in own if name not in tensors]
-    problems += [f"{name} has no place" for name in tensors if name not in own]
-    problems += [
-        f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, tensor in own.items()
-        if name in tensors and tensors[name].shape != tensor.shape
-    ]
+    problems = differences(own, tensors)
     if not problems and not torch.equal(tensors[LETTERS].int(), own[LETTERS]):
         problems = ["its letters are not those of its metadata"]
     if problems:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import product
 from typing import TYPE_CHECKING
 
+from virtex_d2.engine.cli import program_parser
 from virtex_d2.engine.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,9 +19,7 @@ PROBLEMS_FOUND = 1  # exit code
 
 def parse_args(description: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line, and refuse what does not go together."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program_parser(description)
     entry = {"nargs": 3, "action": "append", "default": [], "metavar": ("TYPE", "FILE", "IMAGES")}
     add = parser.add_argument
     add("--train", **entry, help="a training set (may be repeated)")

@@ -16,6 +16,7 @@ python tools/compare_inits.py --output output/report \\
 import argparse
 from pathlib import Path
 
+from virtex_d2.engine.cli import program_parser
 from virtex_d2.engine.errors import InputError, exit_on_input_error
 
 
@@ -83,9 +84,7 @@ def _parse_args() -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program_parser(__doc__)
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="DIR", help="folder of the comparison")
     add(

@@ -6,19 +6,17 @@ A demo that was stopped goes on where it was with the same command. What is comp
 same command with more --seeds runs only the new ones.
 """
 
-import argparse
 import os
 from pathlib import Path
 
+from virtex_d2.engine.cli import program_parser
 from virtex_d2.engine.errors import exit_on_input_error
 
 
 @exit_on_input_error()
 def main(root: Path) -> None:
     """Run tools/demo.py, in the project's folder `root`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program_parser(__doc__)
     parser.add_argument("--output", default="demo", help="folder of the demo (default: demo)")
     parser.add_argument(
         "--scale",

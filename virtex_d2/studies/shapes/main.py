@@ -5,10 +5,10 @@ python tools/make_shapes.py --output shapes --split train --num-images 1000 --si
 How long that takes on one core (about 5 s): put `time taskset -c 0` before it.
 """
 
-import argparse
 import textwrap
 from collections.abc import Sequence
 
+from virtex_d2.engine.cli import program_parser
 from virtex_d2.engine.errors import InputError
 from virtex_d2.studies.shapes import FORMATS, MOST_OBJECTS
 
@@ -17,9 +17,7 @@ _COLUMNS = 4
 
 def main(words: Sequence[str] | None = None) -> None:
     """Do what the command line asks for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program_parser(__doc__)
     add = parser.add_argument
     add("--output", required=True, help="folder of the world")
     add("--split", default="train", help="name of the split (default train)")

@@ -13,6 +13,7 @@ missed are by COCO's matching at an IoU of 0.5. Only what is in --classes is loo
 import argparse
 from collections.abc import Sequence
 
+from virtex_d2.engine.cli import program_parser
 from virtex_d2.engine.errors import InputError
 
 ORDERS = ("errors", "missed", "wrong", "right", "file", "random")
@@ -20,9 +21,7 @@ ORDERS = ("errors", "missed", "wrong", "right", "file", "random")
 
 def parse_args(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line, and refuse what is out of its range."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program_parser(__doc__)
     add = parser.add_argument
     add("--truth", nargs=3, metavar=("TYPE", "FILE", "IMAGES"), help="coco, lvis or voc data set")
     add("--config-file", default="", metavar="FILE", help="YAML config file that names it instead")
