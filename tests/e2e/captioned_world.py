@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pretrain.methods.captioning.tokenizer import train_tokenizer
+from pretrain.methods.seqclr.rendered import write_words
 
 # Of a run of THIN_TOOL on it that takes seconds; VOCAB_SIZE is what so few captions can fill.
 THIN_TOOL = Path(__file__).resolve().parents[1] / "thin" / "pretrain_net.py"
@@ -27,7 +28,8 @@ def write_world(folder: Path, num_images: int, shards: int = 4) -> None:
     """Write images, captions and classes, and for each way to read them `<name>.options.json`.
 
     Names: coco, karpathy, tsv, folder, webdataset (tar shards), pipe (the same, streamed) and mixed
-    (coco and tsv). Each options file holds the config keys of a run; all validate on COCO's format.
+    (coco and tsv); these validate on COCO's format. And images alone and words, for methods that
+    need no captions. Each options file holds the config keys of a run.
     """
     images = folder / "images"
     images.mkdir(parents=True)
@@ -72,6 +74,19 @@ def write_world(folder: Path, num_images: int, shards: int = 4) -> None:
             del options["DATA.FORMAT"], options["DATA.TRAIN_IMAGES"]
         text = json.dumps(options, default=str)
         (folder / f"{name}.options.json").write_text(text)
+    _write_uncaptioned(folder)
+
+
+def _write_uncaptioned(folder: Path) -> None:
+    """Options of the methods that need no captions: `images`, and `words` of their own."""
+    words = [str(write_words(folder / "words", 24, seed=1))]
+    ways = {
+        "images": {"DATA.TRAIN_IMAGES": folder / "images", "DATA.VAL_IMAGES": folder / "images"},
+        "words": {"DATA.WORDS": words, "DATA.VAL_WORDS": words},
+    }
+    ways["images"]["DATA.FORMAT"] = "images"
+    for name, options in ways.items():
+        (folder / f"{name}.options.json").write_text(json.dumps(options, default=str))
 
 
 def _captions(i: int) -> list[str]:

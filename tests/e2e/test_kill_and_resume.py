@@ -49,6 +49,10 @@ MIXES = (
     *("MODEL.CAPTIONING.CLASSIFICATION_WEIGHT", 0.5),
     *("MODEL.CAPTIONING.LABEL_SMOOTHING", 0.1),
 )
+IPT = (
+    *("IPT.FEATURES", 4, "IPT.PATCH_SIZE", 12, "IPT.LAYERS", 1, "IPT.HEADS", 2),
+    *("SOLVER.OPTIMIZER", "adamw", "SOLVER.CNN_LR", 0.002, "DATA.IMAGE_SIZE", 224),
+)
 CASES = [
     Case("bicaptioning", "coco", 0, 1),
     Case("masked_lm", "tsv", 1, 1),
@@ -60,6 +64,8 @@ CASES = [
     Case("masked_lm", "pipe", 3, 2),
     Case("backward_captioning", "karpathy", 1, 2),
     Case("bicaptioning", "coco", 3, 2, ("SOLVER.OPTIMIZER", "adamw", "DATA.FRACTION", 0.5)),
+    Case("ipt", "images", 1, 2, IPT),
+    Case("seqclr", "words", 1, 1),
 ]
 TABLE: list[str] = []
 
