@@ -3,7 +3,7 @@
 python benchmarks/ipt_small.py --data FOLDER --output output/ipt_small
 
 FOLDER has SunHays80 (40 of its photographs, at half size, to train on), Set5 and Set14 (19 central
-crops of 144 pixels to restore). For each seed: configs/pretrain/ipt_small.yaml, 1 000 steps of 8,
+crops of 144 pixels to restore). For each seed: configs/pretrain/ipt_small.yaml, 2 000 steps of 8,
 two CPU minutes; then noise 70, which is not among the six, for 100 steps of 4: on the trained body
 with the head, tail and embedding of noise 50 ("tuned") or new ones ("anew"), and from scratch.
 Noise 10 and 70 are restored by what has learned 30 and 50, too. Writes

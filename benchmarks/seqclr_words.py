@@ -149,15 +149,19 @@ def pretrained(
     if opts is not None:
         trainer.resume_or_load(resume=True)
         trainer.train()
-    encoder = trainer.method.encoder
-    batches = [normalize(part) for part in load(folder / "pretrain")[0][:1000].split(100)]
+    return with_statistics(trainer.method.encoder, load(folder / "pretrain" / LIST)[0][:1000])
+
+
+def with_statistics(encoder: Encoder, pixels: torch.Tensor) -> Encoder:
+    """Gather running statistics anew, on (N, 3, H, W) uint8 words: a random encoder has none."""
+    batches = [normalize(part) for part in pixels.split(100)]
     update_bn_stats(encoder.train(), batches, len(batches))
     return encoder.eval()
 
 
-def load(folder: Path) -> tuple[torch.Tensor, list[str]]:
-    """(N, 3, H, W) uint8 words of a split, and their labels."""
-    records = read_words(folder / LIST)[0].records
+def load(words: Path) -> tuple[torch.Tensor, list[str]]:
+    """(N, 3, H, W) uint8 words of a list, and their labels."""
+    records = read_words(words)[0].records
     pixels = [
         np.array(read_image(record.image_file()).resize((100, 32), Image.Resampling.BICUBIC))
         for record in records
@@ -166,32 +170,54 @@ def load(folder: Path) -> tuple[torch.Tensor, list[str]]:
 
 
 def read_frozen(encoder: Encoder, folder: Path, seed: int, epochs: int = EPOCHS) -> dict:
-    """Train a BiLSTM and CTC on frozen frames, and read the test words."""
+    """Train a reader on frozen frames, and read the test words."""
     frames, labels = {}, {}
     for split in ("train", "test"):
-        pixels, labels[split] = load(folder / split)
-        frames[split] = torch.cat([frozen_frames(encoder, part) for part in pixels.split(100)])
+        pixels, labels[split] = load(folder / split / LIST)
+        frames[split] = frames_of(encoder, pixels)
     torch.manual_seed(seed)
-    alphabet = Alphabet(LETTERS)
-    context = BiLSTM(encoder.out_features, HIDDEN, HIDDEN)
-    decoder = CTCDecoder(HIDDEN, alphabet)
-    parameters = [*context.parameters(), *decoder.parameters()]
-    optimizer = torch.optim.AdamW(parameters, 5e-3)
+    reader = Reader(encoder.out_features, LETTERS, HIDDEN)
     steps = epochs * len(labels["train"]) // 32
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    targets = pad_sequence([alphabet.encode(text) for text in labels["train"]], True, PAD)
-    rng = np.random.default_rng(seed)
-    for _ in range(steps):
-        batch = rng.choice(len(targets), 32, replace=False)
-        loss = decoder.loss(context(frames["train"][batch]), targets[batch])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 5.0)
-        optimizer.step()
-        schedule.step()
-    with torch.no_grad():
-        found = decoder.read(context(frames["test"]))
-    return asdict(score_words(zip(labels["test"], (reading.text for reading in found))))
+    reader.fit(frames["train"], labels["train"], steps, seed)
+    return asdict(score_words(zip(labels["test"], reader.read(frames["test"]))))
+
+
+def frames_of(encoder: Encoder, pixels: torch.Tensor) -> torch.Tensor:
+    """(N, T, C) frames, computed once."""
+    return torch.cat([frozen_frames(encoder, part) for part in pixels.split(100)])
+
+
+class Reader(nn.Module):
+    """A BiLSTM and CTC on frames."""
+
+    def __init__(self, in_features: int, letters: str, hidden: int):
+        super().__init__()
+        self.context = BiLSTM(in_features, hidden, hidden)
+        self.decoder = CTCDecoder(hidden, Alphabet(letters))
+
+    def fit(
+        self, frames: torch.Tensor, labels: list[str], steps: int, seed: int, rate: float = 5e-3
+    ) -> "Reader":
+        """Train with AdamW on batches of 32, the rate along half a cosine."""
+        parameters = list(self.parameters())
+        optimizer = torch.optim.AdamW(parameters, rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        targets = [self.decoder.alphabet.encode(text) for text in labels]
+        targets = pad_sequence(targets, True, PAD)
+        rng = np.random.default_rng(seed)
+        for _ in range(steps):
+            batch = rng.choice(len(targets), 32, replace=False)
+            loss = self.decoder.loss(self.context(frames[batch]), targets[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 5.0)
+            optimizer.step()
+            schedule.step()
+        return self
+
+    @torch.no_grad()
+    def read(self, frames: torch.Tensor) -> list[str]:
+        return [reading.text for reading in self.decoder.read(self.context(frames))]
 
 
 def report(found: dict, args: argparse.Namespace) -> None:

@@ -10,7 +10,8 @@ pytestmark = pytest.mark.slow
 CAPTIONS = "annotations/captions_train.json"
 SMALL = {
     "pretrain": "--batch 4 --size 64 --width 64 --vocab 200 --rounds 2 --recompute blocks",
-    "finetune": "--images 2 --size 96 128 --rounds 1",
+    "finetune": "--images 2 --size 96 128 --rounds 1 "
+    "--config-file configs/shapes/mask_rcnn_R_50_FPN.yaml",
     "caption": "--images 2 --rounds 1 --hidden 64 --heads 4 --vocab 200",
 }
 
