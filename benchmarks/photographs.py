@@ -230,6 +230,8 @@ class Study:
             found["pretrain"] = {"config": self.config, **self.opts, **data}
             found["pretrain"]["file"] = sha256(self.captions)[:16]
             found |= {f"phase{n}": dict(phase) for n, phase in enumerate(arm.phases, start=1)}
+        for part in found.values():
+            part.pop("DATA.NUM_WORKERS", None)  # changes speed alone
         return found
 
     def recorded(self, run: Run) -> dict[str, Any]:
