@@ -100,9 +100,9 @@ class Study:
         self.preset, self.output = PRESETS[args.preset], args.output.resolve()
         self.config = args.config or self.preset.config
         self.opts = {**self.preset.pretrain, **_pairs(args.opts, "--opts", PRETRAIN_KEYS)}
-        self.measure_opts = _pairs(args.measure_opts, "--measure-opts", MEASURE_KEYS)
-        if args.measure == "svm":
-            self.measure_opts = {**self.preset.probe, **self.measure_opts}
+        self.measure_config, opts = MEASURES[args.measure]
+        opts = {**(self.preset.probe if args.measure == "svm" else {}), **opts}
+        self.measure_opts = {**opts, **_pairs(args.measure_opts, "--measure-opts", MEASURE_KEYS)}
         self.runs = list(_runs(self.purpose, args))
         if args.measure != "svm" and args.purpose != "judge":
             raise InputError(f"--measure {args.measure}: detectors are for judge alone.")
@@ -186,11 +186,10 @@ class Study:
             splits = zip(("voc_train", "voc_test"), self.purpose.split)
             opts["VIRTEX.DATASETS"] = repr([[n, "voc", self.voc, part] for n, part in splits])
             opts |= {"DATASETS.TRAIN": "('voc_train',)", "DATASETS.TEST": "('voc_test',)"}
-            opts["TEST.EVAL_PERIOD"] = "300"
         opts |= self.measure_opts
         name, title = f"{run.name}-{measure}", f"{run.name}: {measure}"
         return self._stage(
-            *(tool, MEASURES[measure], name, title, opts, pretraining),
+            *(tool, self.measure_config, name, title, opts, pretraining),
             group=f"step {len(arm.phases)}",
         )
 
@@ -219,7 +218,7 @@ class Study:
     def design(self, run: Run) -> dict[str, Any]:
         """Say what a record's figures are of, but for seed and code: no paths."""
         arm, measure = self.purpose.arms[run.arm], self.args.measure
-        found: dict[str, Any] = {"measure": {"config": MEASURES[measure], **self.measure_opts}}
+        found: dict[str, Any] = {"measure": {"config": self.measure_config, **self.measure_opts}}
         found["measure"] |= self.resnet
         if measure != "person":
             for part in self.purpose.split:
@@ -442,8 +441,9 @@ def summary(args: argparse.Namespace) -> str:
     purpose = find_purpose(args.purpose)
     arms = purpose.arms
     records = read_records(args.results, args.purpose, arms, args.measure)
-    parts = [report(records, arms), views_table(records)]
-    axis = "images" if args.purpose == "efficiency" else "views" if parts[1] else ""
+    views = views_table(records)
+    parts = [*(report(records, arms, base) for base in purpose.bases), views]
+    axis = "images" if args.purpose == "efficiency" else "views" if views else ""
     if axis and records:
         path = args.results / args.purpose / f"{args.measure}.png"
         name = f"{first_figure(records)} on VOC's `{purpose.split[1]}`"

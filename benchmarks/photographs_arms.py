@@ -86,12 +86,14 @@ class Purpose:
         iterations: of a pretraining, by default.
         arms: by name.
         split: the VOC lists that SVMs are fitted and read on.
+        bases: arms that all are compared with; "" is each arm's own.
     """
 
     seeds: tuple[int, ...]
     iterations: tuple[int, ...]
     arms: Mapping[str, Arm]
     split: tuple[str, str] = ("trainval", "test")
+    bases: tuple[str, ...] = ("",)
 
 
 def find_purpose(name: str) -> Purpose:
@@ -105,7 +107,12 @@ def find_purpose(name: str) -> Purpose:
         )
     if name == "judge":
         names = dict.fromkeys((*STARTS, "bicaptioning", "tokens", RECIPE))
-        return Purpose(tuple(range(11, 19)), (500, 1500), {name: ARMS[name] for name in names})
+        return Purpose(
+            tuple(range(11, 19)),
+            (500, 1500),
+            {name: ARMS[name] for name in names},
+            bases=("bicaptioning", *STARTS),
+        )
     arms = {name: ARMS[name] for name in STARTS}
     for name, captions, fraction in itertools.product(
         dict.fromkeys((RECIPE, "bicaptioning")), CAPTIONS_PER_IMAGE, FRACTIONS
@@ -146,4 +153,9 @@ PRESETS = {
 PROBE_CONFIG = "configs/probes/voc07_svm.yaml"
 PERSON_CONFIG = "configs/coco/mask_rcnn_R_50_FPN_person_small.yaml"
 VOC_CONFIG = "configs/voc/faster_rcnn_R_50_FPN_five_classes_small.yaml"
-MEASURES = {"svm": PROBE_CONFIG, "person": PERSON_CONFIG, "voc": VOC_CONFIG}
+# What judges a backbone: a config, and options behind those of the preset.
+MEASURES: Mapping[str, tuple[str, Options]] = {
+    "svm": (PROBE_CONFIG, {}),
+    "person": (PERSON_CONFIG, {}),
+    "voc": (VOC_CONFIG, {"TEST.EVAL_PERIOD": "300"}),  # its test images take minutes
+}

@@ -75,8 +75,14 @@ def decision(diff: Sample) -> str:
     return "kept" if diff.interval[0] > 0 else "worse"
 
 
-def report(records: Records, arms: Mapping[str, Arm]) -> str:
-    """Lay out every figure, its paired difference from the arm's base, and the decision."""
+def report(records: Records, arms: Mapping[str, Arm], compared_with: str = "") -> str:
+    """Lay out every figure, its paired difference from an arm's base, and the decision.
+
+    Args:
+        records: of `read_records`.
+        arms: with each one's base.
+        compared_with: a base for all of them instead.
+    """
     if not records:
         return "Nothing is recorded yet."
     figures = list(
@@ -86,8 +92,9 @@ def report(records: Records, arms: Mapping[str, Arm]) -> str:
     )
     rows, spreads = [], []
     for (arm, iterations), record in records.items():
-        base = arms[arm].base
+        base = compared_with or arms[arm].base
         against = records.get((base, iterations), records.get((base, 0)))
+        against = against if base != arm else None
         seeds = list(record["seeds"].values())
         row = [arm, iterations, len(seeds)]
         for figure in figures:
@@ -100,7 +107,7 @@ def report(records: Records, arms: Mapping[str, Arm]) -> str:
                     spreads.append(diff.deviation)
         scale = statistics.median(entry["scale"] for entry in seeds)
         spent = statistics.median(entry["seconds"]["pretrain"] for entry in seeds)
-        rows.append([*row, base, verdict, f"{scale:.2g}", f"{spent:.0f}"])
+        rows.append([*row, base if against else "", verdict, f"{scale:.2g}", f"{spent:.0f}"])
     head = ["arm", "iterations", "seeds"]
     head += [word for figure in figures for word in (figure, "difference")]
     head += ["from", f"by {figures[0]}", "last scales", "seconds"]
