@@ -3,12 +3,13 @@
 python benchmarks/photographs.py choose --output output/choose \\
     --captions captions_train.json --images images --voc VOC2007
 
-Each run pretrains an arm of the table below, and fits and reads VOC's linear SVMs on its backbone.
+Each run pretrains an arm of photographs_arms.py, and fits and reads VOC's linear SVMs on its
+backbone.
 
 choose      seeds 1 to 3; fitted on one part of VOC's `trainval` and read on the other. It works in
             a VOC folder of `trainval` alone: there is no `test` in it.
 judge       seeds 11 to 18, 500 and 1 500 iterations; fitted on `trainval`, read on `test`. It waits
-            until `RECIPE` names what was chosen.
+            until `RECIPE` there names what was chosen.
 efficiency  VOC mAP against images: fractions of them, with 1 and with all captions of each; read on
             `test`, so that it waits, too.
 
@@ -60,7 +61,13 @@ from virtex_d2.checkpoint.resnet import recognise_resnet  # noqa: E402
 from virtex_d2.checkpoint.source import read_backbone  # noqa: E402
 from virtex_d2.checkpoint.starts import STARTS  # noqa: E402
 from virtex_d2.engine.errors import InputError, exit_on_input_error, nearest  # noqa: E402
-from virtex_d2.engine.files import read_json, sha256, write_json, write_text  # noqa: E402
+from virtex_d2.engine.files import (  # noqa: E402
+    read_json,
+    require_file,
+    sha256,
+    write_json,
+    write_text,
+)
 from virtex_d2.engine.identity import flat  # noqa: E402
 from virtex_d2.studies.compare.runs import Cell, read_run  # noqa: E402
 from virtex_d2.studies.stages import Stage, claim_output, exit_on_stop, run_stages  # noqa: E402
@@ -117,6 +124,20 @@ class Study:
         if self.args.purpose == "choose":
             voc = part_trainval(voc, self.output / "voc_parts")
         return str(voc)
+
+    @cached_property
+    def lists(self) -> dict[str, str]:
+        """Hashes of the VOC lists that are used."""
+        return {
+            part: hashlib.sha256("\n".join(split_ids(self.voc, part)).encode()).hexdigest()[:16]
+            for part in self.purpose.split
+        }
+
+    @cached_property
+    def captions_hash(self) -> str:
+        """Of the captions file."""
+        require_file(self.captions)
+        return sha256(self.captions)[:16]
 
     @cached_property
     def num_images(self) -> int:
@@ -221,13 +242,11 @@ class Study:
         found: dict[str, Any] = {"measure": {"config": self.measure_config, **self.measure_opts}}
         found["measure"] |= self.resnet
         if measure != "person":
-            for part in self.purpose.split:
-                names = "\n".join(split_ids(self.voc, part)).encode()
-                found["measure"][part] = hashlib.sha256(names).hexdigest()[:16]
+            found["measure"] |= self.lists
         if arm.phases:
             data = {"fraction": f"{arm.fraction:g}", "captions": str(arm.captions)}
             found["pretrain"] = {"config": self.config, **self.opts, **data}
-            found["pretrain"]["file"] = sha256(self.captions)[:16]
+            found["pretrain"]["file"] = self.captions_hash
             found |= {f"phase{n}": dict(phase) for n, phase in enumerate(arm.phases, start=1)}
         for part in found.values():
             part.pop("DATA.NUM_WORKERS", None)  # changes speed alone
@@ -414,7 +433,8 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--arms", nargs="+", help="default: all, as they stand in the table")
     own.add_argument("--seeds", type=int, nargs="+", help="some of the purpose's")
     own.add_argument("--iterations", type=int, nargs="+", help="of a pretraining, each a run")
-    own.add_argument("--measure", choices=[*MEASURES], default="svm", help="what judges backbones")
+    about = "what judges backbones; person: its data are in DETECTRON2_DATASETS"
+    own.add_argument("--measure", choices=[*MEASURES], default="svm", help=about)
     own.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     own.add_argument("--preset", choices=[*PRESETS], default="small")
     own.add_argument("--config", help="of pretrainings, instead of the preset's")

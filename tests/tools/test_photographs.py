@@ -251,6 +251,23 @@ def test_finished_runs_are_recorded_at_once_and_never_made_again(data, project, 
         main([*words, "--opts", "SOLVER.BASE_LR", "0.1"])
 
 
+def test_the_curve_against_images_is_one_command(data, project, chosen, tmp_path, capsys):
+    arms = ["random_zero_scales"]
+    arms += [f"bicaptioning-1-captions-{share}pct" for share in (10, 100)]
+    main(["efficiency", *data, "--seeds", "1", "--iterations", "9", "--arms", *arms])
+    told = capsys.readouterr().out
+    picture = tmp_path / "results" / "efficiency" / "svm.png"
+    with Image.open(picture) as image:
+        assert image.width > 1000
+    assert str(picture) in told
+    assert "| VirTex, 1 caption" in told
+    assert "69.3" in told
+    done = (project / "commands.txt").read_text()
+    main(["efficiency", "--report-only", "--results", str(tmp_path / "results")])
+    assert capsys.readouterr().out.strip() == told[told.index("| arm") :].strip()
+    assert (project / "commands.txt").read_text() == done
+
+
 # --- what is said
 
 
