@@ -21,6 +21,7 @@ is in docs/recipe.md.
 import argparse
 import hashlib
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -60,6 +61,7 @@ from virtex_d2.annotations.voc import split_ids, split_list  # noqa: E402
 from virtex_d2.checkpoint.resnet import recognise_resnet  # noqa: E402
 from virtex_d2.checkpoint.source import read_backbone  # noqa: E402
 from virtex_d2.checkpoint.starts import STARTS  # noqa: E402
+from virtex_d2.engine.config import read_config  # noqa: E402
 from virtex_d2.engine.errors import InputError, exit_on_input_error, nearest  # noqa: E402
 from virtex_d2.engine.files import (  # noqa: E402
     read_json,
@@ -239,13 +241,13 @@ class Study:
     def design(self, run: Run) -> dict[str, Any]:
         """Say what a record's figures are of, but for seed and code: no paths."""
         arm, measure = self.purpose.arms[run.arm], self.args.measure
-        found: dict[str, Any] = {"measure": {"config": self.measure_config, **self.measure_opts}}
+        found: dict[str, Any] = {"measure": {**_content(self.measure_config), **self.measure_opts}}
         found["measure"] |= self.resnet
         if measure != "person":
             found["measure"] |= self.lists
         if arm.phases:
             data = {"fraction": f"{arm.fraction:g}", "captions": str(arm.captions)}
-            found["pretrain"] = {"config": self.config, **self.opts, **data}
+            found["pretrain"] = {**_content(self.config), **self.opts, **data}
             found["pretrain"]["file"] = self.captions_hash
             found |= {f"phase{n}": dict(phase) for n, phase in enumerate(arm.phases, start=1)}
         for part in found.values():
@@ -340,6 +342,12 @@ def _chosen(given: Sequence | None, known: Sequence, flag: str) -> Sequence:
             + nearest(str(wrong[0]), names)
         )
     return [one for one in known if not given or one in given]
+
+
+def _content(config: str) -> dict[str, str]:
+    """Name a config file, and what is in it: a recipe may become another under its old name."""
+    content = json.dumps(read_config(ROOT / config), sort_keys=True)
+    return {"config": config, "content": hashlib.sha256(content.encode()).hexdigest()[:16]}
 
 
 def _words(opts: Options) -> list[str]:

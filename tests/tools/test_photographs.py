@@ -249,6 +249,10 @@ def test_finished_runs_are_recorded_at_once_and_never_made_again(data, project, 
     assert done.count("pretrain_net") == 4
     with pytest.raises(InputError, match="another design:\n  pretrain.SOLVER.BASE_LR: not given"):
         main([*words, "--opts", "SOLVER.BASE_LR", "0.1"])
+    config = project / "configs" / "pretrain" / "small_R_50.yaml"
+    config.write_text(config.read_text().replace("BASE_LR: 0.001", "BASE_LR: 0.002"))
+    with pytest.raises(InputError, match="another design:\n  pretrain.content: "):
+        main(words)
 
 
 def test_the_curve_against_images_is_one_command(data, project, chosen, tmp_path, capsys):
