@@ -3,73 +3,16 @@
 import csv
 import io
 import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy.stats import t as students_t
 from tabulate import tabulate
 
 from virtex_d2.studies.compare.runs import AVERAGES, Metric, Run, percent
+from virtex_d2.studies.verdict import Sample, difference, sample
 
 SIZES = ("APs", "APm", "APl")
 FREQUENCIES = ("APr", "APc", "APf")
-CONFIDENCE = 0.95  # of the intervals
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Values of several seeds, or one start's minus another's; NaN is left out.
-
-    Attributes:
-        values: by seed.
-    """
-
-    values: Mapping[int, float]
-
-    @property
-    def mean(self) -> float:
-        """NaN where there is no value."""
-        return statistics.fmean(self.values.values()) if self.values else math.nan
-
-    @property
-    def deviation(self) -> float:
-        """The sample standard deviation; NaN for fewer than two values."""
-        return statistics.stdev(self.values.values()) if len(self.values) > 1 else math.nan
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """The `CONFIDENCE` interval of the mean; None for fewer than two values.
-
-        By Student's t with n - 1 degrees of freedom: it takes values for independent and normal.
-        """
-        count = len(self.values)
-        if count < 2:
-            return None
-        quantile = float(students_t.ppf((1 + CONFIDENCE) / 2, count - 1))
-        reach = quantile * self.deviation / math.sqrt(count)
-        return self.mean - reach, self.mean + reach
-
-    @property
-    def decided(self) -> bool:
-        """Whether the interval leaves zero out."""
-        return self.interval is not None and (self.interval[0] > 0 or self.interval[1] < 0)
-
-    @property
-    def ahead(self) -> int:
-        """In how many seeds a difference is positive."""
-        return sum(value > 0 for value in self.values.values())
-
-
-def sample(values: Mapping[int, float]) -> Sample:
-    """Leave NaN (nothing to measure) out."""
-    return Sample({seed: value for seed, value in values.items() if not math.isnan(value)})
-
-
-def difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Sample:
-    """Subtract `baseline`, paired by seed: the two share order, augmentation and images."""
-    shared = [seed for seed in values if seed in baseline]
-    return sample({seed: values[seed] - baseline[seed] for seed in shared})
 
 
 @dataclass(frozen=True)
