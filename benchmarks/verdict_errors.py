@@ -5,8 +5,11 @@ python benchmarks/verdict_errors.py                                    # reports
 
 Three starts of small Faster R-CNNs on the synthetic world, of which is known what they are:
 
-good      a ResNet-18 pretrained on the labels of the detectors' images, among others
-harmful   the same file, the numbers of each tensor scrambled within it
+good      a backbone that was trained on the labels of the detectors' images and of four times as
+          many others
+harmful   the same file, the numbers of each tensor scrambled within it, and the scales of the
+          residual blocks' last norms at 0, near which too short a pretraining leaves them
+          (docs/transfer.md)
 null      random weights under another name
 
 Each detector is trained once for every seed, `null` with seeds of its own: with those of `random`
@@ -29,6 +32,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,29 +60,26 @@ from virtex_d2.studies.verdict import (  # noqa: E402
 )
 
 STORED = ROOT / "benchmarks" / "results" / "verdict_errors.json"
-PRETRAIN, DETECT = "configs/pretrain/shapes_R_50.yaml", "configs/shapes/mask_rcnn_R_50_FPN.yaml"
+CONFIG = "configs/shapes/mask_rcnn_R_50_FPN.yaml"
+SIDE = 64  # pixels of the images
 IMAGES = {"train": (1500, 2), "test": (150, 3)}  # of each split, and its seed
 FRACTION = 0.2  # of the labelled images are a detector's
-PRETRAINING = {
-    "MODEL.OBJECTIVE": "multilabel_classification",
-    "MODEL.VISUAL.NAME": "resnet18",
-    "SOLVER.MAX_ITER": 300,
-    "SOLVER.WARMUP_ITERS": 30,
-    "SOLVER.CHECKPOINT_PERIOD": 300,
-}
 DETECTOR = {
     "MODEL.MASK_ON": False,
     "MODEL.RESNETS.DEPTH": 18,
     "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
     "MODEL.FPN.OUT_CHANNELS": 64,
     "MODEL.ROI_BOX_HEAD.FC_DIM": 256,
-    "SOLVER.MAX_ITER": 160,
-    "SOLVER.STEPS": "(130,)",
+    "INPUT.MIN_SIZE_TRAIN": (SIDE,),
+    "INPUT.MIN_SIZE_TEST": SIDE,
+    "SOLVER.MAX_ITER": 150,
+    "SOLVER.STEPS": (120,),
     "SOLVER.WARMUP_ITERS": 15,
-    "TEST.EVAL_PERIOD": 40,
+    "TEST.EVAL_PERIOD": 50,
     "TEST.PRECISE_BN.NUM_ITER": 10,
     "DATALOADER.NUM_WORKERS": 0,
 }
+LONGER = {"SOLVER.MAX_ITER": 450, "SOLVER.STEPS": (380,), "TEST.EVAL_PERIOD": 450}
 BASELINE, NULL = "random", "null"
 PLANTED = {"good": HELPS, "harmful": HURTS, NULL: UNDECIDED}  # and what they deserve
 OTHER_SEEDS = 100  # what the seeds of `null` begin behind
@@ -105,10 +106,9 @@ def main() -> None:
 
 def train(output: Path, seeds: Sequence[int], jobs: int) -> None:
     """Make the planted starts, train a detector from each with each seed, and store the figures."""
-    claim_output(output, "verdict_errors", {"detector": DETECTOR, "pretraining": PRETRAINING})
-    good, harmful = output / "pretrain" / "backbone.safetensors", output / "harmful.safetensors"
-    world = [_world(output, split) for split in IMAGES]
-    run_stages([*world, _pretraining(output)], ROOT, output, [{}])
+    claim_output(output, "verdict_errors", {"side": SIDE})
+    good, harmful = output / "good.safetensors", output / "harmful.safetensors"
+    run_stages([*(_world(output, split) for split in IMAGES), *_planting(output)], ROOT, output)
     if not harmful.is_file():
         write_safetensors(harmful, *scrambled(*read_safetensors(good)))
     starts = (Init(BASELINE), Init("good", str(good)), Init("harmful", str(harmful)))
@@ -124,18 +124,16 @@ def train(output: Path, seeds: Sequence[int], jobs: int) -> None:
 
 
 def scrambled(
-    tensors: Mapping[str, "np.ndarray"], metadata: Mapping[str, str]
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> tuple[dict, Mapping[str, str]]:
-    """Shuffle the numbers of every tensor within it; running statistics keep their places."""
-    import torch
-
+    """Make the harmful start of a ResNet-18 in torchvision's names."""
     generator = torch.Generator().manual_seed(0)
     made = {}
     for name, tensor in sorted(tensors.items()):
-        made[name] = tensor
-        if not name.rpartition(".")[2].startswith("running_"):
-            order = torch.randperm(tensor.numel(), generator=generator)
-            made[name] = tensor.flatten()[order].reshape(tensor.shape)
+        order = torch.randperm(tensor.numel(), generator=generator)
+        made[name] = tensor.flatten()[order].reshape(tensor.shape)
+        if name.startswith("layer") and name.endswith(".bn2.weight"):
+            made[name] = torch.zeros_like(tensor)
     return made, metadata
 
 
@@ -146,7 +144,7 @@ def _world(output: Path, split: str) -> Stage:
         title=f"Shapes: {count} images",
         command=(
             *("tools/make_shapes.py", "--output", str(output / "world"), "--split", split),
-            *("--num-images", str(count), "--size", "96", "--seed", str(seed)),
+            *("--num-images", str(count), "--size", str(SIDE), "--seed", str(seed)),
             *("--max-objects", "3"),
         ),
         folder=str(output / "world"),
@@ -159,34 +157,42 @@ def _files(output: Path, kind: str, split: str) -> tuple[str, str]:
     return str(world / "annotations" / f"{kind}_{split}.json"), str(world / "images" / split)
 
 
-def _pretraining(output: Path) -> Stage:
-    captions, images = _files(output, "captions", "train")
-    options = {
-        "OUTPUT_DIR": output / "pretrain",
-        "DATA.TRAIN_CAPTIONS": captions,
-        "DATA.TRAIN_IMAGES": images,
-        "DATA.TRAIN_LABELS": _files(output, "instances", "train")[0],
-        **PRETRAINING,
-    }
-    return Stage(
-        name="pretrain",
-        title="Pretraining on the labels of the detectors' images",
-        command=("tools/pretrain_net.py", "--config-file", PRETRAIN, *_words(options)),
-        folder=str(output / "pretrain"),
-        configs=(PRETRAIN,),
+def _planting(output: Path) -> list[Stage]:
+    """The detector that the good start comes from, and its backbone as a file."""
+    folder, good = output / "planted", output / "good.safetensors"
+    options = {"OUTPUT_DIR": folder, "SEED": 0, **_data(output), **DETECTOR, **LONGER}
+    training = Stage(
+        name="planted",
+        title="A detector on all labelled images",
+        command=("tools/train_net.py", "--config-file", CONFIG, *_words(options)),
+        folder=str(folder),
+        configs=(CONFIG,),
     )
+    export = Stage(
+        name="good",
+        title="Its backbone",
+        command=("tools/convert_checkpoint.py", str(folder / "model_final.pth"), str(good)),
+        folder=str(output),
+        needs=(training,),
+        again="--overwrite",
+    )
+    return [training, export]
+
+
+def _data(output: Path) -> dict[str, str]:
+    sets = [[f"shapes_{split}", "coco", *_files(output, split)] for split in IMAGES]
+    names = {"DATASETS.TRAIN": "('shapes_train',)", "DATASETS.TEST": "('shapes_test',)"}
+    return {"VIRTEX.DATASETS": repr(sets), **names}
+
+
+def _files(output: Path, split: str) -> tuple[str, str]:
+    world = output / "world"
+    return str(world / "annotations" / f"instances_{split}.json"), str(world / "images" / split)
 
 
 def _plan(output: Path, starts: tuple[Init, ...], seeds: Sequence[int]) -> Plan:
-    sets = [[f"shapes_{split}", "coco", *_files(output, "instances", split)] for split in IMAGES]
-    options = {
-        "VIRTEX.DATASETS": repr(sets),
-        "DATASETS.TRAIN": "('shapes_train',)",
-        "DATASETS.TEST": "('shapes_test',)",
-        **DETECTOR,
-    }
-    name = Path(DETECT).stem
-    return Plan({name: DETECT}, starts, {name: (FRACTION,)}, tuple(seeds), _words(options))
+    name, words = Path(CONFIG).stem, _words({**_data(output), **DETECTOR})
+    return Plan({name: CONFIG}, starts, {name: (FRACTION,)}, tuple(seeds), words)
 
 
 def _words(options: Mapping[str, object]) -> tuple[str, ...]:
@@ -196,7 +202,7 @@ def _words(options: Mapping[str, object]) -> tuple[str, ...]:
 def _store(start: str, seed: int, curve: Mapping[int, float]) -> None:
     """Keep a run's AP by iteration, beside those that are there."""
     stored = read_json(STORED) if STORED.is_file() else {"runs": {}}
-    stored |= {"pretraining": PRETRAINING, "detector": DETECTOR, "fraction": FRACTION}
+    stored |= {"detector": DETECTOR, "planted": LONGER, "fraction": FRACTION, "side": SIDE}
     runs = stored["runs"].setdefault(start, {})
     runs[str(seed)] = {str(iteration): round(value, 3) for iteration, value in curve.items()}
     write_json(STORED, stored)

@@ -20,8 +20,9 @@ means are the same but not their distributions, skewed differences of few seeds 
 import functools
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from scipy.optimize import brentq
 from scipy.stats import nct
@@ -31,6 +32,8 @@ CONFIDENCE = 0.95  # of the intervals
 FALSE_CLAIMS = 0.05  # bound of the chance that a family of starts gets any false claim
 POWER = 0.8  # chance with which the smallest visible difference is seen
 HELPS, HURTS, UNDECIDED = "helps", "hurts", "cannot be told"
+
+Name = TypeVar("Name", bound=Hashable)
 
 _SAME = 1e-9  # spread, as a share of the values, below which they are the same number
 
@@ -116,13 +119,13 @@ class Verdict:
         return smallest_visible(self.difference, self.family)
 
 
-def judge(differences: Mapping[str, Sample]) -> dict[str, Verdict]:
+def judge(differences: Mapping[Name, Sample]) -> dict[Name, Verdict]:
     """Judge starts by their differences from the first one; see the head of this file.
 
     The chance of any false claim among all of them is at most `FALSE_CLAIMS`.
 
     Args:
-        differences: by start's name, all starts that are compared: also those without a value yet.
+        differences: by start, all starts that are compared: also those without a value yet.
     """
     chances = {}
     for name, diff in differences.items():

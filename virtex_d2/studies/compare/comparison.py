@@ -11,10 +11,11 @@ import torch
 
 from virtex_d2.engine.cli import shell
 from virtex_d2.engine.errors import InputError
+from virtex_d2.studies.compare.leaks import find_leaks
 from virtex_d2.studies.compare.plan import MOST_INITS, Plan, check_plan, choose_baseline
 from virtex_d2.studies.compare.report import write_report
-from virtex_d2.studies.compare.runs import Run, collect, read_run
-from virtex_d2.studies.compare.tables import Block
+from virtex_d2.studies.compare.runs import SVM, Run, collect, read_probe, read_run
+from virtex_d2.studies.compare.tables import Block, Probes
 from virtex_d2.studies.stages import Stage, checked_marker, claim_output, cores, run_stages
 
 KIND = "comparison"  # of folder, in its record's name and in messages
@@ -28,11 +29,13 @@ class Comparison:
         plan: the runs.
         root: the project's folder, with tools/ and configs/.
         output: the comparison's; new, or of an earlier call.
+        captions: (annotation file, image folder) of what starts were pretrained on.
     """
 
     plan: Plan
     root: Path
     output: Path
+    captions: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if not (self.root / "tools" / "train_net.py").is_file():
@@ -74,18 +77,37 @@ class Comparison:
             f"{cores()} cores. Commands run in {self.root}.",
             flush=True,
         )
+        if only is None:
+            for sentence in self.seen():
+                print(sentence, flush=True)
         slots = gpu_slots(jobs, self.plan.num_gpus)
         run_stages(stages, self.root, self.output, slots, alone=only is None)
 
     def finished(self) -> tuple[list[Run], list[str]]:
-        """Read the finished runs, and name the others."""
+        """Read the finished runs of detectors, and name all that is not finished."""
         runs, missing = [], []
         for cell, stage in zip(self.plan.cells, self.stages):
-            if checked_marker(stage, self.root, self.output).get("complete"):
-                runs.append(read_run(cell, self.root / stage.folder))
-            else:
+            if not self._is_finished(stage):
                 missing.append(stage.name)
+            elif cell.step != SVM:
+                runs.append(read_run(cell, self.root / stage.folder))
         return runs, missing
+
+    def probes(self) -> list[Probes]:
+        """Read what the finished SVMs found, of every config and fraction."""
+        found: dict[tuple[str, float], dict[str, dict[int, dict[str, float]]]] = {}
+        for cell, stage in zip(self.plan.cells, self.stages):
+            if cell.step == SVM and self._is_finished(stage):
+                place = found.setdefault((cell.config, cell.fraction), {})
+                place.setdefault(cell.init, {})[cell.seed] = read_probe(self.root / stage.folder)
+        names = [init.name for init in self.plan.inits]
+        return [
+            Probes(config, fraction, {name: runs.get(name, {}) for name in names})
+            for (config, fraction), runs in found.items()
+        ]
+
+    def _is_finished(self, stage: Stage) -> bool:
+        return bool(checked_marker(stage, self.root, self.output).get("complete"))
 
     def report(self) -> tuple[Path, list[Block]]:
         """Write the report of the finished runs, and print the others.
@@ -98,7 +120,24 @@ class Comparison:
             count = f"{len(missing)} of {len(self.stages)} runs"
             print("\n  ".join([f"Not finished: {count}:", *missing]), flush=True)
         names = [init.name for init in self.plan.inits]
-        return write_report(self.output, names, runs, missing, self.commands(), root=self.root)
+        return write_report(
+            self.output,
+            names,
+            runs,
+            missing,
+            self.commands(),
+            root=self.root,
+            probes=self.probes(),
+            seen=self.seen(),
+        )
+
+    def seen(self) -> list[str]:
+        """Say which test images are among the captioned ones; see `leaks.find_leaks`."""
+        if not self.captions:
+            return []
+        init = self.plan.inits[0]
+        configs = [self.plan.detector_config(self.root, c, init) for c in self.plan.configs]
+        return find_leaks(self.captions, configs, self.output / "leaks.json")
 
 
 def report_collected(
