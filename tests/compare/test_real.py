@@ -1,11 +1,13 @@
 """A comparison of real trainings, from the tool to the page in a browser."""
 
+import json
 import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.browser import open_page
@@ -31,7 +33,8 @@ def finished(tmp_path_factory, small_detector, shapes_world, backbone_file, run_
     ]
     command = [
         *("tools/compare_inits.py", "--output", output, "--config-file", config),
-        *("--init", "random", "--init", f"other={backbone_file('resnet18')}"),
+        *("--preset", "quick", "--init", "random"),
+        *("--init", f"other={backbone_file('resnet18')}"),
         *("--fractions", 0.5, "--seeds", 1, "--opts", *opts),
     ]
     result = run_python(*command, cwd=ROOT)
@@ -46,11 +49,32 @@ def test_the_page_opens_without_a_network_and_without_an_error(finished):
     assert page.console == []
     assert page.requests == []
     assert page.title == "Which initialisation?"
-    assert len(page.images) == 4  # differences, curves, classes, predictions
+    # differences, curves; classes and predictions of frozen backbones and of whole detectors
+    assert len(page.images) == 6
     assert all(image.loaded and image.alt and 400 < image.shown <= 1000 for image in page.images)
     assert re.search("Box AP: (no difference of a tenth|other is [0-9.]+ points)", page.text)
     assert "No pictures" not in page.text
     assert "0.5" in (output / "results.csv").read_text()
+    assert re.search(r"other: cannot be told\. Box AP over the run: .* 1 seed\.", page.text)
+
+
+def test_svms_and_frozen_backbones_are_of_the_same_data_and_start(finished):
+    _, output = finished
+    svm, frozen, whole = (
+        next(output.glob(f"runs/*/*/{step}other/seed1")) for step in ("svm/", "frozen/", "")
+    )
+    found = json.loads((svm / "results.json").read_text())
+    assert {"res3/mAP", "res4/mAP", "res5/mAP"} <= found["metrics"].keys()
+    assert found["data"]["train"]["source"].endswith("instances_train.json")
+    assert not (output / "runs" / "features").exists()
+    assert (output / "features").is_dir()
+    start, kept, changed = (
+        torch.load(run / f"model_{name}.pth", weights_only=False)["model"]
+        for run, name in ((frozen, "0000001"), (frozen, "final"), (whole, "final"))
+    )
+    name = "backbone.bottom_up.res5.1.conv2.weight"
+    assert torch.equal(start[name], kept[name])
+    assert not torch.equal(kept[name], changed[name])
 
 
 def test_predictions_are_drawn_beside_the_truth(finished):
@@ -64,11 +88,11 @@ def test_predictions_are_drawn_beside_the_truth(finished):
 def test_the_same_command_keeps_what_is_done(finished, run_python):
     command, output = finished
     before = {path: path.stat().st_mtime_ns for path in output.glob("runs/**/metrics.json")}
-    assert len(before) == 2
+    assert len(before) == 4
     report = (output / "report.html").read_bytes()
     result = run_python(*command, cwd=ROOT)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("done before") == 2
+    assert result.stdout.count("done before") == 6
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert (output / "report.html").read_bytes() == report
 

@@ -244,11 +244,18 @@ def _identity(
 ) -> dict[str, str]:
     """What makes a run this run, as texts by name."""
     preprocessing = config_preprocessing(cfg).config()
+    return {
+        **settings(cfg, train, test),
+        "the backbone": tensors,
+        "its preprocessing": ", ".join(map(str, preprocessing.values())),
+    }
+
+
+def settings(cfg: CfgNode, train: LabelledImages, test: LabelledImages) -> dict[str, str]:
+    """What makes a run this run, but for its backbone; as texts by name."""
     keys = ("TASK", "SEED", "INPUT.RESIZE", "INPUT.CROP", *_KEYS[cfg.TASK])
     return {
         **{key: str(_value(cfg, key)) for key in keys},
-        "the backbone": tensors,
-        "its preprocessing": ", ".join(map(str, preprocessing.values())),
         "the training set": _digest(cfg, train),
         "the test set": _digest(cfg, test),
     }
