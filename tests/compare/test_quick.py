@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests.compare.conftest import comparison
+from tests.compare.conftest import ROOT, comparison
 from tests.compare.test_comparison import run_tool
 from tests.probes.small_sets import COLOURS, picture
 from virtex_d2.annotations.coco import read_image_list
@@ -16,6 +16,7 @@ from virtex_d2.engine.config import load_config
 from virtex_d2.engine.errors import InputError
 from virtex_d2.studies.compare.leaks import find_leaks
 from virtex_d2.studies.compare.plan import make_plan, parse_inits
+from virtex_d2.studies.compare.runs import read_probe
 from virtex_d2.studies.compare.tables import judged, judgements
 from virtex_d2.studies.probes.config import check_config, get_probe_cfg
 from virtex_d2.studies.verdict import HELPS, UNDECIDED
@@ -68,9 +69,10 @@ def test_scales_of_zero_are_not_frozen(project):
 
 
 def test_the_tool_answers_with_a_verdict_and_what_seeds_could_have_seen(
-    project, monkeypatch, capsys
+    project, monkeypatch, capsys, sets
 ):
-    run_tool(monkeypatch, *QUICK, "--seeds", 1, 2, 3)
+    data = sets(4 * ["red", "green", "blue"], "answered")
+    run_tool(monkeypatch, *QUICK, "--seeds", 1, 2, 3, "--opts", *data)
     told = capsys.readouterr().out
     (sentence,) = re.findall("^virtex: helps.*$", told, re.MULTILINE)
     assert re.search(
@@ -105,6 +107,65 @@ def test_one_seed_claims_nothing(project):
     (sentence,) = judgements(blocks)
     assert "cannot be told" in sentence
     assert "Without a spread over seeds nothing is claimed" in sentence
+
+
+@pytest.fixture
+def sets(tmp_path):
+    """`sets(colours of the training images)` -> keys of two data sets of one-coloured images."""
+
+    def write(colours, name):
+        entries = []
+        for split, found in (("train", colours), ("test", ["red", "blue"])):
+            folder = tmp_path / f"{name}_{split}"
+            folder.mkdir()
+            for number, colour in enumerate(found):
+                picture(COLOURS[colour], number + len(split)).save(folder / f"{number}.png")
+            numbers = range(len(found))
+            content = {
+                "images": [
+                    {"id": n, "file_name": f"{n}.png", "width": 40, "height": 34} for n in numbers
+                ],
+                "annotations": [
+                    {"id": n + 1, "image_id": n, "category_id": [*COLOURS].index(found[n])}
+                    | {"bbox": [2, 2, 9, 9], "area": 81, "iscrowd": 0}
+                    for n in numbers
+                ],
+                "categories": [{"id": n, "name": colour} for n, colour in enumerate(COLOURS)],
+            }
+            folder.with_suffix(".json").write_text(json.dumps(content))
+            entries.append([folder.name, "coco", f"{folder}.json", str(folder)])
+        return [
+            *("VIRTEX.DATASETS", repr(entries), "INPUT.MIN_SIZE_TEST", "40"),
+            *("DATASETS.TRAIN", f"('{name}_train',)", "DATASETS.TEST", f"('{name}_test',)"),
+            *("DATALOADER.NUM_WORKERS", "0", "MODEL.DEVICE", "cpu"),
+            *("MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"),
+        ]
+
+    return write
+
+
+@pytest.mark.slow
+def test_the_svms_of_a_start_run_as_they_are_planned(project, sets, run_python):
+    overrides = sets(4 * ["red", "green", "blue"], "planned")
+    run = comparison(project, (1,), (1.0,), preset="quick", overrides=overrides)
+    for stage in run.stages[1:2]:
+        tool, *words = stage.command
+        done = run_python(ROOT / tool, *words, cwd=project)
+        assert done.returncode == 0, done.stderr
+    metrics = read_probe(project / run.stages[1].folder)
+    assert metrics.keys() == {"res3", "res4", "res5"}
+    assert metrics["res3"] > 90
+    assert (project / "out" / "features").is_dir()
+
+
+def test_data_that_train_no_svm_are_told_and_the_other_steps_are_done(project, sets, monkeypatch):
+    data = sets(6 * ["red"], "alone")  # red has no negatives, the others no positives
+    run_tool(monkeypatch, *QUICK, "--seeds", 1, "--opts", *data)
+    html = (project / "out" / "report.html").read_text()
+    reason = "none of 3 classes can be asked for; red: 0 negative training images, and 3 folds"
+    assert html.count(reason) == 2
+    assert "not finished" not in html
+    assert not (project / "out" / "runs" / "tiny" / "100pct" / "svm").exists()
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def write_report(
     title: str = "Which initialisation?",
     introduction: str = "",
     probes: Sequence[Probes] = (),
-    seen: Sequence[str] = (),
+    notes: Sequence[str] = (),
     sections: Mapping[str, Sequence[Picture]] | None = None,
     facts: Mapping[str, str] | None = None,
 ) -> tuple[Path, list[Block]]:
@@ -54,7 +54,7 @@ def write_report(
         root: where relative paths of the runs' data sets begin.
         title, introduction: of the page.
         probes: of the starts' features.
-        seen: sentences about test images that starts have seen before.
+        notes: sentences on what is left out, and on test images that starts have seen before.
         sections: further pictures by heading, behind the comparison's.
         facts: further ones about what was run.
 
@@ -78,7 +78,7 @@ def write_report(
         probes=probes,
         judgements=tables.judgements(blocks),
         bound=f"{100 * FALSE_CLAIMS:g}",
-        seen=seen,
+        notes=notes,
         metrics=_main_metrics(blocks),
         differences=[config_differences(block.all_runs) for block in blocks],
         missing=len(missing),
