@@ -1,6 +1,7 @@
 """A comparison as a whole: what is done stays done, and the report says what was measured."""
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -33,6 +34,14 @@ def logs(folder: Path) -> dict[str, int]:
 def texts(folder: Path) -> list[str]:
     names = ("report.html", "results.csv", "summary.csv")
     return [(folder / "out" / name).read_text(encoding="utf-8") for name in names]
+
+
+def trapezoids(folder: Path, key: str) -> float:
+    """The area under a result's curve from zero, over the run's length."""
+    lines = map(json.loads, (folder / "metrics.json").read_text().splitlines())
+    points = [(0, 0.0), *((line["iteration"] + 1, line[key]) for line in lines if key in line)]
+    steps = itertools.pairwise(points)
+    return sum((j - i) * (a + b) / 2 for (i, a), (j, b) in steps) / points[-1][0]
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -106,7 +115,7 @@ def test_an_interrupt_from_the_terminal_ends_the_tool_and_its_runs(project):
 def test_the_csv_files_hold_what_the_runs_recorded(finished):
     comparison(finished).report()
     rows = table(finished / "out" / "results.csv")
-    assert len(rows) == 12 * 18
+    assert len(rows) == 12 * 20
     one = next(
         row
         for row in rows
@@ -138,6 +147,13 @@ def test_the_csv_files_hold_what_the_runs_recorded(finished):
     assert float(row["difference"]) == pytest.approx(sum(differences) / 3, abs=1e-3)
     assert float(row["ci95_low"]) < float(row["difference"]) < float(row["ci95_high"])
     assert row["paired_seeds"] == "3"
+    area = next(
+        row
+        for row in rows
+        if (row["init"], row["fraction"], row["seed"]) == ("virtex", "0.1", "2")
+        and row["metric"] == "segm/area"
+    )
+    assert float(area["value"]) == pytest.approx(trapezoids(folder, "segm/AP"), abs=1e-4)
 
 
 def test_runs_that_are_missing_in_a_report_are_named_on_the_terminal(project, capsys):

@@ -112,12 +112,14 @@ def make_cfg(tmp_path, thin_backbone) -> Callable:
 
 @pytest.fixture
 def probe(make_cfg) -> Callable:
-    """`probe(KEY, value, ..., resume=False)` -> metrics, of the whole probe in this process."""
+    """`probe(KEY, value, ..., resume=False)` -> metrics, of the whole probe in this process;
+    with `judge=probe_folder` of a folder's checkpoints.
+    """
 
-    def run(*opts: object, resume: bool = False):
+    def run(*opts: object, resume: bool = False, judge: Callable = run_probe):
         try:
             args = argument_parser().parse_args(["--resume"] if resume else [])
-            return run_probe(make_cfg(*opts), args)
+            return judge(make_cfg(*opts), args)
         finally:
             release_locks()  # as `launch` does
             for name in LOGGERS:

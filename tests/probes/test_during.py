@@ -10,7 +10,10 @@ from pretrain.trainer import PretrainTrainer
 from tests.conftest import ROOT
 from tests.probes.small_sets import COLOURS
 from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.files import read_safetensors
+from virtex_d2.studies.probes import folder
 from virtex_d2.studies.probes.during import build_probe
+from virtex_d2.studies.probes.folder import probe_folder
 
 CLASSES = str([*COLOURS])
 
@@ -73,8 +76,68 @@ def test_a_run_is_judged_as_its_backbone_would_be_and_trains_as_if_it_were_not(
     weights = ("MODEL.WEIGHTS", tmp_path / "judged" / "backbone.safetensors")
     alone = probe("DATA.ROOT", voc, "DATA.CLASSES", CLASSES, *weights)
     assert found[3] == alone["mAP"]
+    words = ("DATA.ROOT", voc, "DATA.CLASSES", CLASSES, "MODEL.WEIGHTS", tmp_path / "judged")
+    curve = probe(*words, "OUTPUT_DIR", tmp_path / "curve", judge=probe_folder)
+    assert {iteration: metrics["mAP"] for iteration, metrics in curve.items()} == found
+    afterwards = [json.loads(s) for s in (tmp_path / "curve/metrics.json").read_text().splitlines()]
+    of_run = [
+        {key: line[key] for key in ("iteration", "probe/mAP11", "probe/mAP")}
+        for line in lines
+        if "probe/mAP" in line
+    ]
+    assert afterwards == of_run
     best = torch.load(tmp_path / "judged" / "model_best.pth", weights_only=True)["iteration"]
     assert best == max(found, key=lambda iteration: (found[iteration], -iteration))
+
+
+@pytest.fixture
+def checkpoints(tmp_path, thin_backbone):
+    """A folder of two checkpoints of VirTex's names, the later one blind, and another file."""
+    folder = tmp_path / "pretraining"
+    folder.mkdir()
+    tensors, _ = read_safetensors(thin_backbone())
+    for number, sight in ((20, 1), (100, 0)):
+        tensors["conv1.weight"] = sight * tensors["conv1.weight"]
+        state = {f"visual.cnn.{name}": tensor for name, tensor in tensors.items()}
+        torch.save({"model": state, "iteration": number}, folder / f"checkpoint_{number}.pth")
+    (folder / "model_best.pth").write_bytes(b"not numbered")
+    return folder
+
+
+def test_a_folder_is_judged_on_while_it_grows(probe, checkpoints, voc, tmp_path, monkeypatch):
+    words = ("DATA.ROOT", voc, "DATA.CLASSES", CLASSES, "MODEL.WEIGHTS", checkpoints)
+    first = probe(*words, judge=probe_folder)
+    assert list(first) == [19, 99]  # by number, not by name
+    assert first[99]["mAP"] < 60 < first[19]["mAP"]
+    content = (checkpoints / "checkpoint_20.pth").read_bytes()
+    (checkpoints / "checkpoint_20.pth").unlink()  # as SOLVER.CHECKPOINT_KEEP_LAST does
+    (checkpoints / "checkpoint_200.pth").write_bytes(content)
+    judged = []
+    real = folder._judge
+    monkeypatch.setattr(folder, "_judge", lambda *a: judged.append(a[1]) or real(*a))
+    second = probe(*words, judge=probe_folder, resume=True)
+    assert [file.rpartition("/")[2] for file in judged] == ["checkpoint_200.pth"]
+    assert second == {**first, 199: first[19]}
+    with pytest.raises(InputError, match="INPUT.CROP was 32, now it is 24"):
+        probe(*words, "INPUT.CROP", 24, judge=probe_folder, resume=True)
+    with pytest.raises(InputError, match="holds the results.json of another run"):
+        probe(*words, judge=probe_folder)
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (("TASK", "linear", "DATA.FORMAT", "folders"), "TASK voc_svm alone"),
+        (("OUTPUT_DIR", "{folder}"), "would be replaced"),
+        (("MODEL.WEIGHTS", "{voc}"), "a folder without checkpoints such as model_0001999.pth"),
+    ],
+)
+def test_folders_that_cannot_be_judged_are_refused(probe, checkpoints, voc, opts, message):
+    words = [word.format(folder=checkpoints, voc=voc) for word in opts]
+    before = sorted(checkpoints.iterdir())
+    with pytest.raises(InputError, match=message):
+        probe("DATA.ROOT", voc, "MODEL.WEIGHTS", checkpoints, *words, judge=probe_folder)
+    assert sorted(checkpoints.iterdir()) == before
 
 
 @pytest.mark.slow

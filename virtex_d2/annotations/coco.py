@@ -8,6 +8,8 @@ import numpy as np
 
 from virtex_d2.annotations.records import Records, no_collection, read_records, shown
 from virtex_d2.annotations.table import AnnotationTable, Problem
+from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.files import read_json
 
 FREQUENCIES = ("r", "c", "f")  # of LVIS's classes: in up to 10, up to 100, more training images
 # What LVIS says of an image: categories that are not there, and those not annotated throughout.
@@ -52,6 +54,39 @@ def read_json_file(kind: str, path: str, image_root: str, name: str) -> Annotati
     )
     table.problems.extend(_problems(table, records))
     return table
+
+
+def read_image_list(path: str, image_root: str, name: str) -> AnnotationTable:
+    """Read the images of a file in COCO's format, whatever it says of them, such as captions.
+
+    The table has no objects.
+    """
+    images = read_json(path).get("images")
+    if not isinstance(images, list) or not images:
+        raise InputError(f"{path}: expected a list `images`, as in COCO's caption files.")
+    for place, image in enumerate(images):
+        if not isinstance(image, dict) or not isinstance(image.get("file_name"), str):
+            raise InputError(
+                f"{path}: `images`[{place}] has no text `file_name`: {shown(image)}. Is it a file "
+                "in COCO's format?"
+            )
+    return AnnotationTable(
+        name=name,
+        kind="coco",
+        source=path,
+        categories={},
+        image_ids=[image.get("id", place) for place, image in enumerate(images)],
+        files=[os.path.join(image_root or ".", image["file_name"]) for image in images],
+        sizes=np.full((len(images), 2), np.nan),
+        records=[],
+        image_of=np.zeros(0, int),
+        category_of=np.zeros(0, int),
+        written=[],
+        crowd=np.zeros(0, bool),
+        difficult=np.zeros(0, bool),
+        segmentations=[],
+        has_truth=False,
+    )
 
 
 def _places(ids: Iterable[Hashable], known: Iterable[Hashable]) -> np.ndarray:

@@ -10,11 +10,16 @@ from pathlib import Path
 import torch
 
 from virtex_d2.engine.cli import shell
+from virtex_d2.engine.config import load_config
 from virtex_d2.engine.errors import InputError
+from virtex_d2.studies.compare.leaks import find_leaks
 from virtex_d2.studies.compare.plan import MOST_INITS, Plan, check_plan, choose_baseline
 from virtex_d2.studies.compare.report import write_report
-from virtex_d2.studies.compare.runs import Run, collect, read_run
-from virtex_d2.studies.compare.tables import Block
+from virtex_d2.studies.compare.runs import SVM, Run, collect, read_probe, read_run
+from virtex_d2.studies.compare.tables import Block, Probes
+from virtex_d2.studies.probes.config import get_probe_cfg
+from virtex_d2.studies.probes.data import load_datasets
+from virtex_d2.studies.probes.svm import unfit_classes
 from virtex_d2.studies.stages import Stage, checked_marker, claim_output, cores, run_stages
 
 KIND = "comparison"  # of folder, in its record's name and in messages
@@ -28,11 +33,13 @@ class Comparison:
         plan: the runs.
         root: the project's folder, with tools/ and configs/.
         output: the comparison's; new, or of an earlier call.
+        captions: (annotation file, image folder) of what starts were pretrained on.
     """
 
     plan: Plan
     root: Path
     output: Path
+    captions: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if not (self.root / "tools" / "train_net.py").is_file():
@@ -68,24 +75,46 @@ class Comparison:
                 )
             stages = stages[only : only + 1]
         check_plan(self.plan, self.root)
+        unasked = self.unasked()
+        stages = [stage for stage in stages if stage.name not in unasked]
         claim_output(self.output, KIND, {"baseline": self.plan.baseline})
         print(
             f"{len(stages)} {'run' if len(stages) == 1 else 'runs'} into {self.output}, on "
             f"{cores()} cores. Commands run in {self.root}.",
             flush=True,
         )
+        if only is None:
+            for sentence in self.notes():
+                print(sentence, flush=True)
         slots = gpu_slots(jobs, self.plan.num_gpus)
         run_stages(stages, self.root, self.output, slots, alone=only is None)
 
     def finished(self) -> tuple[list[Run], list[str]]:
-        """Read the finished runs, and name the others."""
-        runs, missing = [], []
+        """Read the finished runs of detectors, and name all that is not finished."""
+        runs, missing, unasked = [], [], self.unasked()
         for cell, stage in zip(self.plan.cells, self.stages):
-            if checked_marker(stage, self.root, self.output).get("complete"):
+            if not self._is_finished(stage):
+                if stage.name not in unasked:
+                    missing.append(stage.name)
+            elif cell.step != SVM:
                 runs.append(read_run(cell, self.root / stage.folder))
-            else:
-                missing.append(stage.name)
         return runs, missing
+
+    def probes(self) -> list[Probes]:
+        """Read what the finished SVMs found, of every config and fraction."""
+        found: dict[tuple[str, float], dict[str, dict[int, dict[str, float]]]] = {}
+        for cell, stage in zip(self.plan.cells, self.stages):
+            if cell.step == SVM and self._is_finished(stage):
+                place = found.setdefault((cell.config, cell.fraction), {})
+                place.setdefault(cell.init, {})[cell.seed] = read_probe(self.root / stage.folder)
+        names = [init.name for init in self.plan.inits]
+        return [
+            Probes(config, fraction, {name: runs.get(name, {}) for name in names})
+            for (config, fraction), runs in found.items()
+        ]
+
+    def _is_finished(self, stage: Stage) -> bool:
+        return bool(checked_marker(stage, self.root, self.output).get("complete"))
 
     def report(self) -> tuple[Path, list[Block]]:
         """Write the report of the finished runs, and print the others.
@@ -98,7 +127,40 @@ class Comparison:
             count = f"{len(missing)} of {len(self.stages)} runs"
             print("\n  ".join([f"Not finished: {count}:", *missing]), flush=True)
         names = [init.name for init in self.plan.inits]
-        return write_report(self.output, names, runs, missing, self.commands(), root=self.root)
+        return write_report(
+            self.output,
+            names,
+            runs,
+            missing,
+            self.commands(),
+            root=self.root,
+            probes=self.probes(),
+            notes=self.notes(),
+        )
+
+    def unasked(self) -> dict[str, str]:
+        """Say by their stages' names which SVMs these images cannot train, and why."""
+        reasons = {}
+        for cell, stage in zip(self.plan.cells, self.stages):
+            if cell.step == SVM and not self._is_finished(stage):
+                words = self.plan.probe_options(self.root, cell.config, self.plan.inits[0])
+                if reason := _hindrance(words, cell.fraction, cell.seed):
+                    reasons[stage.name] = reason
+        return reasons
+
+    def notes(self) -> list[str]:
+        """Say which steps are left out, and which test images are among the captioned ones."""
+        return [
+            *(f"{name} is left out: {reason}." for name, reason in self.unasked().items()),
+            *self._leaks(),
+        ]
+
+    def _leaks(self) -> list[str]:
+        if not self.captions:
+            return []
+        init = self.plan.inits[0]
+        configs = [self.plan.detector_config(self.root, c, init) for c in self.plan.configs]
+        return find_leaks(self.captions, configs, self.output / "leaks.json")
 
 
 def report_collected(
@@ -120,6 +182,19 @@ def report_collected(
     baseline = choose_baseline(names, baseline)
     claim_output(output, KIND, {"collected": True})
     return write_report(output, sorted(names, key=lambda name: name != baseline), runs)
+
+
+@functools.cache  # for all starts, and for running and reporting
+def _hindrance(words: tuple[str, ...], fraction: float, seed: int) -> str:
+    """Say why no SVM of a probe can be trained; "" where one can."""
+    more = ("VIRTEX.FRACTION", repr(fraction), "VIRTEX.FRACTION_SEED", str(seed))
+    cfg = load_config(get_probe_cfg(), None, (*words, *more))
+    train, test = load_datasets(cfg)
+    reasons = unfit_classes(cfg, train.classes, train.labels, test.labels)
+    if len(reasons) < len(train.classes):
+        return ""
+    name, reason = next(iter(reasons.items()))
+    return f"none of {len(reasons)} classes can be asked for; {name}: {reason}"
 
 
 def gpu_slots(jobs: int, num_gpus: int) -> list[dict[str, str]]:

@@ -197,7 +197,7 @@ def _size(differences: Mapping[str, float]) -> float:
 
 def _place(block: Block, blocks: Sequence[Block]) -> str:
     """What tells a block from the others."""
-    several = len({block.config for block in blocks}) > 1
+    several = len({block.name for block in blocks}) > 1
     return block.title if several else block.part
 
 

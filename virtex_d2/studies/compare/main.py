@@ -5,6 +5,13 @@ python tools/compare_inits.py --output output/comparison \\
     --init random --init virtex=output/pretrain/backbone.safetensors \\
     --init imagenet=R-50.pth --seeds 1 2 3 --fractions 1 0.1
 
+"Did it help?", cheap questions first: SVMs on frozen features, frozen backbones, whole detectors:
+
+python tools/compare_inits.py --output output/quick --preset quick \\
+    --config-file configs/coco/mask_rcnn_R_50_FPN_person_small.yaml \\
+    --captions captions_train.json images \\
+    --init random --init virtex=output/pretrain/backbone.safetensors
+
 What is finished is not run again; the same command goes on from where it stopped. {seed} in a
 checkpoint's path stands for the seed. As a job array: --list prints the runs, --only N does one of
 them, --report-only writes the report from what is there. Runs that were trained elsewhere:
@@ -33,9 +40,10 @@ def main(root: Path) -> None:
 
 def _compare(args: argparse.Namespace, root: Path) -> None:
     from virtex_d2.studies.compare.comparison import Comparison, report_collected
-    from virtex_d2.studies.compare.plan import check_plan, make_plan, parse_inits
-    from virtex_d2.studies.compare.tables import text_table
+    from virtex_d2.studies.compare.plan import PRESET_SEEDS, check_plan, make_plan, parse_inits
+    from virtex_d2.studies.compare.tables import judgements, text_table
 
+    probes = []
     if args.collect:
         path, blocks = report_collected(args.output, args.collect, args.baseline)
     else:
@@ -43,13 +51,15 @@ def _compare(args: argparse.Namespace, root: Path) -> None:
             args.config_file,
             parse_inits(args.init, args.init_opts),
             args.fractions,
-            args.seeds or [1],
+            args.seeds or (PRESET_SEEDS if args.preset else [1]),
             args.opts,
             args.baseline,
             args.num_gpus,
             root,
+            args.preset,
         )
-        comparison = Comparison(plan, root, args.output.resolve())
+        captions = tuple((file, images) for file, images in args.captions)
+        comparison = Comparison(plan, root, args.output.resolve(), captions)
         if args.list:
             check_plan(plan, root)
             for number, command in enumerate(comparison.commands().values()):
@@ -60,7 +70,9 @@ def _compare(args: argparse.Namespace, root: Path) -> None:
         if args.only is not None:
             return
         path, blocks = comparison.report()
-    print(f"\n{text_table(blocks)}\n\nReport: {path}")
+        probes = comparison.probes()
+    told = "\n".join(["Did it help?", *judgements(blocks)])
+    print(f"\n{text_table(blocks, probes)}\n\n{told}\n\nReport: {path}")
 
 
 def _parse_args() -> argparse.Namespace:
@@ -125,7 +137,23 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         action="extend",
         default=[],
-        help="one run of each start for every seed (default 1)",
+        help="one run of each start for every seed (default 1; of a preset 1 to 5)",
+    )
+    add(
+        "--preset",
+        choices=("quick",),
+        default="",
+        help="quick: first SVMs on the features of each start, then detectors on its frozen "
+        "backbone, then whole ones",
+    )
+    add(
+        "--captions",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("FILE", "IMAGES"),
+        help="captions (COCO's format) that starts were pretrained on, and the folder of their "
+        "images: those that are test images are named; may be repeated",
     )
     add("--baseline", default="", metavar="NAME", help="default: random, else the first --init")
     add("--num-gpus", type=int, default=1, help="of one run (default 1)")

@@ -4,17 +4,35 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
 
 from virtex_d2.checkpoint.source import local_path, read_backbone
 from virtex_d2.checkpoint.starts import RANDOM, STARTS, ZERO_SCALES, is_random
 from virtex_d2.detection.config import get_virtex_cfg
 from virtex_d2.engine.config import load_config
 from virtex_d2.engine.errors import InputError, nearest
-from virtex_d2.studies.compare.runs import SET_BY_PLAN, Cell, percent
+from virtex_d2.studies.compare.runs import FROZEN, SET_BY_PLAN, SVM, Cell, percent
+from virtex_d2.studies.probes.config import check_config, get_probe_cfg
 from virtex_d2.studies.stages import Stage, read_config
 
 MOST_INITS = 8  # as many colours as are told apart
 
+# What is done with each start, for people.
+STEPS = {SVM: "SVMs on features", FROZEN: "frozen backbone", "": "fine-tuning"}
+PRESETS = {"quick": (SVM, FROZEN, "")}  # cheap questions first
+PRESET_SEEDS = (1, 2, 3, 4, 5)  # with three, only differences of three deviations are seen
+PROBED = ("res3", "res4", "res5")
+
+_FROZEN_OPTIONS = ("MODEL.BACKBONE.FREEZE_AT", "5", "SOLVER.BACKBONE_LR_FACTOR", "1.0")
+# Keys that a detector's and a probe's config share.
+_SHARED = (
+    *("MODEL.DEVICE", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "INPUT.FORMAT", "VIRTEX.DATASETS"),
+    *(f"MODEL.RESNETS.{key}" for key in ("DEPTH", "RES2_OUT_CHANNELS", "NUM_GROUPS")),
+    *("MODEL.RESNETS.WIDTH_PER_GROUP", "MODEL.RESNETS.STRIDE_IN_1X1"),
+    *(f"VIRTEX.{key}" for key in ("LAYOUT", "COPY", "PREFIX")),
+)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 _SEED = "{seed}"
 
@@ -51,6 +69,9 @@ class Plan:
         seeds: one run of each start for every seed.
         overrides: ("KEY", "VALUE", ...) for all runs.
         num_gpus: of one run.
+        steps: what is done with each start, in order: "" trains the whole detector, `FROZEN` its
+            heads on a frozen backbone, `SVM` asks linear classifiers on the backbone's features
+            which classes are in an image.
     """
 
     configs: Mapping[str, str]
@@ -59,6 +80,7 @@ class Plan:
     seeds: tuple[int, ...] = (1,)
     overrides: tuple[str, ...] = ()
     num_gpus: int = 1
+    steps: tuple[str, ...] = ("",)
 
     @property
     def baseline(self) -> str:
@@ -69,15 +91,18 @@ class Plan:
     def cells(self) -> list[Cell]:
         """Every run's place, in their order."""
         return [
-            Cell(config, part, init.name, seed)
+            Cell(config, part, init.name, seed, step)
+            for step in self.steps
             for config in self.configs
             for part in self.fractions[config]
             for seed in self.seeds
             for init in self.inits
+            # scales of 0 in frozen norms would stay 0
+            if (step, init.weights) != (FROZEN, ZERO_SCALES)
         ]
 
     def stages(self, root: Path, output: Path) -> list[Stage]:
-        """Make a stage of every run, all of one group: they may run at the same time.
+        """Make a stage of every run, each step's of one group: they may run at the same time.
 
         Args:
             root: the project's folder.
@@ -89,25 +114,66 @@ class Plan:
         place = str(folder.relative_to(root)) if folder.is_relative_to(root) else str(folder)
         init = next(init for init in self.inits if init.name == cell.init)
         weights, config = init.weights_for(cell.seed), self.configs[cell.config]
+        gpus = ("--num-gpus", str(self.num_gpus)) if self.num_gpus > 1 else ()
+        if cell.step == SVM:
+            cache = str(Path(place).parents[len(Path(cell.folder).parts)] / "features")
+            command = ("tools/linear_probe.py", *gpus, "DATA.CACHE_DIR", cache)
+            rest = self.probe_options(root, cell.config, init)
+            weights = weights or RANDOM
+        else:
+            command = ("tools/train_net.py", "--config-file", config, *gpus)
+            frozen = _FROZEN_OPTIONS if cell.step == FROZEN else ()
+            rest = (*self.overrides, *init.overrides, *frozen)
+        step = f" ({STEPS[cell.step]})" if cell.step else ""
         return Stage(
             name=cell.name,
-            title=f"{cell.config}, {percent(cell.fraction)} % of the images: {init.name}, "
+            title=f"{cell.config}, {percent(cell.fraction)} % of the images{step}: {init.name}, "
             f"seed {cell.seed}",
             command=(
-                *("tools/train_net.py", "--config-file", config),
-                *(("--num-gpus", str(self.num_gpus)) if self.num_gpus > 1 else ()),
+                *command,
                 *("OUTPUT_DIR", place, "SEED", str(cell.seed), "MODEL.WEIGHTS", weights),
                 # Other seeds take other images: which ones belongs to what a fraction leaves open.
                 *("VIRTEX.FRACTION", repr(cell.fraction), "VIRTEX.FRACTION_SEED", str(cell.seed)),
-                *self.overrides,
-                *init.overrides,
+                *rest,
             ),
             folder=place,
             configs=(config,),
             files=() if is_random(weights) else (local_path(weights),),
             label=cell.name,
-            group="runs",
+            group=cell.step or "runs",
         )
+
+    def probe_options(self, root: Path, config: str, init: Init) -> tuple[str, ...]:
+        """Say in keys of `tools/linear_probe.py` what a detector's config and a start say.
+
+        The same data sets, preprocessing and network; images are as large as the detector's in its
+        test, at most the recipe's 256 px, of which it sees the central 7/8 (Goyal et al., arXiv
+        1905.01235: 224 of 256).
+        """
+        cfg = self.detector_config(root, config, init)
+        side = min(256, cfg.INPUT.MIN_SIZE_TEST)
+        options = {
+            "TASK": "voc_svm",
+            "DATA.FORMAT": "detection",
+            "DATA.TRAIN": ",".join(cfg.DATASETS.TRAIN),
+            "DATA.TEST": ",".join(cfg.DATASETS.TEST),
+            "DATA.NUM_WORKERS": cfg.DATALOADER.NUM_WORKERS,
+            "INPUT.RESIZE": side,
+            "INPUT.CROP": side * 7 // 8,
+            "MODEL.RESNETS.OUT_FEATURES": list(PROBED),
+        }
+        for key in _SHARED:
+            value: Any = cfg
+            for part in key.split("."):
+                value = value[part]
+            options[key] = value
+        return tuple(str(word) for pair in options.items() for word in pair)
+
+    def detector_config(self, root: Path, config: str, init: Init) -> CfgNode:
+        """Read the config of a start's detectors, without what the plan sets of each run."""
+        cfg = get_virtex_cfg()
+        load_config(cfg, str(root / self.configs[config]), self.overrides, "--opts")
+        return load_config(cfg, None, init.overrides, f"--init-opts {init.name}")
 
 
 def parse_inits(texts: Sequence[str], overrides: Sequence[Sequence[str]] = ()) -> tuple[Init, ...]:
@@ -170,6 +236,7 @@ def make_plan(
     baseline: str = "",
     num_gpus: int = 1,
     root: Path = Path(),
+    preset: str = "",
 ) -> Plan:
     """A plan whose arguments hold.
 
@@ -180,6 +247,7 @@ def make_plan(
         seeds, overrides, num_gpus: as in `Plan`.
         baseline: a start's name; "": random where it is one of them, else the first.
         root: where relative paths of configs begin.
+        preset: of `PRESETS`; "": the whole detectors alone.
     """
     baseline = choose_baseline([init.name for init in inits], baseline)
     for fraction in fractions:
@@ -210,15 +278,18 @@ def make_plan(
         tuple(seeds),
         _checked_overrides("--opts", overrides),
         num_gpus,
+        PRESETS[preset] if preset else ("",),
     )
 
 
 def check_plan(plan: Plan, root: Path) -> None:
     """Read every config and checkpoint once, so that no day of training ends at the last one."""
-    for config in plan.configs.values():
+    for config in plan.configs:
         for init in plan.inits:
-            cfg = load_config(get_virtex_cfg(), str(root / config), plan.overrides, "--opts")
-            load_config(cfg, None, init.overrides, f"--init-opts {init.name}")
+            plan.detector_config(root, config, init)
+            if SVM in plan.steps:
+                words = plan.probe_options(root, config, init)
+                check_config(load_config(get_probe_cfg(), None, words))
     for init in plan.inits:
         options = dict(zip(init.overrides[::2], init.overrides[1::2]))
         for weights in dict.fromkeys(init.weights_for(seed) for seed in plan.seeds):

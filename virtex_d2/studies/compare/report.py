@@ -7,8 +7,9 @@ from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import atomic_path
 from virtex_d2.studies.compare import figures, tables
 from virtex_d2.studies.compare.runs import TASKS, Run, config_differences
-from virtex_d2.studies.compare.tables import Block
+from virtex_d2.studies.compare.tables import Block, Probes
 from virtex_d2.studies.page import Picture, machine, render, write_page
+from virtex_d2.studies.verdict import FALSE_CLAIMS
 
 _DIFFERENCES, _CURVES = "Difference from the baseline", "Learning curves"
 _CLASSES, _PREDICTIONS = "Sizes and classes", "The same images"
@@ -37,6 +38,8 @@ def write_report(
     root: Path = Path(),
     title: str = "Which initialisation?",
     introduction: str = "",
+    probes: Sequence[Probes] = (),
+    notes: Sequence[str] = (),
     sections: Mapping[str, Sequence[Picture]] | None = None,
     facts: Mapping[str, str] | None = None,
 ) -> tuple[Path, list[Block]]:
@@ -50,6 +53,8 @@ def write_report(
         commands: what was run, by name.
         root: where relative paths of the runs' data sets begin.
         title, introduction: of the page.
+        probes: of the starts' features.
+        notes: sentences on what is left out, and on test images that starts have seen before.
         sections: further pictures by heading, behind the comparison's.
         facts: further ones about what was run.
 
@@ -70,6 +75,10 @@ def write_report(
         title=title,
         introduction=introduction,
         blocks=blocks,
+        probes=probes,
+        judgements=tables.judgements(blocks),
+        bound=f"{100 * FALSE_CLAIMS:g}",
+        notes=notes,
         metrics=_main_metrics(blocks),
         differences=[config_differences(block.all_runs) for block in blocks],
         missing=len(missing),

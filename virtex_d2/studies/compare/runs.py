@@ -5,18 +5,21 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from virtex_d2.engine.errors import InputError
+from virtex_d2.engine.files import read_json
 from virtex_d2.engine.identity import flat
-from virtex_d2.studies.curves import Metrics
+from virtex_d2.studies.curves import Metrics, area
 from virtex_d2.studies.stages import read_config
 
 TASKS = {"bbox": "Box", "segm": "Mask"}
 # Averages over all classes; NaN of these means that nothing was detected at all.
 AVERAGES = ("AP", "AP50", "AP75")
+SVM, FROZEN = "svm", "frozen"  # steps before the whole detector is trained
+AREA = "area"  # a result's name: AP averaged over the run, see `curves.area`
 _RESULT = re.compile(r"(?:(?P<data>[^/]+)/)?(?P<task>bbox|segm)(?P<kind>_\w+)?/(?P<name>.+)")
 _PROCESSES = re.compile(r"Process 0 of (\d+);")
 # What a comparison sets itself for each run, so that starts differ in it, or the place.
@@ -32,23 +35,27 @@ class Cell:
         fraction: of the training images, in (0, 1].
         init: its name.
         seed: of weights that are not loaded, order and augmentation, and of the fraction's images.
+        step: of the preset that asks cheap questions first: `SVM`, `FROZEN`, or "" where the whole
+            detector is trained.
     """
 
     config: str
     fraction: float
     init: str
     seed: int
+    step: str = ""
 
     @property
     def name(self) -> str:
         """For files: "mask_rcnn_R_50_FPN-10pct-random-seed1"."""
-        return f"{self.config}-{percent(self.fraction)}pct-{self.init}-seed{self.seed}"
+        begin = f"{self.config}-{self.step}" if self.step else self.config
+        return f"{begin}-{percent(self.fraction)}pct-{self.init}-seed{self.seed}"
 
     @property
     def folder(self) -> str:
         """Of the run, below the comparison's runs."""
         part = f"{percent(self.fraction)}pct"
-        return f"{self.config}/{part}/{self.init}/seed{self.seed}"
+        return "/".join(filter(None, (self.config, part, self.step, self.init, f"seed{self.seed}")))
 
 
 @dataclass(frozen=True, order=True)
@@ -85,7 +92,8 @@ class Metric:
         """For people: "Box AP50"."""
         kind = f" {self.kind[1:]}" if self.kind else ""
         data = f"{self.data}: " if self.data else ""
-        return f"{data}{TASKS[self.task]} {self.name}{kind}"
+        name = "AP over the run" if self.name == AREA else self.name
+        return f"{data}{TASKS[self.task]} {name}{kind}"
 
     @property
     def class_name(self) -> str:
@@ -101,7 +109,8 @@ class Run:
         cell: its place in the comparison.
         folder: its OUTPUT_DIR.
         config: its config.yaml, as nested dicts.
-        results: of its last evaluation, percent. NaN: nothing to measure, as of an absent class.
+        results: of its last evaluation, percent, and `AREA` of all of them. NaN: nothing to
+            measure, as of an absent class.
         curves: by metric, the results against iterations: {iteration: percent}.
         hours: of training, evaluations not counted.
         processes: that trained together; None where the log does not say it.
@@ -152,11 +161,14 @@ def read_run(cell: Cell, folder: Path) -> Run:
             f"{f'the last one after {done}' if done else 'none'}. The run has not come to its end: "
             "continue it with --resume."
         )
+    results = {metric: curve[length] for metric, curve in curves.items() if length in curve}
+    for metric in [metric for metric in results if metric.name == "AP"]:
+        results[replace(metric, name=AREA)] = area(curves[metric])
     return Run(
         cell,
         folder,
         config,
-        {metric: curve[length] for metric, curve in curves.items() if length in curve},
+        results,
         curves,
         metrics.training_seconds / 3600,
         _processes(folder),
@@ -173,6 +185,12 @@ def read_run_config(folder: Path) -> dict[str, Any]:
             f"{path}: expected the config of a detector's run, as train_net writes it."
         )
     return config
+
+
+def read_probe(folder: Path) -> dict[str, float]:
+    """Read what the SVMs of a finished `SVM` step found: mAP in percent by the features' name."""
+    metrics = read_json(folder / "results.json")["metrics"]
+    return {name[: -len("/mAP")]: value for name, value in metrics.items() if name.endswith("/mAP")}
 
 
 def config_differences(runs: Iterable[Run]) -> dict[str, dict[str, str]]:

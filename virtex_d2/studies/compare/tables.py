@@ -3,73 +3,16 @@
 import csv
 import io
 import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from scipy.stats import t as students_t
 from tabulate import tabulate
 
-from virtex_d2.studies.compare.runs import AVERAGES, Metric, Run, percent
+from virtex_d2.studies.compare.runs import AREA, AVERAGES, Metric, Run, percent
+from virtex_d2.studies.verdict import POWER, Sample, Verdict, difference, judge, sample
 
 SIZES = ("APs", "APm", "APl")
 FREQUENCIES = ("APr", "APc", "APf")
-CONFIDENCE = 0.95  # of the intervals
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Values of several seeds, or one start's minus another's; NaN is left out.
-
-    Attributes:
-        values: by seed.
-    """
-
-    values: Mapping[int, float]
-
-    @property
-    def mean(self) -> float:
-        """NaN where there is no value."""
-        return statistics.fmean(self.values.values()) if self.values else math.nan
-
-    @property
-    def deviation(self) -> float:
-        """The sample standard deviation; NaN for fewer than two values."""
-        return statistics.stdev(self.values.values()) if len(self.values) > 1 else math.nan
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """The `CONFIDENCE` interval of the mean; None for fewer than two values.
-
-        By Student's t with n - 1 degrees of freedom: it takes values for independent and normal.
-        """
-        count = len(self.values)
-        if count < 2:
-            return None
-        quantile = float(students_t.ppf((1 + CONFIDENCE) / 2, count - 1))
-        reach = quantile * self.deviation / math.sqrt(count)
-        return self.mean - reach, self.mean + reach
-
-    @property
-    def decided(self) -> bool:
-        """Whether the interval leaves zero out."""
-        return self.interval is not None and (self.interval[0] > 0 or self.interval[1] < 0)
-
-    @property
-    def ahead(self) -> int:
-        """In how many seeds a difference is positive."""
-        return sum(value > 0 for value in self.values.values())
-
-
-def sample(values: Mapping[int, float]) -> Sample:
-    """Leave NaN (nothing to measure) out."""
-    return Sample({seed: value for seed, value in values.items() if not math.isnan(value)})
-
-
-def difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Sample:
-    """Subtract `baseline`, paired by seed: the two share order, augmentation and images."""
-    shared = [seed for seed in values if seed in baseline]
-    return sample({seed: values[seed] - baseline[seed] for seed in shared})
 
 
 @dataclass(frozen=True)
@@ -80,16 +23,23 @@ class Block:
         config, fraction: as in `Cell`.
         runs: by start's name, in the plan's order (the baseline first), then by seed. A start
             without a finished run has an empty dict.
+        step: as in `Cell`.
     """
 
     config: str
     fraction: float
     runs: Mapping[str, Mapping[int, Run]]
+    step: str = ""
+
+    @property
+    def name(self) -> str:
+        """For programs."""
+        return f"{self.config}-{self.step}" if self.step else self.config
 
     @property
     def title(self) -> str:
         """For people: "mask_rcnn_R_50_FPN_2x, 10 % of the images"."""
-        return f"{self.config}, {self.part}"
+        return ", ".join([self.config, self.part, *(["frozen backbone"] if self.step else [])])
 
     @property
     def part(self) -> str:
@@ -118,13 +68,18 @@ class Block:
 
     @property
     def averages(self) -> list[Metric]:
-        """AP, AP50 and AP75 of every task."""
-        return [metric for metric in self.metrics if metric.name in AVERAGES]
+        """AP, AP50, AP75 and AP over the run of every task."""
+        return [metric for metric in self.metrics if metric.name in (*AVERAGES, AREA)]
 
     @property
     def main(self) -> list[Metric]:
         """The AP of every task."""
         return [metric for metric in self.averages if metric.name == "AP"]
+
+    @property
+    def decisive(self) -> Metric:
+        """The measure of the verdict: box AP (of the first test set) over the run."""
+        return replace(self.main[0], name=AREA)
 
     def values(self, init: str, metric: Metric) -> dict[int, float]:
         """A result by seed."""
@@ -145,19 +100,107 @@ class Block:
 
 def make_blocks(inits: Sequence[str], runs: Iterable[Run]) -> list[Block]:
     """Runs in blocks of one config and fraction, in the order in which they come."""
-    blocks: dict[tuple[str, float], dict[str, dict[int, Run]]] = {}
+    blocks: dict[tuple[str, float, str], dict[str, dict[int, Run]]] = {}
     for run in runs:
-        block = blocks.setdefault(
-            (run.cell.config, run.cell.fraction), {init: {} for init in inits}
-        )
-        block[run.cell.init][run.cell.seed] = run
-    return [Block(config, fraction, found) for (config, fraction), found in blocks.items()]
+        place = (run.cell.config, run.cell.fraction, run.cell.step)
+        blocks.setdefault(place, {init: {} for init in inits})[run.cell.init][run.cell.seed] = run
+    return [Block(place[0], place[1], found, place[2]) for place, found in blocks.items()]
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Linear SVMs on the frozen features of one config's starts, at one fraction of the images.
+
+    Attributes:
+        config, fraction: as in `Cell`.
+        results: by start (the baseline first), seed and stage: mAP in percent.
+    """
+
+    config: str
+    fraction: float
+    results: Mapping[str, Mapping[int, Mapping[str, float]]]
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"{self.config}, {percent(self.fraction)} % of the images, SVMs on frozen features"
+
+    @property
+    def stages(self) -> list[str]:
+        """The features' names, in the network's order."""
+        runs = [run for by_seed in self.results.values() for run in by_seed.values()]
+        return sorted({stage for run in runs for stage in run})
+
+    def values(self, init: str, stage: str) -> dict[int, float]:
+        """A result by seed."""
+        return {seed: run[stage] for seed, run in self.results[init].items() if stage in run}
+
+    def cells(self, init: str) -> list[tuple[str, str]]:
+        """A start's mean in each stage, and its difference from the baseline."""
+        baseline = next(iter(self.results))
+        return [
+            (
+                value_text(sample(self.values(init, stage))),
+                ""
+                if init == baseline
+                else difference_text(
+                    difference(self.values(init, stage), self.values(baseline, stage))
+                ),
+            )
+            for stage in self.stages
+        ]
+
+
+def judged(blocks: Iterable[Block]) -> dict[tuple[str, str], Verdict]:
+    """Judge every start in every block by its `decisive` measure, as one family.
+
+    Detectors on frozen backbones are not in it: they are shown, and claim nothing.
+
+    Returns:
+        By the block's title and the start's name.
+    """
+    return judge(
+        {
+            (block.title, init): block.difference(init, block.decisive)
+            for block in blocks
+            if not block.step
+            for init in block.runs
+            if init != block.baseline
+        }
+    )
+
+
+def judgements(blocks: Iterable[Block]) -> list[str]:
+    """Say the verdicts of `judged` in words."""
+    blocks = list(blocks)
+    by_title = {block.title: block for block in blocks}
+    several = sum(not block.step for block in blocks) > 1
+    sentences = []
+    for (title, init), found in judged(blocks).items():
+        block, diff = by_title[title], found.difference
+        count = len(diff.values)
+        place = f" ({title})" if several else ""
+        told = f"{init}{place}: {found.word}."
+        if not count:
+            sentences.append(f"{told} It shares no finished seed with {block.baseline}.")
+            continue
+        told += f" {block.decisive.label}: {difference_text(diff)} against {block.baseline}"
+        told += f", {count} {'seed' if count == 1 else 'seeds'}."
+        if math.isnan(found.smallest):
+            told += " Without a spread over seeds nothing is claimed."
+        else:
+            told += (
+                f" With a chance of {100 * POWER:g} % these seeds see differences from "
+                f"{found.smallest:.1f} points on."
+            )
+        sentences.append(told)
+    return sentences
 
 
 def results_csv(blocks: Iterable[Block]) -> str:
     """List every result of every run; an empty value where there was nothing to measure."""
     rows = [
-        (block.config, block.fraction, init, seed, run.iterations, metric.key, _number(value))
+        (block.name, block.fraction, init, seed, run.iterations, metric.key, _number(value))
         for block in blocks
         for init, runs in block.runs.items()
         for seed, run in sorted(runs.items())
@@ -175,7 +218,7 @@ def summary_csv(blocks: Iterable[Block]) -> str:
         for init in block.complete:
             for metric in block.metrics:
                 own, diff = block.sample(init, metric), block.difference(init, metric)
-                row = [block.config, block.fraction, init, metric.key, len(own.values)]
+                row = [block.name, block.fraction, init, metric.key, len(own.values)]
                 row += [_number(own.mean), _number(own.deviation)]
                 bounds = diff.interval or (math.nan, math.nan)
                 compared = [*map(_number, (diff.mean, *bounds)), len(diff.values)]
@@ -234,9 +277,19 @@ def verdicts(block: Block) -> list[str]:
     return [verdict(block, init, metric) for init in others for metric in block.main]
 
 
-def text_table(blocks: Iterable[Block]) -> str:
+def text_table(blocks: Iterable[Block], probes: Iterable[Probes] = ()) -> str:
     """Lay the averages of all blocks out for a terminal."""
     parts = []
+    for probe in probes:
+        rows = [("", *probe.stages)]
+        for init, runs in probe.results.items():
+            values, diffs = zip(*probe.cells(init))
+            rows.append((init, *values))
+            if any(diffs) and runs:
+                rows.append((f"- against {next(iter(probe.results))}", *diffs))
+        align = ("left", *["right"] * len(probe.stages))
+        table = tabulate(rows, tablefmt="plain", colalign=align, disable_numparse=True)
+        parts.append(f"{probe.title}, mAP\n{table}")
     for block in blocks:
         rows = [("", *(metric.label for metric in block.averages))]
         for init, runs in block.runs.items():
@@ -251,7 +304,7 @@ def text_table(blocks: Iterable[Block]) -> str:
 
 
 def _order(metric: Metric) -> tuple:
-    names = (*AVERAGES, *SIZES, *FREQUENCIES)
+    names = (*AVERAGES, AREA, *SIZES, *FREQUENCIES)
     rank = names.index(metric.name) if metric.name in names else len(names)
     return (metric.data, metric.kind, metric.task, rank, metric.name)
 

@@ -6,6 +6,7 @@ from detectron2.config import get_cfg
 from virtex_d2.engine.errors import InputError, nearest
 
 TASKS = ("voc_svm", "linear", "finetune")
+_STAGES = ("res2", "res3", "res4", "res5")
 
 
 def get_probe_cfg() -> CN:
@@ -28,6 +29,8 @@ def get_probe_cfg() -> CN:
     cfg.MODEL.WEIGHTS = ""
     # Set from the checkpoint; a config's values count for random starts alone.
     cfg.MODEL.RESNETS = get_cfg().MODEL.RESNETS.clone()
+    # Whose features are judged, each by itself and averaged over all positions; "voc_svm" alone can
+    # have several.
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res5"]
     cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
     # "SyncBN" where the backbone is trained on several GPUs with few images each.
@@ -44,6 +47,11 @@ def get_probe_cfg() -> CN:
     cfg.VIRTEX.COPY = ""
     cfg.VIRTEX.PREFIX = ""
     cfg.VIRTEX.PROBE = True
+    # As for detectors, docs/datasets.md: what DATA.FORMAT "detection" reads, and the share of its
+    # training images that is used.
+    cfg.VIRTEX.DATASETS = []
+    cfg.VIRTEX.FRACTION = 1.0
+    cfg.VIRTEX.FRACTION_SEED = 0
 
     cfg.INPUT = CN()
     cfg.INPUT.FORMAT = "RGB"
@@ -58,13 +66,16 @@ def get_probe_cfg() -> CN:
     cfg.INPUT.CROP_RATIO = (0.75, 4.0 / 3.0)
 
     cfg.DATA = CN()
-    # "voc", "folders" (a folder of images for each class) or "inaturalist" (JSON of 2017 to 2021).
+    # "voc", "detection" (a detector's data sets, of COCO's, LVIS's and VOC's formats: which classes
+    # are in an image), "folders" (a folder of images for each class) or "inaturalist" (JSON of 2017
+    # to 2021).
     cfg.DATA.FORMAT = "voc"
     # The folder with Annotations, ImageSets/Main and JPEGImages; with the splits' folders; or that
     # the JSON's file names are relative to. May hold environment variables; $DETECTRON2_DATASETS is
     # "datasets" where it is not set, as for detectors.
     cfg.DATA.ROOT = ""
-    # Splits: names in ImageSets/Main, folders in ROOT, or JSON files in ROOT.
+    # Splits: names in ImageSets/Main, folders in ROOT, or JSON files in ROOT. "detection": names of
+    # VIRTEX.DATASETS or of detectron2's own, with commas between several.
     cfg.DATA.TRAIN = "trainval"
     cfg.DATA.TEST = "test"
     # "voc": the classes to report. Empty: VOC's twenty.
@@ -139,12 +150,24 @@ def check_config(cfg: CN) -> None:
         raise InputError(f"SVM.COSTS is {cfg.SVM.COSTS}; expected positive numbers, such as 0.1.")
     if cfg.SVM.FOLDS < 2:
         raise InputError(f"SVM.FOLDS is {cfg.SVM.FOLDS}; cross-validation has at least 2 folds.")
+    features = list(cfg.MODEL.RESNETS.OUT_FEATURES)
+    several = [name for name in _STAGES if name in features]
+    if features != (several if cfg.TASK == "voc_svm" else ["res5"]) or features[-1:] != ["res5"]:
+        raise InputError(
+            f"MODEL.RESNETS.OUT_FEATURES is {features}; expected ['res5'], or with TASK voc_svm "
+            f"some of {', '.join(_STAGES)} in this order, res5 among them."
+        )
+    if cfg.VIRTEX.FRACTION != 1 and cfg.DATA.FORMAT != "detection":
+        raise InputError(
+            f"VIRTEX.FRACTION is {cfg.VIRTEX.FRACTION}; only DATA.FORMAT detection takes a part of "
+            "the images."
+        )
     if list(solver.STEPS) != sorted(set(solver.STEPS)):
         raise InputError(f"SOLVER.STEPS is {solver.STEPS}; expected epochs in rising order.")
 
 
 def _check_choices(cfg: CN) -> None:
-    formats = ("voc",) if cfg.TASK == "voc_svm" else ("folders", "inaturalist")
+    formats = ("voc", "detection") if cfg.TASK == "voc_svm" else ("folders", "inaturalist")
     choices = {
         "TASK": (cfg.TASK, TASKS),
         "SVM.DIFFICULT": (cfg.SVM.DIFFICULT, ("exclude", "negative")),

@@ -1,4 +1,4 @@
-"""Labelled images: VOC, a folder for each class, iNaturalist's JSON; and their crops as pixels."""
+"""Labelled images (VOC, detection sets, folders, iNaturalist's JSON), and their crops as pixels."""
 
 import logging
 import os
@@ -16,7 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as tvf
 
+from virtex_d2.annotations.table import AnnotationTable
+from virtex_d2.annotations.usable import Use, require_usable
 from virtex_d2.annotations.voc import split_ids, split_list
+from virtex_d2.detection.datasets import check_fraction, register_entries, take_fraction
+from virtex_d2.detection.sources import read_catalog
 from virtex_d2.engine.errors import InputError, nearest
 from virtex_d2.engine.files import read_json, read_text
 from virtex_d2.engine.images import IMAGE_SUFFIXES, images_in, read_image
@@ -41,9 +45,9 @@ class LabelledImages:
 
     Attributes:
         files: paths.
-        labels: (N,) int64, indices into `classes`. Of VOC (N, C) int8, as in its own
-            ImageSets/Main/<class>_<split>.txt: 1 the class is there; 0 all of its objects are
-            difficult; -1 it is not there.
+        labels: (N,) int64, indices into `classes`. Of VOC and detection sets (N, C) int8, as in
+            VOC's own ImageSets/Main/<class>_<split>.txt: 1 the class is there; 0 all of its objects
+            are difficult or crowds, or nobody has looked for it; -1 it is not there.
         classes: the C names.
         source: the folder or file, for messages.
     """
@@ -56,6 +60,8 @@ class LabelledImages:
 
 def load_datasets(cfg: CfgNode) -> tuple[LabelledImages, LabelledImages]:
     """Read the training and the test set that DATA names, of the same classes."""
+    if cfg.DATA.FORMAT == "detection":
+        return _load_detection(cfg)
     _require_folder(cfg.DATA.ROOT, "DATA.ROOT")
     if cfg.DATA.FORMAT == "voc":
         return _load_voc(cfg)
@@ -148,6 +154,71 @@ def _check_classes(
 def _label(objects: Sequence[tuple[str, bool]], wanted: str) -> int:
     easy = [not difficult for name, difficult in objects if name == wanted]
     return 1 if any(easy) else 0 if easy else -1
+
+
+def _load_detection(cfg: CfgNode) -> tuple[LabelledImages, LabelledImages]:
+    """A detector's data sets, as images that hold several classes each."""
+    register_entries(cfg)
+    tables: dict[str, list[AnnotationTable]] = {}
+    for key in ("TRAIN", "TEST"):
+        names = [name.strip() for name in cfg.DATA[key].split(",")]
+        tables[key] = [read_catalog(name) for name in names]
+        for table in tables[key]:
+            require_usable(
+                table, Use(tests=False, max_bad_share=1.0)
+            )  # its boxes are not looked at
+    every = [*tables["TRAIN"], *tables["TEST"]]
+    classes = dict(sorted(every[0].categories.items()))
+    for table in every[1:]:
+        if table.categories != classes:
+            raise InputError(
+                f"{table.source}: its categories are not those of {every[0].source}. What is "
+                "tested must have been learned: give both files the same list."
+            )
+    fraction, seed = cfg.VIRTEX.FRACTION, cfg.VIRTEX.FRACTION_SEED
+    train = _of_tables(tables["TRAIN"], classes, fraction, seed)
+    test = _of_tables(tables["TEST"], classes)
+    if shared := sorted(
+        set(map(os.path.realpath, train.files)) & set(map(os.path.realpath, test.files))
+    ):
+        raise InputError(
+            f"{test.source}: {len(shared)} of its images are training images, too; the first: "
+            f"{', '.join(shared[:_NAMED])}. tools/check_dataset.py names all of them."
+        )
+    return train, test
+
+
+def _of_tables(
+    tables: Sequence[AnnotationTable],
+    classes: dict[int, str],
+    fraction: float = 1.0,
+    seed: int = 0,
+) -> LabelledImages:
+    """Of each set the images that a detector with this fraction and seed has, in one list."""
+    files: list[str] = []
+    labels: list[np.ndarray] = []
+    for table in tables:
+        check_fraction(fraction, table.name, len(table.image_ids))
+        images = [{"image_id": key, "place": n} for n, key in enumerate(table.image_ids)]
+        taken = [image["place"] for image in take_fraction(images, fraction, seed)]
+        files += [table.files[place] for place in taken]
+        labels.append(_image_labels(table, list(classes))[taken])
+    source = ", ".join(table.source for table in tables)
+    return LabelledImages(files, np.concatenate(labels), tuple(classes.values()), source)
+
+
+def _image_labels(table: AnnotationTable, classes: list) -> np.ndarray:
+    """`LabelledImages.labels` (N, C) of a detection set, in the order of the category ids given."""
+    column = np.array([classes.index(key) for key in table.categories] + [-1])  # -1: of no category
+    labels = np.full((len(table.image_ids), len(classes)), -1, np.int8)
+    for image, keys in table.verified.items():  # LVIS: of other classes nobody knows
+        labels[image] = [-1 if key in keys else 0 for key in classes]
+    of = column[table.category_of]
+    unsure = table.crowd | table.difficult
+    for value, rows in ((0, unsure), (1, ~unsure)):  # one that is sure is enough
+        rows = rows & (table.image_of >= 0) & (of >= 0)
+        labels[table.image_of[rows], of[rows]] = value
+    return labels
 
 
 def _refuse_one_class(train: LabelledImages) -> None:

@@ -37,7 +37,7 @@ _LOG_SECONDS = 20
 
 
 class PooledResNet(nn.Module):
-    """detectron2's ResNet up to res5, averaged over all positions.
+    """detectron2's ResNet: its OUT_FEATURES, averaged over all positions, one behind another.
 
     Args:
         cfg: of `get_probe_cfg`, completed by `complete_config`.
@@ -46,14 +46,17 @@ class PooledResNet(nn.Module):
     def __init__(self, cfg: CfgNode):
         super().__init__()
         self.backbone: ResNet = build_resnet_backbone(cfg, ShapeSpec(channels=3))
-        self.feature_size: int = self.backbone.output_shape()["res5"].channels
+        shapes = self.backbone.output_shape()
+        self.sizes = {name: shapes[name].channels for name in cfg.MODEL.RESNETS.OUT_FEATURES}
+        self.feature_size = sum(self.sizes.values())
         for name in ("pixel_mean", "pixel_std"):
             values = torch.tensor(cfg.MODEL[name.upper()]).view(3, 1, 1)
             self.register_buffer(name, values, persistent=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 (N, 3, H, W), channels in INPUT.FORMAT's order -> (N, feature_size)."""
-        return self.backbone((images - self.pixel_mean) / self.pixel_std)["res5"].mean((2, 3))
+        maps = self.backbone((images - self.pixel_mean) / self.pixel_std)
+        return torch.cat([maps[name].mean((2, 3)) for name in self.sizes], dim=1)
 
 
 class Classifier(nn.Module):
@@ -248,6 +251,8 @@ class Extraction:
         constants = (network.pixel_mean.flatten().tolist(), network.pixel_std.flatten().tolist())
         pixels = (*astuple(self.crop), self.crop.version)
         parts = (FORMAT, tensors, self.stride_in_1x1, constants, pixels, SHARD_SIZE)
+        if list(network.sizes) != ["res5"]:
+            parts += (list(network.sizes),)
         digest.update(json.dumps(parts).encode())
         for file in files:
             path = os.path.realpath(file)

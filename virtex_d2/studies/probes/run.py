@@ -38,7 +38,7 @@ from virtex_d2.studies.probes.features import (
     complete_config,
 )
 from virtex_d2.studies.probes.linear import train_classifier
-from virtex_d2.studies.probes.svm import evaluate_svms
+from virtex_d2.studies.probes.svm import LabelledFeatures, evaluate_svms
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,10 @@ RESULTS = "results.json"
 PER_CLASS = "per_class.csv"
 # Keys that make a run of a task this run; where data and weights are does not.
 _KEYS = {
-    "voc_svm": ("SVM.COSTS", "SVM.FOLDS", "SVM.POSITIVE_WEIGHT", "SVM.MAX_ITER", "SVM.DIFFICULT"),
+    "voc_svm": (
+        *("SVM.COSTS", "SVM.FOLDS", "SVM.POSITIVE_WEIGHT", "SVM.MAX_ITER", "SVM.DIFFICULT"),
+        "MODEL.RESNETS.OUT_FEATURES",
+    ),
     "linear": (
         *("SOLVER.EPOCHS", "SOLVER.IMS_PER_BATCH", "SOLVER.BASE_LR", "SOLVER.MOMENTUM"),
         *("SOLVER.WEIGHT_DECAY", "SOLVER.SCHEDULE", "SOLVER.STEPS", "SOLVER.GAMMA"),
@@ -148,15 +151,41 @@ def voc_svm(
         (test, "test", 0.0),
     ):
         values, labels = extract.labelled(images, what, share)
-        unit = torch.nn.functional.normalize(values, dim=1)  # rows of zeros stay zeros
-        parts.append((unit.numpy(), labels.numpy()))
+        parts.append((values.numpy(), labels.numpy()))
     if not comm.is_main_process():
         return {}, []
-    results, left_out = evaluate_svms(cfg, train.classes, *parts)
+    metrics: dict[str, float] = {}
+    rows: list[dict[str, Any]] = []
+    sizes = extract.network.sizes
+    bounds = np.cumsum(list(sizes.values()))[:-1]
+    by_part = [(np.split(values, bounds, axis=1), labels) for values, labels in parts]
+    for place, name in enumerate(sizes):
+        pairs = [(_unit(values[place]), labels) for values, labels in by_part]
+        found = _judge(cfg, train.classes, pairs, test.source, about)
+        several = len(sizes) > 1
+        metrics |= {f"{name}/{key}" if several else key: value for key, value in found[0].items()}
+        rows += [{"features": name, **row} if several else row for row in found[1]]
+    return metrics, rows
+
+
+def _unit(values: np.ndarray) -> np.ndarray:
+    """Scale rows to an L2 norm of 1; rows of zeros stay zeros."""
+    return torch.nn.functional.normalize(torch.from_numpy(values), dim=1).numpy()
+
+
+def _judge(
+    cfg: CfgNode,
+    classes: Sequence[str],
+    parts: Sequence[LabelledFeatures],
+    source: str,
+    about: dict[str, Any],
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """The same of one stage's features, of training and of test images."""
+    results, left_out = evaluate_svms(cfg, classes, *parts)
     about["left_out"] = left_out
     if not results:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
-        raise InputError(f"{test.source}: no class can be evaluated: {reasons}.")
+        raise InputError(f"{source}: no class can be evaluated: {reasons}.")
     metrics = {
         "mAP11": 100 * float(np.mean([result.AP11 for result in results])),
         "mAP": 100 * float(np.mean([result.AP for result in results])),
@@ -164,7 +193,7 @@ def voc_svm(
     if left_out:
         logger.warning(
             "The means are over %d of %d classes, without %s",
-            *(len(results), len(train.classes), ", ".join(left_out)),
+            *(len(results), len(classes), ", ".join(left_out)),
         )
     percent = ("AP11", "AP", "cross_validated")
     rows = [
@@ -215,11 +244,18 @@ def _identity(
 ) -> dict[str, str]:
     """What makes a run this run, as texts by name."""
     preprocessing = config_preprocessing(cfg).config()
+    return {
+        **settings(cfg, train, test),
+        "the backbone": tensors,
+        "its preprocessing": ", ".join(map(str, preprocessing.values())),
+    }
+
+
+def settings(cfg: CfgNode, train: LabelledImages, test: LabelledImages) -> dict[str, str]:
+    """What makes a run this run, but for its backbone; as texts by name."""
     keys = ("TASK", "SEED", "INPUT.RESIZE", "INPUT.CROP", *_KEYS[cfg.TASK])
     return {
         **{key: str(_value(cfg, key)) for key in keys},
-        "the backbone": tensors,
-        "its preprocessing": ", ".join(map(str, preprocessing.values())),
         "the training set": _digest(cfg, train),
         "the test set": _digest(cfg, test),
     }
@@ -235,7 +271,8 @@ def _value(cfg: CfgNode, key: str) -> Any:
 
 def _digest(cfg: CfgNode, images: LabelledImages) -> str:
     """Of names and labels: a data set may move."""
-    files = [os.path.relpath(file, cfg.DATA.ROOT) for file in images.files]
+    root = cfg.DATA.ROOT or os.path.commonpath([os.path.dirname(file) for file in images.files])
+    files = [os.path.relpath(file, root) for file in images.files]
     digest = hashlib.sha256(repr((images.classes, files)).encode())
     digest.update(np.ascontiguousarray(images.labels))
     return f"{len(images.files)} images, {digest.hexdigest()[:16]}"

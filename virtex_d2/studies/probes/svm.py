@@ -95,14 +95,10 @@ def evaluate_svms(
         Results in the order of the classes, and the reason of each class that is left out, because
         it has no AP, or no cost that cross-validation could choose.
     """
-    left_out, wanted = {}, []
-    for column, name in enumerate(classes):
-        reason = _unfit(train[1][:, column], test[1][:, column], cfg.SVM.FOLDS, cfg.SVM.DIFFICULT)
-        if reason:
-            left_out[name] = reason
-            logger.warning("Class %s is left out: %s", name, reason)
-        else:
-            wanted.append((column, name))
+    left_out = unfit_classes(cfg, classes, train[1], test[1])
+    for name, reason in left_out.items():
+        logger.warning("Class %s is left out: %s", name, reason)
+    wanted = [(column, name) for column, name in enumerate(classes) if name not in left_out]
     results: list[ClassResult] = []
     start = time.perf_counter()
     jobs = (
@@ -127,6 +123,23 @@ def evaluate_svms(
             f"; {result.unconverged} fits reached SVM.MAX_ITER" if result.unconverged else "",
         )
     return results, left_out
+
+
+def unfit_classes(
+    cfg: CfgNode, classes: Sequence[str], train: np.ndarray, test: np.ndarray
+) -> dict[str, str]:
+    """Say of the classes that cannot be evaluated why.
+
+    Args:
+        cfg: SVM's keys.
+        classes: C names.
+        train, test: (N, C) labels, as in `LabelledImages`.
+    """
+    reasons = {
+        name: _unfit(train[:, column], test[:, column], cfg.SVM.FOLDS, cfg.SVM.DIFFICULT)
+        for column, name in enumerate(classes)
+    }
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def _unfit(train: np.ndarray, test: np.ndarray, folds: int, difficult: str) -> str:
