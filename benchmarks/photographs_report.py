@@ -8,21 +8,14 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from scipy.stats import t as students_t
 from tabulate import tabulate
 
 from benchmarks.photographs_arms import Arm
 from virtex_d2.engine.files import read_json
 from virtex_d2.studies import curves
 from virtex_d2.studies.compare.figures import COLORS
-from virtex_d2.studies.compare.tables import (
-    CONFIDENCE,
-    Sample,
-    difference,
-    difference_text,
-    sample,
-    value_text,
-)
+from virtex_d2.studies.compare.tables import difference_text, value_text
+from virtex_d2.studies.verdict import Sample, difference, sample, visible
 
 # Frozen R-50, VOC07's twenty classes, mAP by thousands of images (arXiv 2006.06666, v3, figure on
 # data efficiency). Other images, sizes and lengths than here: for the shape, not for the level.
@@ -33,7 +26,6 @@ PAPER = {
         zip((12.8, 25.6, 64, 128, 256, 641, 1281), (43.9, 56.4, 65.2, 73.9, 81.5, 86.1, 87.6))
     ),
 }
-POWER = 0.8  # with which a difference is seen
 
 Records = Mapping[tuple[str, int], Mapping[str, Any]]  # by arm and iterations
 
@@ -56,16 +48,6 @@ def values(record: Mapping[str, Any], figure: str) -> dict[int, float]:
         for seed, entry in record["seeds"].items()
         if figure in entry["figures"]
     }
-
-
-def visible(deviation: float, count: int) -> float:
-    """The smallest true difference that so many pairs show, with probability `POWER`.
-
-    Two-sided t test of paired differences whose standard deviation is `deviation`; the noncentral
-    distribution is taken for a shifted one.
-    """
-    quantiles = (students_t.ppf(q, count - 1) for q in ((1 + CONFIDENCE) / 2, POWER))
-    return float(sum(quantiles)) * deviation / math.sqrt(count)
 
 
 def decision(diff: Sample) -> str:

@@ -33,8 +33,8 @@ from pretrain.methods.seqclr.scores import score_words  # noqa: E402
 from pretrain.trainer import PretrainTrainer  # noqa: E402
 from virtex_d2.engine.errors import exit_on_input_error  # noqa: E402
 from virtex_d2.engine.files import atomic_path, read_json  # noqa: E402
-from virtex_d2.studies.compare.tables import difference, sample  # noqa: E402
 from virtex_d2.studies.stages import claim_output  # noqa: E402
+from virtex_d2.studies.verdict import difference, sample  # noqa: E402
 
 CONFIG = ROOT / "configs/pretrain/seqclr_small_R_18.yaml"
 RENDERED = 6000

@@ -17,7 +17,7 @@ from virtex_d2.studies.verdict import (
     difference,
     judge,
     sample,
-    smallest_visible,
+    visible,
 )
 
 VALUES = st.dictionaries(st.integers(0, 20), st.floats(-100, 100), min_size=1, max_size=10)
@@ -131,11 +131,10 @@ def test_false_claims_stay_below_their_bound_over_the_family(count, heavy):
 
 def test_the_smallest_visible_difference_is_seen_with_its_chance():
     rng = np.random.default_rng(3)
-    spread = seeds(-1.0, 1.0, 0.0)  # deviation 1
-    true = smallest_visible(spread)
+    true = visible(1.0, 3)
     seen = [judge({"a": seeds(*rng.normal(true, 1, 3))})["a"].word == HELPS for _ in range(1000)]
     assert abs(np.mean(seen) - POWER) < 0.04
-    assert smallest_visible(spread, family=4) > true
+    assert visible(1.0, 3, family=4) > true
 
 
 @given(st.lists(st.floats(-50, 50), min_size=2, max_size=8))

@@ -17,14 +17,13 @@ from benchmarks.photographs_report import (
     read_records,
     report,
     views_table,
-    visible,
 )
 from tests.probes.small_sets import COLOURS, write_voc
 from virtex_d2.annotations.voc import split_ids
 from virtex_d2.engine.errors import InputError
 from virtex_d2.studies import curves
-from virtex_d2.studies.compare.tables import sample
 from virtex_d2.studies.stages import StageFailedError
+from virtex_d2.studies.verdict import sample
 
 # Stands in for pretrain_net.py and linear_probe.py: notes its command, then makes a backbone, or
 # finds an mAP that depends on where the weights are from and on the seed. In a VOC folder without
@@ -300,17 +299,6 @@ def test_a_step_is_kept_only_where_its_interval_is_above_zero():
     assert decision(sample({1: -0.7, 2: -1.0, 3: -1.3})) == "worse"
     assert decision(sample({1: 9.0})) == "cannot be told"
     assert decision(sample({})) == ""
-
-
-def test_the_smallest_difference_that_seeds_see_is_found_by_trying():
-    import numpy as np
-
-    assert visible(1.0, 3) == pytest.approx((4.303 + 1.061) / 3**0.5, abs=1e-3)
-    for count in (3, 8):
-        draws = np.random.default_rng(0).normal(visible(2.0, count), 2.0, (4000, count))
-        quantile = {3: 4.303, 8: 2.365}[count]
-        reach = quantile * draws.std(axis=1, ddof=1) / count**0.5
-        assert np.mean(draws.mean(axis=1) > reach) == pytest.approx(0.8, abs=0.05)
 
 
 def test_untrained_starts_are_a_base_for_every_length():

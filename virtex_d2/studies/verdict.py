@@ -116,7 +116,8 @@ class Verdict:
     @property
     def smallest(self) -> float:
         """The difference that these seeds would have seen with a chance of `POWER`."""
-        return smallest_visible(self.difference, self.family)
+        diff = self.difference
+        return visible(diff.deviation, len(diff.values), self.family) if diff.varies else math.nan
 
 
 def judge(differences: Mapping[Name, Sample]) -> dict[Name, Verdict]:
@@ -149,27 +150,26 @@ def _chance(diff: Sample) -> float:
     return float(students_t.sf(diff.mean / error, len(diff.values) - 1))
 
 
-def smallest_visible(diff: Sample, family: int = 1) -> float:
-    """Find the true difference that so many seeds of this spread see with a chance of `POWER`.
+def visible(deviation: float, count: int, family: int = 1) -> float:
+    """Find the true difference that so many seeds see with a chance of `POWER`.
 
     By the noncentral t distribution, for normal differences (Cohen, Statistical Power Analysis,
-    1988, chapter 2), at the level of the first of Holm's steps. The spread is itself that of few
-    seeds: of five it is often wrong by a third.
+    1988, chapter 2), at the level of the first of Holm's steps.
 
     Args:
-        diff: paired differences.
+        deviation: of paired differences. That of few seeds is rough: of five often by a third.
+        count: pairs, at least two.
         family: starts that are judged together.
 
     Returns:
-        In the unit of the differences; NaN where their spread is unknown.
+        In the unit of the deviation.
     """
-    count = len(diff.values)
-    return _shift(count, family) * diff.deviation / math.sqrt(count) if diff.varies else math.nan
+    return _shift(count, family) * deviation / math.sqrt(count)
 
 
 @functools.cache
 def _shift(count: int, family: int) -> float:
-    """`smallest_visible` in standard errors."""
+    """`visible` in standard errors."""
     bound = float(students_t.isf(FALSE_CLAIMS / (2 * family), count - 1))
     # far above the bound the power is 1
     return brentq(lambda shift: POWER - float(nct.sf(bound, count - 1, shift)), 0, 5 * bound + 5)
