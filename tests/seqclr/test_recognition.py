@@ -6,11 +6,13 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from detectron2.data.datasets import load_coco_json
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from pretrain.config import load_pretrain_config
 from pretrain.methods.method import find_method
@@ -23,13 +25,23 @@ from pretrain.methods.seqclr.decoders import (
 from pretrain.methods.seqclr.encoder import load_encoder, read_encoder
 from pretrain.methods.seqclr.main import check_words, read_words
 from pretrain.methods.seqclr.reading import load_reader
-from pretrain.methods.seqclr.rendered import LIST, draw_word, random_words, write_words
+from pretrain.methods.seqclr.rendered import (
+    LIST,
+    draw_page,
+    draw_word,
+    random_words,
+    write_pages,
+    write_words,
+)
 from pretrain.methods.seqclr.scores import compared, score_words
+from pretrain.methods.seqclr.words import open_words, word_pixels
 from pretrain.trainer import PretrainTrainer
+from pretrain.transforms import normalize
 from tests.pretrain.tiny_run import write_run
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import read_safetensors, write_safetensors
 from virtex_d2.engine.frozen import fingerprint
+from virtex_d2.engine.images import read_image
 
 LETTERS = "abc"
 ROOT = Path(__file__).resolve().parents[2]
@@ -196,6 +208,48 @@ def test_rendered_words_are_nested_and_of_their_styles(tmp_path):
     assert min(corners) < 100 < 180 < max(corners)  # light on dark, and dark on light
     with pytest.raises(InputError, match="exists already"):
         write_words(tmp_path / "a", 8, 3)
+
+
+def test_the_polygons_of_a_page_hold_all_its_ink_and_little_else():
+    """What a gradient and noise do not explain lies within them, and reaches all four sides."""
+    for seed in range(5):
+        page, outlines = draw_page(np.random.default_rng(seed), clutter=0)
+        gray, (y, x) = np.asarray(page, float), np.mgrid[:192, :192]
+        within = Image.new("1", page.size)
+        for outline in outlines:
+            ImageDraw.Draw(within).polygon([tuple(point) for point in outline + 0.5], fill=1)
+        outside = ~np.asarray(within)
+        plane = np.stack([x, y, np.ones_like(x)], axis=-1).astype(float)
+        fitted = plane @ np.linalg.lstsq(plane[outside], gray[outside], rcond=None)[0]
+        ink = np.abs(gray - fitted) > 24  # six deviations of the noise
+        assert not ink[outside].any()
+        for outline in outlines:
+            origin, (along, down) = outline[0], (outline[1] - outline[0], outline[3] - outline[0])
+            offset = np.stack([x, y], axis=-1)[ink] + 0.5 - origin
+            u, v = offset @ along / (along @ along), offset @ down / (down @ down)
+            own = (u > 0) & (u < 1) & (v > 0) & (v < 1)
+            # a margin of one pixel, and what is faint at the letters' edges
+            for share, side in ((u[own], along), (v[own], down)):
+                reach = np.array([share.min(), 1 - share.max()]) * np.linalg.norm(side)
+                assert (reach < 4).all()
+
+
+def test_pages_are_a_set_in_cocos_format(tmp_path):
+    path = write_pages(tmp_path, "train", 3, 7)
+    content = load_coco_json(str(path), str(tmp_path / "train"))
+    drawn = [draw_page(np.random.default_rng([7, number])) for number in (1, 2, 3)]
+    assert [len(image["annotations"]) for image in content] == [len(part) for _, part in drawn]
+    for image, (page, outlines) in zip(content, drawn):
+        assert np.array_equal(np.asarray(Image.open(image["file_name"])), np.asarray(page))
+        for annotation, outline in zip(image["annotations"], outlines):
+            assert annotation["segmentation"][0] == pytest.approx(outline.ravel(), abs=0.01)
+            x, y, width, height = annotation["bbox"]
+            assert (x, y) == pytest.approx(outline.min(0), abs=0.01)
+            assert (x + width, y + height) == pytest.approx(outline.max(0), abs=0.02)
+    with pytest.raises(InputError, match="exists already"):
+        write_pages(tmp_path, "train", 3, 7)
+    with pytest.raises(InputError, match="expected 1 or more"):
+        write_pages(tmp_path, "test", 0, 7)
 
 
 # Runs
@@ -368,6 +422,33 @@ def test_an_encoder_is_started_from_a_file(run, world, tmp_path):
         trainer.resume_or_load(resume=True)
 
 
+def test_a_frozen_encoder_gathers_its_statistics_on_words(world, tmp_path, caplog):
+    def start(*more):
+        caplog.clear()
+        trainer = PretrainTrainer(config(world, tmp_path / f"{len(more)}", *more))
+        trainer.resume_or_load(resume=True)
+        return trainer.method.encoder
+
+    plain = start()
+    assert "set ENCODER.STATISTICS_WORDS (1000)" in caplog.text
+    encoder = start("ENCODER.STATISTICS_WORDS", "12")  # all there are
+    assert "set ENCODER.STATISTICS_WORDS" not in caplog.text
+    records = open_words(config(world, tmp_path / "0"), train=True)
+    pixels = torch.stack([word_pixels(read_image(r.image_file()), (16, 48)) for r in records])
+    with torch.no_grad():
+        seen = encoder.visual.cnn.conv1(normalize(pixels))
+    assert encoder.visual.cnn.bn1.running_mean.numpy() == pytest.approx(
+        seen.mean((0, 2, 3)).numpy(), abs=1e-4
+    )
+    assert all(torch.equal(*pair) for pair in zip(plain.parameters(), encoder.parameters()))
+    some = start("ENCODER.STATISTICS_WORDS", "4", "SEED", "0")
+    with torch.no_grad():
+        seen = encoder.visual.cnn.conv1(normalize(pixels[[0, 4, 7, 11]]))
+    assert some.visual.cnn.bn1.running_mean.numpy() == pytest.approx(
+        seen.mean((0, 2, 3)).numpy(), abs=1e-4
+    )
+
+
 # What is refused
 
 
@@ -458,6 +539,7 @@ def test_a_run_goes_on_with_its_letters(run, world):
         ("DECODER.MAX_LENGTH", "0", "expected 1 or more"),
         ("DECODER.ALPHABET", "abA", "has capital letters"),
         ("DECODER.AUGMENT.BLUR", "(2.0, 1.0)", "DECODER.AUGMENT.BLUR"),
+        ("ENCODER.STATISTICS_WORDS", "-1", "expected 0, or with ENCODER.FREEZE True"),
         ("EVAL.CASE", "both", "is not one of lower, keep"),
         ("EVAL.CHARSET", "aA", "has capital letters"),
     ],

@@ -9,6 +9,7 @@ import re
 
 import torch
 from detectron2.config import CfgNode
+from fvcore.nn.precise_bn import update_bn_stats
 from torch import nn
 
 from pretrain.backbone import VisualBackbone
@@ -231,6 +232,26 @@ def frozen_frames(encoder: Encoder, pixels: torch.Tensor) -> torch.Tensor:
     device = next(encoder.parameters()).device
     try:
         return encoder.eval()(normalize(pixels.to(device))).float()
+    finally:
+        encoder.train(training)
+
+
+def gather_statistics(encoder: Encoder, pixels: torch.Tensor) -> None:
+    """Gather an encoder's running statistics anew; it keeps its mode, and its weights.
+
+    Those of a network that never trained are 0 and 1, which fit no batch: frozen, it says little of
+    what it could.
+
+    Args:
+        encoder: on any device.
+        pixels: (N, 3, H, W) uint8 RGB, words of the encoder's size; 100 make a batch.
+    """
+    training = encoder.training
+    device = next(encoder.parameters()).device
+    batches = pixels.split(100)
+    ready = (normalize(batch.to(device)) for batch in batches)
+    try:
+        update_bn_stats(encoder.train(), ready, len(batches))
     finally:
         encoder.train(training)
 

@@ -34,6 +34,7 @@ from pretrain.methods.seqclr.encoder import (
     add_encoder_config,
     build_encoder,
     check_encoder,
+    gather_statistics,
     load_encoder,
 )
 from pretrain.methods.seqclr.labels import fitting_words, labelled_words
@@ -45,7 +46,7 @@ from pretrain.methods.seqclr.scores import (
     score_words,
     with_case,
 )
-from pretrain.methods.seqclr.words import WordSet, open_words, word_pixels
+from pretrain.methods.seqclr.words import WordSet, open_words, some_pixels, word_pixels
 from pretrain.transforms import normalize, upload
 from virtex_d2.engine.backbone_file import IMAGENET_RGB
 from virtex_d2.engine.checkpointer import has_checkpoint, last_whole_checkpoint
@@ -92,6 +93,10 @@ class Recognizer(Method):
         cfg.ENCODER.WEIGHTS = ""
         # Train the decoder alone. The encoder stays in evaluation mode, and as it was to the bit.
         cfg.ENCODER.FREEZE = True
+        # Gather a frozen encoder's running statistics anew, on that many words of DATA.WORDS,
+        # before training begins; 0: leave them as they are. For comparing starts: those of a random
+        # encoder fit nothing.
+        cfg.ENCODER.STATISTICS_WORDS = 0
         add_decoder_config(cfg)
         # Mild views to train on: contrast, blur and crops, of which 0 to all are drawn.
         add_augmentation_config(cfg.DECODER)
@@ -104,6 +109,12 @@ class Recognizer(Method):
     @staticmethod
     def check(cfg: CfgNode) -> None:
         check_encoder(cfg)
+        count = cfg.ENCODER.STATISTICS_WORDS
+        if count < 0 or (count and not cfg.ENCODER.FREEZE):
+            raise InputError(
+                f"ENCODER.STATISTICS_WORDS {count}: expected 0, or with ENCODER.FREEZE True how "
+                "many words to gather statistics on; an encoder that trains gathers its own."
+            )
         check_decoder(cfg)
         check_augmentation(cfg.DECODER, "DECODER")
         check_scores(cfg)
@@ -142,6 +153,15 @@ class Recognizer(Method):
             load_encoder(self.encoder, encoder, cfg)
         else:
             logger.info("ENCODER.WEIGHTS is empty: the encoder begins with random weights.")
+            if self.frozen and not cfg.ENCODER.STATISTICS_WORDS:
+                logger.warning(
+                    "A frozen encoder whose running statistics were never gathered: set "
+                    "ENCODER.STATISTICS_WORDS (1000) before comparing it with others."
+                )
+        if count := cfg.ENCODER.STATISTICS_WORDS:
+            words = some_pixels(open_words(cfg, train=True), count, tuple(cfg.DATA.WORD_SIZE))
+            gather_statistics(self.encoder, words)
+            logger.info("Gathered the encoder's running statistics on %d words.", len(words))
 
     def train(self, mode: bool = True) -> "Recognizer":
         super().train(mode)

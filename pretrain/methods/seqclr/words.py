@@ -4,6 +4,7 @@ What a file or folder is, its content says. A word is a `CaptionRecord` whose on
 label; one without a label has no caption. docs/seqclr.md lists the layouts.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -31,7 +32,7 @@ from pretrain.methods.seqclr.lmdb_words import find_databases, read_lmdb
 from pretrain.methods.seqclr.located_words import is_matlab, is_xml, read_matlab, read_xml
 from virtex_d2.engine.errors import InputError
 from virtex_d2.engine.files import require_file
-from virtex_d2.engine.images import image_suffix, images_in
+from virtex_d2.engine.images import image_suffix, images_in, read_image
 
 logger = logging.getLogger(__name__)
 
@@ -392,3 +393,23 @@ def word_pixels(word: Image.Image, size: tuple[int, int]) -> torch.Tensor:
     height, width = size
     resized = word.resize((width, height), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+
+
+def some_pixels(
+    records: Sequence[CaptionRecord], count: int, size: tuple[int, int]
+) -> torch.Tensor:
+    """`word_pixels` of that many words, spread over all: (N, 3, H, W) uint8.
+
+    There may be fewer: what cannot be decoded is left out.
+    """
+    taken = np.linspace(0, len(records) - 1, min(count, len(records))).round().astype(int)
+    pixels = []
+    for number in taken.tolist():
+        with contextlib.suppress(OSError):
+            pixels.append(word_pixels(read_image(records[number].image_file()), size))
+    if not pixels:
+        raise InputError(
+            f"{records[0].file_name}: cannot be decoded, and neither can any other of {len(taken)} "
+            "words that were tried. Is the set whole?"
+        )
+    return torch.stack(pixels)
