@@ -339,6 +339,14 @@ def test_an_lmdb_that_is_cut_short(tmp_path):
         refused(copy, str(copy / "data.mdb"), said, "again")
 
 
+def test_an_lmdb_under_two_names_is_opened_once(tmp_path):
+    folder = database(tmp_path / "set", LABELLED)
+    (tmp_path / "link").symlink_to(folder)
+    sets = [read_words(path)[0].records for path in (folder, tmp_path / "link")]
+    one, other = ([r.image_file().read() for r in records] for records in sets)
+    assert one == other == [LABELLED["image-000000001"], LABELLED["image-000000002"]]
+
+
 def test_an_lmdb_without_its_number_or_with_fewer_images(tmp_path):
     without = {key: value for key, value in LABELLED.items() if key != "num-samples"}
     refused(database(tmp_path / "a", without), "num-samples", "found none")

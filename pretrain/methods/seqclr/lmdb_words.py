@@ -53,7 +53,7 @@ def find_databases(folder: str) -> list[str]:
 
 def read_lmdb(folder: str) -> LmdbRecords:
     """Read the labels of an LMDB, and see that it is whole."""
-    folder = os.path.abspath(folder)
+    folder = os.path.realpath(folder)  # under two names it would be opened twice
     environment = _environment(folder)
     with environment.begin() as transaction:
         told = transaction.get(b"num-samples")
