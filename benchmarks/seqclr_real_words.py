@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.measuring import machine  # noqa: E402
-from benchmarks.seqclr_words import Reader, frames_of, load, with_statistics  # noqa: E402
+from benchmarks.seqclr_words import Reader, frames_of, load  # noqa: E402
 from pretrain.config import load_pretrain_config  # noqa: E402
-from pretrain.methods.seqclr.encoder import Encoder  # noqa: E402
+from pretrain.methods.seqclr.encoder import Encoder, gather_statistics  # noqa: E402
 from pretrain.methods.seqclr.rendered import LIST, write_words  # noqa: E402
 from pretrain.methods.seqclr.scores import score_words  # noqa: E402
 from pretrain.trainer import PretrainTrainer  # noqa: E402
@@ -77,7 +77,8 @@ def main() -> None:
         for start in STARTS:
             kept = args.output / f"{start.replace(', ', '_')}_{seed}.json"
             if not kept.exists():
-                encoder = with_statistics(started(args, start, seed), words["train"][0][::2])
+                encoder = started(args, start, seed)
+                gather_statistics(encoder, words["train"][0][::2])
                 with atomic_path(kept) as temporary:
                     temporary.write_text(json.dumps(read_shares(encoder, words, seed)))
             found.setdefault(start, {})[seed] = read_json(kept)

@@ -26,21 +26,19 @@ from torch.nn.utils.rnn import pad_sequence
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fvcore.nn import update_bn_stats  # noqa: E402
 from torchvision.models.resnet import BasicBlock  # noqa: E402
 
 import virtex_d2  # noqa: E402, F401 - before detectron2
 from pretrain.backbone import VisualBackbone  # noqa: E402
 from pretrain.config import load_pretrain_config  # noqa: E402
 from pretrain.methods.seqclr.decoders import PAD, Alphabet, CTCDecoder  # noqa: E402
-from pretrain.methods.seqclr.encoder import BiLSTM, Encoder, frozen_frames  # noqa: E402
+from pretrain.methods.seqclr.encoder import BiLSTM, Encoder, frozen_frames, gather_statistics  # noqa: E402
 from pretrain.methods.seqclr.loss import nt_xent  # noqa: E402
 from pretrain.methods.seqclr.method import SeqCLR  # noqa: E402
 from pretrain.methods.seqclr.rendered import LETTERS, LIST, write_words  # noqa: E402
 from pretrain.methods.seqclr.scores import score_words  # noqa: E402
 from pretrain.methods.seqclr.words import read_words  # noqa: E402
 from pretrain.trainer import PretrainTrainer  # noqa: E402
-from pretrain.transforms import normalize  # noqa: E402
 from virtex_d2.engine.files import atomic_path, read_json  # noqa: E402
 from virtex_d2.engine.images import read_image  # noqa: E402
 from virtex_d2.studies.stages import claim_output  # noqa: E402
@@ -149,13 +147,8 @@ def pretrained(
     if opts is not None:
         trainer.resume_or_load(resume=True)
         trainer.train()
-    return with_statistics(trainer.method.encoder, load(folder / "pretrain" / LIST)[0][:1000])
-
-
-def with_statistics(encoder: Encoder, pixels: torch.Tensor) -> Encoder:
-    """Gather running statistics anew, on (N, 3, H, W) uint8 words: a random encoder has none."""
-    batches = [normalize(part) for part in pixels.split(100)]
-    update_bn_stats(encoder.train(), batches, len(batches))
+    encoder = trainer.method.encoder
+    gather_statistics(encoder, load(folder / "pretrain" / LIST)[0][:1000])
     return encoder.eval()
 
 
